@@ -1,0 +1,695 @@
+"""What every script shares: flags, seeds, process group, checkpoints, run log, pictures. No model code.
+
+Nothing heavy is imported at module level, so that `python train.py --help` answers at once; torch and its
+friends are imported inside the functions that use them. Files are written to a temporary sibling, made
+durable, then renamed: a crash at any moment leaves either the old file or the new one. It is long because it
+is plumbing: the scripts call it, each function stands alone, and a first reading may skip it.
+Shapes: N images, H W height and width in pixels.
+"""
+from __future__ import annotations  # names Tensor without importing torch; no config dataclass lives here
+
+import argparse
+import difflib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image, ImageFont
+    from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent
+BUCKET_ELEMENTS = 2**25  # gradients averaged at a time: 128 MiB in fp32, instead of a second copy of them all
+
+
+# ------------------------------------------------------------------------------------- flags and entry point
+def knob(default: Any, help: str, choices: tuple | None = None, positional: str | None = None) -> Any:
+    """Field of a config dataclass; the help says the unit; positional="*": bare words instead of a flag."""
+    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_config(cls: type, presets: dict[str, dict], argv: list[str] | None = None,
+                 description: str = "") -> Any:
+    """Build the frozen dataclass cls from defaults < --preset < flags.
+
+    cls      fields made by knob(), typed int, float, str, bool or tuple[str, ...] (--rewards a,b,c)
+    presets  name -> field differences, picked by the field `preset`; empty where the script has none
+    Exits with code 2 and one line on a bad flag. Raises what cls.__post_init__ raises.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    actions = [_add_flag(parser, knob_field, presets) for knob_field in fields(cls)]
+    given, unknown = parser.parse_known_intermixed_args(argv)  # words may stand on both sides of a flag
+    if unknown:
+        flags = [flag for action in actions for flag in action.option_strings]
+        parser.error(_unknown_sentence(unknown, flags))
+    values = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in vars(given).items()}
+    if not presets:
+        return cls(**values)
+    name = values.get("preset", cls.preset)
+    if name not in presets:
+        parser.error(f"unknown preset '{name}': --preset takes one of {', '.join(presets)}")
+    return cls(**{**presets[name], **values})
+
+
+def _add_flag(parser: _Parser, knob_field: Field, presets: dict[str, dict]) -> argparse.Action:
+    name, default, meta = knob_field.name, knob_field.default, knob_field.metadata
+    assert default is not MISSING and meta, f"field {name} must be made by knob()"
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    names = f": {', '.join(presets)}" if name == "preset" else ""
+    help_text = f"{meta['help']}{names} (default: {shown if shown != '' else 'none'})".replace("%", "%%")
+    if meta["positional"]:
+        return parser.add_argument(name, nargs=meta["positional"], metavar=name.upper(), help=help_text)
+    flag = "--" + name.replace("_", "-")
+    if knob_field.type is bool:
+        return parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+    if knob_field.type == tuple[str, ...]:
+        return parser.add_argument(flag, type=_comma_list(meta["choices"]), metavar="A,B", help=help_text)
+    assert knob_field.type in (int, float, str), f"field {name}: no flag form for type {knob_field.type}"
+    metavar = None if meta["choices"] else knob_field.type.__name__.upper()
+    return parser.add_argument(flag, type=knob_field.type, choices=meta["choices"], metavar=metavar,
+                               help=help_text)
+
+
+def _comma_list(choices: tuple | None) -> Callable[[str], tuple[str, ...]]:
+    def split(text: str) -> tuple[str, ...]:
+        items = tuple(item.strip() for item in text.split(",") if item.strip())
+        for item in items:
+            if choices and item not in choices:
+                raise argparse.ArgumentTypeError(f"'{item}' is not one of {', '.join(choices)}")
+        return items
+    return split
+
+
+def _unknown_sentence(unknown: list[str], flags: list[str]) -> str:
+    flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
+    if flag is None:
+        return f"unexpected argument '{unknown[0]}': see --help"
+    close = difflib.get_close_matches(flag, flags, n=1)
+    return f"unknown flag {flag}: " + (f"did you mean {close[0]}?" if close else "see --help")
+
+
+def config_dict(cfg: Any) -> dict:
+    """The config as plain JSON types (tuples become lists), as written to config.json."""
+    return json.loads(json.dumps(asdict(cfg)))
+
+
+def run_main(main: Callable, argv: list[str] | None = None) -> None:
+    """Run main(), or main(argv) if given; a user's mistake becomes one line and exit code 2.
+
+    Only errors that our own code raised on purpose are shortened; a bug, or an error from inside a library,
+    keeps its traceback.
+    """
+    try:
+        main() if argv is None else main(argv)
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as error:
+        if not _raised_by_us(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """True if the innermost frame is a file of this project, and for a ValueError also a raise statement.
+
+    C code has no frame: a shape error of numpy seems to come from our line, but that has no raise.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(frame.filename).resolve()
+    ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts  # a venv may lie in ROOT
+    return ours and (isinstance(error, OSError) or "raise " in (frame.line or ""))
+
+
+# --------------------------------------------------------------------------------------- seeds and processes
+def derive_seed(*key: int | str) -> int:
+    """63-bit seed from a key of integers and strings, the same on every machine, for any number of processes.
+
+    >>> derive_seed(0, "rollout", 3) != derive_seed(0, 3, "rollout")
+    True
+    """
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator seeded by the key, e.g. generator(seed, "rollout", epoch, group, member).
+
+    The CPU generator uses the low 32 bits of its seed only, so among millions of keys a few share a stream.
+    """
+    import torch
+
+    return torch.Generator(device=device).manual_seed(derive_seed(*key))
+
+
+@dataclass(frozen=True)
+class Dist:
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+def setup_dist() -> Dist:
+    """This process's place, from torchrun's environment or alone. ValueError if there are too few GPUs."""
+    import torch
+
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ValueError(f"process {local_rank} of this machine finds {count} GPU(s): set torchrun's "
+                             f"--nproc-per-node to at most {count}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                             device_id=device if device.type == "cuda" else None)
+    return Dist(rank, world_size, local_rank, device)
+
+
+def cleanup_dist() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def all_reduce_mean(tensor: Tensor, dist: Dist) -> Tensor:
+    """Mean of a tensor of the same shape on all ranks; the tensor itself at world size 1."""
+    import torch
+
+    if dist.world_size == 1:
+        return tensor
+    total = tensor.detach().to(dist.device, copy=True)
+    torch.distributed.all_reduce(total)
+    return (total / dist.world_size).to(tensor.device)
+
+
+def all_gather_list(tensor: Tensor, dist: Dist) -> Tensor:
+    """All ranks' small tensors joined along dim 0 in rank order; their lengths may differ and may be zero."""
+    import torch
+
+    if dist.world_size == 1:
+        return tensor
+    lengths = [torch.zeros(1, dtype=torch.long, device=dist.device) for _ in range(dist.world_size)]
+    torch.distributed.all_gather(lengths, torch.tensor([len(tensor)], device=dist.device))
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, *tensor.shape[1:], dtype=tensor.dtype, device=dist.device)
+    padded[:len(tensor)] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in lengths]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths)]).to(tensor.device)
+
+
+def average_gradients(params: Iterable[nn.Parameter], dist: Dist) -> None:
+    """Replace every .grad by its mean over ranks, a missing one counting as zero; no change at world size 1.
+
+    A parameter that no rank used keeps grad None, so that weight decay skips it as in a run of one process.
+    """
+    import torch
+
+    if dist.world_size == 1:
+        return
+    params = [param for param in params if param.requires_grad]
+    used = torch.tensor([float(param.grad is not None) for param in params], device=dist.device)
+    torch.distributed.all_reduce(used)
+    for bucket in _buckets([param for param, count in zip(params, used.tolist()) if count]):
+        for param in bucket:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        flat = torch.cat([param.grad.flatten() for param in bucket])
+        torch.distributed.all_reduce(flat)
+        flat /= dist.world_size
+        for param, mean in zip(bucket, flat.split([param.numel() for param in bucket])):
+            param.grad.copy_(mean.view_as(param))
+
+
+def _buckets(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket, size = [], 0
+    for param in params:
+        bucket.append(param)
+        size += param.numel()
+        if size >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+# --------------------------------------------------------------------------------------------- durable files
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """write(temporary sibling), then rename it onto path; folders on the way are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        _fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    text = json.dumps(data, indent=2) + "\n"
+    _write_atomic(Path(path), lambda temporary: temporary.write_text(text))
+
+
+@contextmanager
+def _full_disk_sentence(path: Path) -> Iterator[None]:
+    """Turn the three shapes of a full disk into one OSError.
+
+    safetensors says it in text only; torch.save hides the OSError of its file behind a RuntimeError.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        codes = {getattr(cause, "errno", None) for cause in (error, error.__context__)}
+        if errno.ENOSPC not in codes and f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, f"the disk is full, {path} was not written and what was saved before is "
+                                    "untouched: free some space or choose another --run-dir") from error
+
+
+def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
+                     metadata: dict[str, str] | None = None) -> None:
+    """Write tensors atomically. Tensors that share storage are written as separate copies."""
+    from safetensors.torch import save_file
+
+    path, plain, storages = Path(path), {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    with _full_disk_sentence(path):
+        _write_atomic(path, lambda temporary: save_file(plain, temporary, metadata))
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, and the text metadata. FileNotFoundError, or ValueError for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no safetensors file at {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): write it again") from error
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str, hint: str = "") -> None:
+    """Strict load_state_dict; its ValueError is one sentence: what does not fit, the first keys, the hint."""
+    own = module.state_dict()
+    wrong = [f"{name} is {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+             for name, tensor in own.items() if name in tensors and tensors[name].shape != tensor.shape]
+    faults = {"missing": sorted(own.keys() - tensors.keys()), "unknown": sorted(tensors.keys() - own.keys()),
+              "of another shape": wrong}
+    if any(faults.values()):
+        listed = "; ".join(f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                           for fault, keys in faults.items() if keys)
+        raise ValueError(f"{what} does not fit {type(module).__name__} ({listed})"
+                         + (f": {hint}" if hint else ""))
+    module.load_state_dict(tensors, strict=True)
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict,
+                    keep: int = 2, meta: dict | None = None) -> Path:
+    """Write run_dir/checkpoints/step-00000123 in one rename, then remove all but the newest `keep`.
+
+    tensors  name -> state dict, one safetensors file each, e.g. {"trained": ..., "ema": ...}
+    state    plain types and tensors: optimizer, position in the data, RNG states
+    meta     readable JSON entries that go into meta.json next to "step"
+    Checkpoints of later steps go too: after a resume from an older one they are an abandoned future.
+    For rank 0 only.
+    Raises OSError with a clear sentence if the disk is full; the last good checkpoint stays.
+    """
+    if keep < 1:
+        raise ValueError(f"the number of checkpoints to keep must be at least 1, got {keep}")
+    folder = Path(run_dir) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    temporary, aside = folder / f".tmp-{final.name}", folder / f"{final.name}.old"
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    try:
+        temporary.mkdir()
+        with _full_disk_sentence(final):
+            meta = {"step": step, "tensors": list(tensors), **(meta or {})}
+            _write_checkpoint(temporary, tensors, state, meta)
+        if final.exists():  # no rename onto a full folder: for a moment `aside` is the good one
+            if aside.exists():
+                _remove(aside)
+            os.replace(final, aside)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _fsync(folder)
+    others = [path for path in _checkpoints(run_dir) if path != final]
+    earlier = [path for path in others if path.name < final.name]
+    for path in others:
+        if path not in earlier[max(0, len(earlier) - keep + 1):]:
+            _remove(path)
+    return final
+
+
+def _write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict, meta: dict) -> None:
+    import torch
+
+    for name, entry in tensors.items():
+        save_safetensors(folder / f"{name}.safetensors", entry)
+    with open(folder / "state.pt", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    torch.load(folder / "state.pt", weights_only=True, mmap=True)  # a refused type fails now, not later
+    write_json(folder / "meta.json", meta)
+    _fsync(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint: renamed first, so that no crash leaves half a folder under a good name."""
+    doomed = folder.with_name(f".tmp-{folder.name}")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _checkpoints(run_dir: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest first. A crash while a step is saved again may leave its .old copy."""
+    found = [meta.parent for meta in Path(run_dir).glob("checkpoints/step-*/meta.json")]
+    return sorted(found, key=lambda path: (path.name.removesuffix(".old"), not path.name.endswith(".old")))
+
+
+def find_checkpoint(resume: str, run_dir: str | Path) -> Path | None:
+    """The checkpoint folder that --resume means, None for a start from nothing.
+
+    resume  "auto": the newest in run_dir, if any; "": none; a path: that checkpoint, or that run's newest
+
+    Raises FileNotFoundError if a named folder holds none.
+    """
+    if resume in ("", "auto"):
+        return (_checkpoints(run_dir) or [None])[-1] if resume else None
+    if (Path(resume) / "meta.json").is_file():
+        return Path(resume)
+    found = _checkpoints(resume)
+    if not found:
+        raise FileNotFoundError(f"no complete checkpoint in {resume}: --resume takes auto, a run folder, or "
+                                "one of the folders in its checkpoints/")
+    return found[-1]
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict, dict]:
+    """(tensors, state, meta) as given to save_checkpoint, on the CPU. ValueError names a damaged file."""
+    import pickle
+    import zipfile
+
+    import torch
+
+    meta_path, state_path = Path(path) / "meta.json", Path(path) / "state.pt"
+    for file in (meta_path, state_path):
+        if not file.is_file():
+            raise FileNotFoundError(f"no checkpoint at {path}: {file.name} is missing")
+    advice = "is truncated or damaged: delete this checkpoint and resume from the one before"
+    try:
+        meta = json.loads(meta_path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{meta_path} {advice}") from error
+    tensors = {name: read_safetensors(Path(path) / f"{name}.safetensors")[0] for name in meta["tensors"]}
+    if not zipfile.is_zipfile(state_path):  # torch.load would try its old format and fail obscurely
+        raise ValueError(f"{state_path} {advice}")
+    try:
+        return tensors, torch.load(state_path, map_location="cpu", weights_only=True), meta
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{state_path} {advice}") from error
+
+
+# ---------------------------------------------------------------------------------------- run folder and log
+def prepare_run_dir(run_dir: str | Path, resume: str, cfg: Any,
+                    may_change: tuple[str, ...] = ("run_dir", "resume")) -> Path:
+    """Create the run folder and write config.json; refuse to mix two runs in one folder. Rank 0 only.
+
+    resume      "" for a fresh run, else "auto" or a path: then config.json of run_dir must equal cfg
+    may_change  the only fields that may differ on resume
+    """
+    run_dir = Path(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"a file is in the way of the folder {run_dir}: change --run-dir") from error
+    except PermissionError as error:
+        raise PermissionError(f"no permission to create the folder {run_dir}: change --run-dir") from error
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write into {run_dir}: change --run-dir")
+    used = (run_dir / "metrics.jsonl").exists() or _checkpoints(run_dir)
+    if used and not resume:
+        raise FileExistsError(f"{run_dir} already holds a run: continue it with --resume auto, or choose "
+                              "another --run-dir")
+    saved, config = run_dir / "config.json", config_dict(cfg)
+    if resume and saved.exists():
+        _refuse_changes(saved, config, may_change)
+    write_json(saved, config)
+    return run_dir
+
+
+def _refuse_changes(saved: Path, config: dict, may_change: tuple[str, ...]) -> None:
+    old = json.loads(saved.read_text())
+    changed = [f"--{name.replace('_', '-')} {old.get(name, '(absent)')} -> {config.get(name, '(absent)')}"
+               for name in {**old, **config}
+               if name not in may_change and old.get(name, MISSING) != config.get(name, MISSING)]
+    if changed:
+        raise ValueError(f"cannot resume {saved.parent} with other settings ({', '.join(changed)}): give the "
+                         "flags of the first run, or start a new one with another --run-dir")
+
+
+class RunLog:
+    """Append-only metrics.jsonl: one strict JSON object a line, on disk after every line. Rank 0 only.
+
+    resume_step  drop the lines with record[key] >= resume_step, left by a killed run after its checkpoint
+    """
+
+    def __init__(self, run_dir: str | Path, resume_step: int | None = None, key: str = "step") -> None:
+        self.path = Path(run_dir) / "metrics.jsonl"
+        if resume_step is not None and self.path.exists():
+            kept = [entry for entry in read_metrics(self.path) if entry.get(key, -math.inf) < resume_step]
+            text = "".join(json.dumps(entry) + "\n" for entry in kept)
+            _write_atomic(self.path, lambda temporary: temporary.write_text(text))
+        self.file = open(self.path, "a")
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null, at any depth."""
+    if isinstance(value, dict):
+        return {name: _strict(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The records of a metrics.jsonl. A last line cut by a kill is left out; another bad line: ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no run log at {path}")
+    lines, records = Path(path).read_text().splitlines(), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is not JSON: {line[:60]!r}") from error
+    return records
+
+
+class StopSignal:
+    """SIGINT or SIGTERM sets .stop, so that a loop can save and leave; a second SIGINT interrupts at once.
+
+    name is the signal that came last ("SIGTERM"), or "".
+    """
+
+    def __init__(self) -> None:
+        self.stop, self.name = False, ""
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {number: signal.signal(number, self._handle)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.stop, self.name = True, signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ------------------------------------------------------------------------------------------ training helpers
+def cosine_lr(step: int, total: int, warmup: int, base: float) -> float:
+    """Learning rate of a step counted from 0: linear to base at step warmup, then cosine to 0 at step total.
+
+    >>> [cosine_lr(step, total=5, warmup=1, base=8.0) for step in (0, 1, 3, 5)]
+    [4.0, 8.0, 4.0, 0.0]
+    """
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1)  # + 1: a first step at rate 0 would be wasted
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.5 * base * (1 + math.cos(math.pi * progress))
+
+
+def ema_update(ema: dict[str, Tensor], params: dict[str, Tensor], decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * params, in place, same keys and dtypes."""
+    import torch
+
+    assert ema.keys() == params.keys(), f"keys differ: {sorted(ema.keys() ^ params.keys())[:3]}"
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.values()), [params[name] for name in ema], 1 - decay)
+
+
+def count_params(module: nn.Module) -> tuple[int, int]:
+    """(trainable, frozen) parameters."""
+    trainable = sum(param.numel() for param in module.parameters() if param.requires_grad)
+    return trainable, sum(param.numel() for param in module.parameters()) - trainable
+
+
+def peak_memory_gb() -> float:
+    """Highest memory so far in 1e9 bytes: tensors on the GPU if this process uses one, else resident."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def environment() -> dict[str, str]:
+    """Versions, device and commit, for the run's records; commit is "" outside a git checkout."""
+    import platform
+    import subprocess
+    from importlib.metadata import version
+
+    import torch
+
+    commit = ""
+    if shutil.which("git"):
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = answer.stdout.strip() if answer.returncode == 0 else ""
+    device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "transformers": version("transformers"), "device": device, "commit": commit}
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+def save_png(path: str | Path, picture: Image.Image) -> None:
+    _write_atomic(Path(path), lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def save_image(path: str | Path, image: Tensor, scale: int = 1) -> None:
+    """Save (3, H, W) in [0, 1] as PNG, every pixel drawn scale x scale."""
+    save_png(path, _to_picture(image, scale))
+
+
+def _to_picture(image: Tensor, scale: int) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(image.detach().float().cpu().clamp(0, 1) * 255).round().astype(np.uint8)
+    picture = Image.fromarray(pixels.transpose(1, 2, 0))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def image_grid(images: Tensor, columns: int, scale: int = 1, captions: list[str] | None = None,
+               row_titles: list[str] | None = None) -> Image.Image:
+    """White sheet of images, row by row, with a caption under each image and a title above each row.
+
+    images  (N, 3, H, W) in [0, 1]; every pixel is drawn scale x scale
+    Text wraps to the width of its cell (titles: of the sheet). ValueError if there are too few or many texts.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    N, _, H, W = images.shape
+    rows, cell, gap = math.ceil(N / columns), W * scale, 8
+    for name, texts, expected in (("captions", captions, N), ("row_titles", row_titles, rows)):
+        if texts is not None and len(texts) != expected:
+            raise ValueError(f"image_grid expects {expected} {name} for {N} images in {columns} columns, "
+                             f"got {len(texts)}")
+    font_size = max(12, cell // 24)
+    font, line = ImageFont.load_default(font_size), math.ceil(1.3 * font_size)
+    width = gap + columns * (cell + gap)
+    titles = [_wrap(text, font, width - 2 * gap) for text in row_titles or [""] * rows]
+    labels = [_wrap(text, font, cell) for text in captions or [""] * N]
+    below = [line * max(map(len, labels[row * columns:(row + 1) * columns])) for row in range(rows)]
+    height = gap + sum(line * len(title) + H * scale + under + gap for title, under in zip(titles, below))
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(sheet), gap
+    for row in range(rows):
+        draw.multiline_text((gap, top), "\n".join(titles[row]), "black", font, spacing=line - font_size)
+        top += line * len(titles[row])
+        for index in range(row * columns, min(N, (row + 1) * columns)):
+            left = gap + (index % columns) * (cell + gap)
+            sheet.paste(_to_picture(images[index], scale), (left, top))
+            for number, text in enumerate(labels[index]):
+                at = (left + cell / 2, top + H * scale + number * line + 2)
+                draw.text(at, text, "black", font, anchor="ma")
+        top += H * scale + below[row] + gap
+    return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break text into lines of at most width pixels, at spaces where possible; no text, no line."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]

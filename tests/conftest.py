@@ -1,0 +1,12 @@
+"""Every test: the project root on sys.path, two threads, no downloads."""
+import os
+import sys
+from pathlib import Path
+
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[name] = "1"  # before any Hugging Face library is imported: they read it once
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
