@@ -1,0 +1,556 @@
+"""Stage 0 of the nano model: train what the paper downloads. `python nano/pretrain.py [PART ...]`, parts in this order:
+
+    vae      DC-AE on pictures of the nano world
+    vlm      InternVL on questions about pictures and about sentences
+    dit      SANA, with a small text encoder of its own, on latents and prompts
+    clip     CLIP on pictures and captions
+    pick     the preference model: CLIP tuned on pairs in which the better picture is known by construction
+    aes      the aesthetic head: five linear layers from CLIP's features to how bright the ground is, 1 to 10
+
+All are the classes of the full size with smaller numbers (`PRESETS["nano"]`). Each part is written under weights/nano/ in
+the layout of its published counterpart, with a training.json beside it: command, seed, steps, time and scores.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common import cosine_lr, ema_update, generator, save_safetensors                    # noqa: E402
+from dit import DiT, guided_velocity, randn, sample_ode                                  # noqa: E402
+from model import PRESETS, PROMPT, QUESTION, ParaUni, build_vlm                          # noqa: E402
+from nano import world                                                                   # noqa: E402
+from rewards import AestheticHead, build_clip, preprocess, save_aesthetic_head, save_reward, text_encoder                               # noqa: E402
+from vae import DCAE                                                                     # noqa: E402
+
+SEED = 0
+NANO = PRESETS["nano"]
+WEIGHTS = ROOT / "weights" / "nano"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<unk>"]
+
+
+# ----------------------------------------------------------------------------- shared
+
+def pool(name: str, size: int, mixed: float = 0.0) -> list[world.Scene]:
+    """`size` scenes drawn from (seed, name)."""
+    rng = np.random.default_rng([SEED, *name.encode()])
+    return [world.sample_scene(rng, mixed) for _ in range(size)]
+
+
+def render_all(scenes: list[world.Scene]) -> Tensor:
+    """(B, 3, H, W) uint8, a quarter of the memory."""
+    return torch.cat([(world.render(scenes[i:i + 1024]) * 255).round().byte() for i in range(0, len(scenes), 1024)])
+
+
+def to_float(images: Tensor) -> Tensor:
+    return images.float() / 255
+
+
+def bf16(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.bfloat16() if t.is_floating_point() else t for name, t in module.state_dict().items()}
+
+
+def round_to_bf16(module: nn.Module) -> nn.Module:
+    """What is written is bf16; what is scored and built upon is the same numbers."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(p.bfloat16().float())
+    return module
+
+
+def write_json(path: Path, data: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+@contextmanager
+def fast() -> Iterator[None]:
+    """Forward passes in bf16, which recent CPUs multiply three times as fast, without the fused attention kernel, whose
+    bf16 gradient is slow at these sizes."""
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class Clock:
+    """Prints a line every hundred steps, and writes training.json at the end."""
+
+    def __init__(self, part: str, steps: int, **numbers: float) -> None:
+        self.part, self.steps, self.start, self.numbers = part, steps, time.time(), numbers
+        self.total, self.count = 0.0, 0
+
+    def step(self, i: int, loss: Tensor) -> None:
+        self.total, self.count = self.total + loss.item(), self.count + 1
+        if (i + 1) % 100 == 0 or i + 1 == self.steps:
+            print(f"{self.part:5} {i + 1:6}/{self.steps} loss {self.total / self.count:.4f} {time.time() - self.start:6.0f} s", flush=True)
+            self.total, self.count = 0.0, 0
+
+    def write(self, folder: Path, **scores: float) -> None:
+        record = {"command": f"python nano/pretrain.py {self.part}", "seed": SEED, "steps": self.steps, **self.numbers,
+                  "seconds": round(time.time() - self.start), **scores}
+        write_json(folder / "training.json", record)
+        print(json.dumps(record), flush=True)
+
+
+def adamw(params: list[nn.Parameter], lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
+    """Decay on matrices only."""
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+def descend(opt: torch.optim.Optimizer, loss: Tensor, i: int, steps: int, lr: float, warmup: int = 200) -> None:
+    """One step on a cosine schedule, gradients clipped to norm 1."""
+    for group in opt.param_groups:
+        group["lr"] = cosine_lr(i, steps, warmup, lr)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 1.0)
+    opt.step()
+
+
+# ----------------------------------------------------------------------------- DC-AE
+
+def train_vae(steps: int, batch: int = 32, lr: float = 2e-3) -> None:
+    clock = Clock("vae", steps, batch=batch, lr=lr)
+    vae = DCAE(NANO.vae)
+    vae.init_weights(generator(SEED, "vae"))
+    images = render_all(pool("vae", 20000, 0.3))
+    opt = adamw(list(vae.parameters()), lr)
+    rng = generator(SEED, "vae", "draws")
+    for i in range(steps):
+        x = to_float(images[torch.randint(len(images), (batch,), generator=rng)]) * 2 - 1              # (B, 3, H, W)
+        z = vae.encode(x)                                                                              # (B, C, h, w)
+        flat = z.transpose(0, 1).flatten(1)                                                            # (C, B h w)
+        # Channels of mean 0 and spread 1, since one scaling factor must do for all; and a decoder that forgives small errors.
+        spread = flat.mean(1).square().mean() + (flat.std(1) - 1).square().mean()
+        decoded = vae.decode(z + 0.1 * torch.randn(z.shape, generator=rng))
+        descend(opt, loss := (decoded - x).abs().mean() + 0.05 * spread, i, steps, lr)
+        clock.step(i, loss)
+    round_to_bf16(vae).eval()
+    test = to_float(render_all(pool("vae test", 1024)))
+    with torch.no_grad():
+        z = vae.encode(test * 2 - 1)
+        error = ((vae.decode(z) / 2 + 0.5).clamp(0, 1) - test).square().mean((1, 2, 3))
+    folder = WEIGHTS / "vae"
+    write_json(folder / "config.json", NANO.vae.to_json())
+    save_safetensors(folder / "diffusion_pytorch_model.safetensors", bf16(vae), None)
+    clock.write(folder, psnr_db=round(float(-10 * error.log10().mean()), 2), latent_std=round(float(z.std()), 3))
+
+
+def load_vae() -> DCAE:
+    vae = DCAE(NANO.vae)
+    vae.load_state_dict(load_file(WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors"))
+    return vae.eval()
+
+
+# ----------------------------------------------------------------------------- InternVL
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, with InternVL's special tokens; unknown words are <unk>, which the model refuses."""
+    words = {word: i for i, word in enumerate([*SPECIAL, *world.vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:.?,]"), "isolated"),
+                                                       pre_tokenizers.Split(" ", "removed")])
+    tokenizer.add_special_tokens(SPECIAL[:-1])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token=SPECIAL[0], eos_token=SPECIAL[2])
+
+
+def dialogue(rng: np.random.Generator, scene: world.Scene, turns: int) -> tuple[list[tuple[str, str]], bool]:
+    """Questions with answers about a scene, and whether its picture is shown; else a sentence stands in for it."""
+    pairs, told = world.questions(rng, scene)[:turns], world.prompts_of(scene)
+    if told and rng.random() < 0.25:                             # the last sentence is the fullest: it answers every question
+        return [(f"{told[-1].text}. {pairs[0][0]}", pairs[0][1]), *pairs[1:]], False
+    if told and rng.random() < 0.3:
+        pairs.append(("describe the picture.", told[rng.integers(len(told))].text))
+    return pairs, True
+
+
+def train_vlm(steps: int, batch: int = 32, lr: float = 1.5e-3) -> None:
+    clock = Clock("vlm", steps, batch=batch, lr=lr)
+    tokenizer = build_tokenizer()
+    assert len(tokenizer) <= NANO.vlm.vocab_size, f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings"
+    torch.manual_seed(SEED)                                      # transformers draws initial weights from the global generator
+    model = ParaUni(NANO, build_vlm(NANO.vlm), tokenizer)
+    vlm = model.vlm.requires_grad_(True)
+    vlm.set_attn_implementation("eager")                         # for the bf16 gradient, as in `fast`
+    scenes = pool("vlm", 30000, 0.4)
+    images = render_all(scenes)
+    opt = adamw(list(vlm.parameters()), lr)
+    rng = np.random.default_rng([SEED, 1])
+    for i in range(steps):
+        chosen = rng.integers(len(scenes), size=batch)
+        rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 4)) for j in chosen]
+        shown = torch.tensor([seen for _, _, seen in rows])
+        ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(r[k]) for r in rows], batch_first=True, padding_value=pad)
+                       for k, pad in ((0, 0), (1, -100)))                                                  # (B, S) each
+        asked = labels[:, 1:] != -100
+        with fast():
+            embeds = model.embed(ids, to_float(images[chosen])[shown])                                     # (B, S, D)
+            hidden = vlm.model.language_model(inputs_embeds=embeds).last_hidden_state[:, :-1]              # padding is last
+            logits = vlm.lm_head(hidden[asked])
+        loss = F.cross_entropy(logits.float(), labels[:, 1:][asked])
+        descend(opt, loss, i, steps, lr)
+        clock.step(i, loss)
+    round_to_bf16(vlm).eval()
+    vlm.to(torch.bfloat16).save_pretrained(WEIGHTS / "vlm")
+    tokenizer.save_pretrained(WEIGHTS / "vlm")
+    clock.write(WEIGHTS / "vlm", answers_right=round(answer_score(model.float()), 4))
+
+
+def encode_dialogue(model: ParaUni, pairs: list[tuple[str, str]], shown: bool) -> tuple[list[int], list[int], bool]:
+    """Token ids, and labels that are -100 but on the answers and their ends."""
+    ids, labels = [], []
+    for k, (question, answer) in enumerate(pairs):
+        image = model.image_text() if shown and k == 0 else ""
+        asked = model.tokenizer(QUESTION.format(image=image, question=question), add_special_tokens=False).input_ids
+        said = model.tokenizer(f"{answer}<|im_end|>\n", add_special_tokens=False).input_ids
+        ids += asked + said
+        labels += [-100] * len(asked) + said
+    return ids, labels, shown
+
+
+def answer_score(model: ParaUni, count: int = 2000) -> float:
+    """Share of right answers to single questions about scenes of the test stream."""
+    scenes, rng = pool("vlm test", count, 0.4), np.random.default_rng([SEED, 2])
+    images, pairs = to_float(render_all(scenes)), [world.questions(rng, s)[0] for s in scenes]
+    said = [a for i in range(0, count, 250) for a in model.answer(images[i:i + 250], [q for q, _ in pairs[i:i + 250]], 4)]
+    return float(np.mean([a == right for a, (_, right) in zip(said, pairs)]))
+
+
+# ----------------------------------------------------------------------------- SANA
+
+class TextEncoder(nn.Module):
+    """The stand-in for SANA's Gemma: prompt tokens -> (B, S, E), a small bidirectional transformer trained with the DiT."""
+
+    def __init__(self, vocab_size: int, width: int, max_tokens: int = 24) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, width)
+        self.position = nn.Parameter(0.02 * torch.randn(max_tokens, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (B, S), 0 = padding -> features (B, S, E), mask (B, S) with 1 = token."""
+        x = self.token(ids) + self.position[:ids.shape[1]]                                                 # (B, S, E)
+        return self.norm(self.layers(x, src_key_padding_mask=ids == 0)), (ids != 0).float()
+
+
+def token_table(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int = 16) -> Tensor:
+    """Ids (B, length), each text closed by <|im_end|> so that the empty one has a token, padded with 0."""
+    rows = tokenizer([t + "<|im_end|>" for t in texts], add_special_tokens=False).input_ids
+    assert max(map(len, rows)) <= length, f"a prompt of {max(map(len, rows))} tokens does not fit {length}"
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+
+def logit_normal(count: int, rng: torch.Generator, mean: float = 0.6) -> Tensor:
+    """Times that favour the noisy side, where numbers and places are decided."""
+    return torch.sigmoid(torch.randn(count, generator=rng) + mean)
+
+
+def encode_pool(name: str, size: int) -> tuple[list[world.Scene], Tensor]:
+    """Scenes and their latents (B, C, h, w)."""
+    scenes, vae = pool(name, size), load_vae()
+    images = render_all(scenes)
+    with torch.no_grad():
+        return scenes, torch.cat([vae.encode(to_float(images[i:i + 256]) * 2 - 1) for i in range(0, size, 256)])
+
+
+def train_dit(steps: int, compiled: bool, batch: int = 64, lr: float = 1.5e-3) -> None:
+    clock = Clock("dit", steps, batch=batch, lr=lr)
+    tokenizer, rng = build_tokenizer(), generator(SEED, "dit", "draws")
+    words = np.random.default_rng([SEED, 3])
+    torch.manual_seed(SEED)
+    text, dit = TextEncoder(len(tokenizer), NANO.dit.caption_channels), DiT(NANO.dit)
+    dit.init_weights(generator(SEED, "dit"))
+    both = nn.ModuleDict({"text": text, "dit": dit})
+    scenes, latents = encode_pool("dit", 40000)
+    params = dict(both.named_parameters())
+    ema = {name: p.detach().clone() for name, p in params.items()}
+    opt = adamw(list(params.values()), lr)
+    network = torch.compile(dit) if compiled else dit
+    for i in range(steps):
+        chosen = [(j, p) for j in words.integers(len(scenes), size=batch + 16) if (p := world.sample_prompt(words, scenes[j]))][:batch]
+        texts = ["" if words.random() < 0.1 else p.text for _, p in chosen]                    # caption dropout
+        x0 = latents[[j for j, _ in chosen]]                                                   # (B, C, h, w)
+        t, noise = logit_normal(len(x0), rng), torch.randn(x0.shape, generator=rng)
+        x = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise                       # (B, C, h, w)
+        with fast():
+            v = network(x, t, *text(token_table(tokenizer, texts)))
+        loss = F.mse_loss(v.float(), noise - x0)
+        descend(opt, loss, i, steps, lr)
+        ema_update(ema, params, min(0.999, (i + 1) / (i + 10)))
+        clock.step(i, loss)
+        if (i + 1) % 2000 == 0 or i + 1 == steps:
+            save_dit(text, dit, ema)
+            print(json.dumps(judge_dit(200)), flush=True)
+    clock.write(WEIGHTS / "transformer", **judge_dit(600))
+
+
+def save_dit(text: TextEncoder, dit: DiT, ema: dict[str, Tensor]) -> None:
+    named = {name: t.bfloat16() for name, t in ema.items()}
+    write_json(WEIGHTS / "transformer" / "config.json", NANO.dit.to_json())
+    for part, folder in (("dit", "transformer/diffusion_pytorch_model"), ("text", "text_encoder/model")):
+        save_safetensors(WEIGHTS / f"{folder}.safetensors", {n.removeprefix(part + "."): t for n, t in named.items() if n.startswith(part + ".")}, None)
+
+
+def judge_dit(count: int) -> dict[str, float]:
+    """Judge scores of the written DiT under its own text encoder on every (600 // count)th test prompt."""
+    tokenizer, vae, dit = build_tokenizer(), load_vae(), DiT(NANO.dit).eval()
+    text = TextEncoder(len(tokenizer), NANO.dit.caption_channels).eval()
+    dit.load_state_dict(load_file(WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"))
+    text.load_state_dict(load_file(WEIGHTS / "text_encoder" / "model.safetensors"))
+    prompts, verdicts = world.benchmark_prompts()[::600 // count], []
+    with torch.no_grad():
+        for i in range(0, len(prompts), 100):
+            part = prompts[i:i + 100]
+            c, mask = text(token_table(tokenizer, [p.text for p in part] + [""]))                    # (B + 1, S, E)
+            noise = randn((len(part), *NANO.latent_shape), [generator(SEED, "judge", i + k) for k in range(len(part))])
+            doubled = torch.cat([c[-1:].expand(len(part), -1, -1), c[:-1]]), torch.cat([mask[-1:].expand(len(part), -1), mask[:-1]])
+            verdicts += world.judge(vae.decode(text_sample(dit, noise, *doubled)) / 2 + 0.5, part)
+    return {k: round(v, 4) for k, v in world.task_scores(verdicts, prompts).items()}
+
+
+def text_sample(dit: DiT, noise: Tensor, c: Tensor, mask: Tensor, steps: int = 20, shift: float = 3.0) -> Tensor:
+    """Euler sampling under masked text of unequal length, guidance 4.5; c (2 B, S, E), unconditional half first."""
+    u = torch.linspace(1, 0, steps + 1)
+    times, x, kv = shift * u / (1 + (shift - 1) * u), noise, dit.cross_kv(c, mask)
+    for t, t_next in zip(times[:-1], times[1:]):
+        x = x + (t_next - t) * guided_velocity(dit, x, t.expand(len(x)), kv, 4.5)
+    return x
+
+
+# ----------------------------------------------------------------------------- reward models
+
+CLIP = {"embed_dim": 64, "quick_gelu": False,
+        "vision_cfg": {"image_size": 32, "layers": 4, "width": 128, "head_width": 32, "patch_size": 4, "mlp_ratio": 2.0},
+        "text_cfg": {"context_length": 20, "vocab_size": 96, "width": 128, "heads": 4, "layers": 3, "mlp_ratio": 2.0}}
+
+
+def clip_tokenizer() -> Tokenizer:
+    """The words of the world, <unk>, and the end token, which must have the highest id: open_clip pools there."""
+    names = ["<pad>", "<unk>", *world.vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*names, "<end>"])}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:.?,]"), "isolated"),
+                                                       pre_tokenizers.Split(" ", "removed")])
+    tokenizer.post_processor = processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", len(names))])
+    return tokenizer
+
+
+class Truth:
+    """Which prompts are true of which scenes, whole batches at a time: counts of every look, and the sides of pairs."""
+
+    def __init__(self, scenes: list[world.Scene]) -> None:
+        self.shapes, self.colors = list(world.SHAPES), [None, *world.COLORS]
+        self.counts = np.zeros((len(scenes), len(self.shapes), len(self.colors)), int)             # (scenes, S, 1 + colours)
+        self.sides = np.zeros((len(scenes), len(world.RELATIONS), len(self.shapes), len(self.shapes)), bool)
+        self.moods = np.array([world.mood(s) for s in scenes])
+        for i, scene in enumerate(scenes):
+            for thing in scene.things:
+                self.counts[i, self.shapes.index(thing.shape), [0, self.colors.index(thing.color)]] += 1
+            if len(scene.things) == 2 and (relation := world.relation_between(*scene.things)):
+                a, b = (self.shapes.index(t.shape) for t in scene.things)
+                names = list(world.RELATIONS)
+                self.sides[i, names.index(relation), a, b] = self.sides[i, names.index(world.OPPOSITE[relation]), b, a] = True
+
+    def of(self, chosen: np.ndarray, prompts: list[world.Prompt], moods: list[str | None]) -> Tensor:
+        """(scenes, prompts) bool."""
+        out = np.ones((len(chosen), len(prompts)), bool)
+        for k, (prompt, mood) in enumerate(zip(prompts, moods)):
+            for shape, color, count in prompt.include:
+                have = self.counts[chosen, self.shapes.index(shape), self.colors.index(color)]
+                out[:, k] &= have == count if prompt.task == "counting" else have >= count
+            if prompt.relation:
+                a, b = (self.shapes.index(shape) for shape, _, _ in prompt.include)
+                out[:, k] &= self.sides[chosen, list(world.RELATIONS).index(prompt.relation), a, b]
+            if mood:
+                out[:, k] &= self.moods[chosen] == mood
+        return torch.from_numpy(out)
+
+
+def contrastive_loss(model: nn.Module, images: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
+    """CLIP's loss. ids (B + M, S): the B pictures' own captions, then M wrong ones that only the pictures must rank low;
+    truth (B, B + M) marks the pairs that are true, which are no negatives whoever wrote them."""
+    B = len(images)
+    image = F.normalize(model.encode_image(images), dim=-1)                                        # (B, E)
+    text = F.normalize(model.encode_text(ids), dim=-1)                                             # (B + M, E)
+    logits = model.logit_scale.exp() * image @ text.T                                              # (B, B + M)
+    logits = logits.masked_fill(truth & ~torch.eye(B, len(ids), dtype=torch.bool), -1e4)
+    target = torch.arange(B)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)) / 2
+
+
+class CaptionedScenes:
+    """Batches of scenes with a caption of each, the mood of the ground said in half of them, and wrong captions."""
+
+    def __init__(self, name: str, size: int, test: bool = False) -> None:
+        drawn, self.rng, self.test = pool(name, size), np.random.default_rng([SEED, *name.encode(), 1]), test
+        self.scenes = [s for s in drawn if world.sample_prompt(self.rng, s, test)]
+        self.images, self.truth = render_all(self.scenes), Truth(self.scenes)
+        self.encode = text_encoder(clip_tokenizer(), CLIP["text_cfg"]["context_length"], CLIP["text_cfg"]["vocab_size"])
+
+    def draw(self, count: int) -> tuple[np.ndarray, list[world.Prompt], list[str | None]]:
+        picked = [(j, p) for j in self.rng.integers(len(self.scenes), size=2 * count)
+                  if (p := world.sample_prompt(self.rng, self.scenes[j], self.test))][:count]
+        moods = [world.mood(self.scenes[j]) if self.rng.random() < 0.5 else None for j, _ in picked]
+        return np.array([j for j, _ in picked]), [p for _, p in picked], moods
+
+    def batch(self, count: int, wrong: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures (B, 3, H, W) normalised, ids (B + wrong B, S), truth (B, B + wrong B)."""
+        chosen, prompts, moods = self.draw(count)
+        said = prompts + [world.corrupt(self.rng, p) for _ in range(wrong) for p in prompts]
+        moods = moods * (1 + wrong)
+        ids = self.encode([p.text + (f", {m}" if m else "") for p, m in zip(said, moods)])
+        return normalise(to_float(self.images[chosen])), ids, self.truth.of(chosen, said, moods)
+
+
+def normalise(images: Tensor) -> Tensor:
+    return preprocess(images, CLIP["vision_cfg"]["image_size"])
+
+
+def train_clip(steps: int, batch: int = 96, lr: float = 1e-3) -> None:
+    clock = Clock("clip", steps, batch=batch, lr=lr)
+    torch.manual_seed(SEED)
+    model, data = build_clip({"model_cfg": CLIP}), CaptionedScenes("clip", 30000)
+    opt = adamw(list(model.parameters()), lr, 0.05)
+    for i in range(steps):
+        images, ids, truth = data.batch(batch, wrong=2)
+        with fast():
+            loss = contrastive_loss(model, images, ids, truth)
+        descend(opt, loss, i, steps, lr)
+        model.logit_scale.data.clamp_(max=math.log(100))
+        clock.step(i, loss)
+    save_reward(WEIGHTS / "clip", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP}, clip_tokenizer())
+    clock.write(WEIGHTS / "clip", beats_wrong_caption=round(right_over_wrong(model.float()), 4))
+
+
+@torch.no_grad()
+def right_over_wrong(model: nn.Module, count: int = 2000) -> float:
+    """How often a test picture scores higher with its own test prompt than with a prompt wrong in one point."""
+    data = CaptionedScenes("clip test", 4 * count, test=True)
+    chosen, prompts, _ = data.draw(count)
+    wrong = [world.corrupt(data.rng, p) for p in prompts]
+    image = F.normalize(model.encode_image(normalise(to_float(data.images[chosen]))), dim=-1)
+    right, other = (F.normalize(model.encode_text(data.encode([p.text for p in said])), dim=-1) for said in (prompts, wrong))
+    return float(((image * right).sum(1) > (image * other).sum(1)).float().mean())
+
+
+def pairs_of_pictures(data: CaptionedScenes, vae: DCAE, count: int) -> tuple[list[str], Tensor, Tensor]:
+    """Prompts, better and worse pictures (B, 3, H, W): the worse one shows something else, or is decoded from noisier latents.
+
+    Both come through the autoencoder, as generated pictures do, and have the same light.
+    """
+    chosen, prompts, _ = data.draw(count)
+    scenes = [data.scenes[j] for j in chosen]
+    other = [replace(world.scene_for(data.rng, world.corrupt(data.rng, p)), light=s.light) for p, s in zip(prompts, scenes)]
+    wrong = torch.from_numpy(data.rng.random(count) < 0.5)                                         # (B,)
+    low = torch.from_numpy(data.rng.uniform(0.0, 0.3, count)).float()                              # (B,) latent noise, better
+    high = torch.where(wrong, low, low + torch.from_numpy(data.rng.uniform(0.2, 0.8, count)).float())
+    better, worse = world.render(scenes), world.render(other)
+    worse = torch.where(wrong[:, None, None, None], worse, better)                                 # (B, 3, H, W)
+    with torch.no_grad():
+        z = vae.encode(torch.cat([better, worse]) * 2 - 1)                                         # (2 B, C, h, w)
+        noise = torch.from_numpy(data.rng.standard_normal(z.shape)).float()
+        pictures = vae.decode(z + torch.cat([low, high])[:, None, None, None] * noise) / 2 + 0.5
+    better, worse = pictures.clamp(0, 1).chunk(2)
+    return [p.text for p in prompts], better, worse
+
+
+def train_pick(steps: int, batch: int = 48, lr: float = 3e-4) -> None:
+    clock = Clock("pick", steps, batch=batch, lr=lr)
+    model, data, vae = build_clip({"model_cfg": CLIP}), CaptionedScenes("pick", 30000), load_vae()
+    model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
+    opt = adamw(list(model.parameters()), lr, 0.05)
+    for i in range(steps):
+        texts, better, worse = pairs_of_pictures(data, vae, batch)
+        images, ids, truth = data.batch(batch, wrong=1)
+        with fast():
+            margin = preference_margin(model, data.encode(texts), better, worse)                   # (B,)
+            loss = -F.logsigmoid(margin).mean() + 0.3 * contrastive_loss(model, images, ids, truth)
+        descend(opt, loss, i, steps, lr)
+        model.logit_scale.data.clamp_(max=math.log(100))
+        clock.step(i, loss)
+    save_reward(WEIGHTS / "pickscore", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP}, clip_tokenizer())
+    test = CaptionedScenes("pick test", 4000, test=True)
+    with torch.no_grad():
+        texts, better, worse = pairs_of_pictures(test, vae, 1000)
+        right = (preference_margin(model.float(), test.encode(texts), better, worse) > 0).float().mean()
+    clock.write(WEIGHTS / "pickscore", prefers_the_better=round(float(right), 4))
+
+
+def preference_margin(model: nn.Module, ids: Tensor, better: Tensor, worse: Tensor) -> Tensor:
+    """How much higher the better picture scores, (B,), in units of the logits."""
+    text = F.normalize(model.encode_text(ids), dim=-1)                                             # (B, E)
+    image = F.normalize(model.encode_image(normalise(torch.cat([better, worse]))), dim=-1)         # (2 B, E)
+    score = model.logit_scale.exp() * (image * text.repeat(2, 1)).sum(1)                           # (2 B,)
+    return score[:len(ids)] - score[len(ids):]
+
+
+def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
+    """Regression of 1 + 9 light from CLIP's unit embedding of pictures that went through the autoencoder."""
+    clock = Clock("aes", steps, batch=batch, lr=lr)
+    model, vae = build_clip({"model_cfg": CLIP}), load_vae()
+    model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
+    torch.manual_seed(SEED)
+    head, opt = (head := AestheticHead(CLIP["embed_dim"], (32, 16, 16, 8))), adamw(list(head.parameters()), lr)
+    rng = generator(SEED, "aes")
+
+    @torch.no_grad()
+    def features(name: str, count: int) -> tuple[Tensor, Tensor]:
+        scenes, out = pool(name, count), []
+        for i in range(0, count, 250):
+            z = vae.encode(world.render(scenes[i:i + 250]) * 2 - 1)
+            noisy = z + 0.3 * torch.rand(len(z), 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
+            pictures = (vae.decode(noisy) / 2 + 0.5).clamp(0, 1)
+            out.append(F.normalize(model.encode_image(normalise(pictures)), dim=-1))
+        return torch.cat(out), torch.tensor([1 + 9 * s.light for s in scenes])
+
+    x, y = features("aes", 6000)
+    for i in range(steps):
+        chosen = torch.randint(len(x), (batch,), generator=rng)
+        loss = F.mse_loss(head(x[chosen]), y[chosen])
+        descend(opt, loss, i, steps, lr)
+        clock.step(i, loss)
+    x, y = features("aes test", 1000)
+    head = round_to_bf16(head).eval()
+    save_aesthetic_head(WEIGHTS / "aesthetic", head.to(torch.bfloat16))
+    with torch.no_grad():
+        error = (head.float()(x) - y).square().mean().sqrt()
+    clock.write(WEIGHTS / "aesthetic", rmse=round(float(error), 3))
+
+
+PARTS = {"vae": (train_vae, 600), "vlm": (train_vlm, 2000), "dit": (train_dit, 6000), "clip": (train_clip, 1500),
+         "pick": (train_pick, 600), "aes": (train_aes, 1500)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="what to train (default: everything)")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps; for a quick look")
+    args = parser.parse_args()
+    for part in args.parts:
+        train, steps = PARTS[part]
+        train(max(1, round(steps * args.scale)))
+
+
+if __name__ == "__main__":
+    main()
