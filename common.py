@@ -273,6 +273,7 @@ def _write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         _fsync(temporary)
         os.replace(temporary, path)
     finally:
@@ -331,9 +332,12 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): write it again") from error
 
 
-def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str, hint: str = "") -> None:
-    """Strict load_state_dict; its ValueError is one sentence: what does not fit, the first keys, the hint."""
-    own = module.state_dict()
+def load_into(target: nn.Module | dict[str, Tensor], tensors: dict[str, Tensor], what: str, hint: str = "") -> None:
+    """Copy tensors into a module, or into named parameters, strictly; its ValueError is one sentence: what does not
+    fit, the first keys, the hint."""
+    import torch
+
+    own = target if isinstance(target, dict) else target.state_dict()
     wrong = [f"{name} is {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
              for name, tensor in own.items() if name in tensors and tensors[name].shape != tensor.shape]
     faults = {"missing": sorted(own.keys() - tensors.keys()), "unknown": sorted(tensors.keys() - own.keys()),
@@ -341,9 +345,11 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str, hint: st
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
                            for fault, keys in faults.items() if keys)
-        raise ValueError(f"{what} does not fit {type(module).__name__} ({listed})"
+        raise ValueError(f"{what} does not fit {'the model' if own is target else type(target).__name__} ({listed})"
                          + (f": {hint}" if hint else ""))
-    module.load_state_dict(tensors, strict=True)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
@@ -565,6 +571,30 @@ class StopSignal:
 
 
 # ------------------------------------------------------------------------------------------ training helpers
+def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
+    """AdamW with weight decay on tensors of two and more dimensions only (not on biases, norms)."""
+    import torch
+    params = list(params)
+    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+@contextmanager
+def precision(device: str | torch.device, dtype: str) -> Iterator[None]:
+    """Forward passes in "fp32", or with matrix products in "bf16" (autocast)."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    if dtype == "fp32":
+        yield
+        return
+    kind = torch.device(device).type
+    # On a CPU the fused attention kernel's bf16 gradient takes several times as long as the plain one's.
+    backends = [SDPBackend.MATH] if kind == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.autocast(kind, torch.bfloat16), sdpa_kernel(backends):
+        yield
+
+
 def cosine_lr(step: int, total: int, warmup: int, base: float) -> float:
     """Learning rate of a step counted from 0: linear to base at step warmup, then cosine to 0 at step total.
 

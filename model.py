@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig,
                           Qwen2Config)
 
-from common import derive_seed, generator, load_into, read_safetensors
+from common import config_dict, derive_seed, generator, load_into, read_safetensors, save_safetensors
 from dit import DiT, DiTConfig, randn, sample_ode
 from lim import LIM, LIMConfig, fuse
 from vae import DCAE, DCAEConfig
@@ -149,6 +149,8 @@ class ParaUni(nn.Module):
         self.lim = LIM(preset.lim)
         self.dit = DiT(preset.dit)
         self.vae = DCAE(preset.vae)
+        # (L, N, E): LDAM's fields under --ldam-mode keep, else None; a buffer, so that it moves with the model
+        self.register_buffer("layer_factor", None, persistent=False)
         for part in (self.vlm, self.vae):
             part.requires_grad_(False).eval()
 
@@ -231,14 +233,18 @@ class ParaUni(nn.Module):
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
 
-    def load_trained(self, path: Path, stage: int | None = None) -> dict[str, str]:
-        """Load what a stage trained, strictly; returns the file's metadata. `stage` is the one that the file must be of."""
+    def load_trained(self, path: Path, stage: int | None = None, preset: str | None = None) -> dict[str, str]:
+        """Load what a stage trained, strictly; returns the file's metadata. `stage` and `preset`: what the file must be of."""
         tensors, metadata = read_safetensors(Path(path))
         made = metadata.get("stage")
         if made not in ("1", "2", "3") or stage not in (None, int(made)):
             raise ValueError(f"expected {path} to be weights of stage {stage or '1, 2 or 3'}, got stage {made}; run the stages in order "
                              f"or change --init")
-        load_into(self.trainable(int(made)), tensors, str(path))
+        if preset not in (None, metadata["preset"]):
+            raise ValueError(f"expected {path} to be of preset {preset}, it is of {metadata['preset']}; change --preset or --init")
+        factor = tensors.pop("ldam.layer_factor", None)
+        self.layer_factor = None if factor is None else factor.to(self.device)
+        load_into(self.trainable(int(made)), tensors, str(path), "is it of this preset and stage?")
         return metadata
 
     # ------------------------------------------------------------------ prompt -> condition
@@ -310,13 +316,19 @@ class ParaUni(nn.Module):
         """Per-layer conditions c_1 ... c_L, (L, B, N, E) (paper Eq. 4)."""
         return self.lim(self.read_queries(prefix).to(self.queries.dtype))
 
+    def fuse(self, c_layers: Tensor, layers: list[int] | None = None, noise: Tensor | None = None) -> Tensor:
+        """The mean over layers (paper Eq. 5), (B, N, E), with LDAM's kept fields and a perturbation, c_i (1 + noise_i)."""
+        if self.layer_factor is not None:
+            c_layers = c_layers * self.layer_factor[:, None]                                         # (L, B, N, E)
+        return fuse(c_layers, layers, None if noise is None else 1.0, noise)
+
     def condition(self, prompts: list[str | None], images: Tensor | None = None, layers: list[int] | None = None) -> Tensor:
         """The condition of prompts, (B, N, E) (paper Eq. 5). None is the unconditional prompt.
 
         images  (B, 3, H, W) in [0, 1]: shown to the VLM in front of each prompt (reconstruction, editing)
         layers  1-based VLM layers to average; None = all
         """
-        return fuse(self.condition_layers(self.encode_prefix(prompts, images)), layers)
+        return self.fuse(self.condition_layers(self.encode_prefix(prompts, images)), layers)
 
     # ------------------------------------------------------------------ condition -> picture, picture -> words
 
@@ -360,6 +372,14 @@ class ParaUni(nn.Module):
 def positions(mask: Tensor) -> Tensor:
     """Position of each token, (B, S), counted over real tokens only."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def save_trained(model: ParaUni, path: Path, stage: int, cfg, dtype: torch.dtype = torch.float32) -> None:
+    """What a stage trained, as one safetensors file that says which stage of which preset it is, and how it was made."""
+    tensors = {name: p.detach().to(dtype) for name, p in model.trainable(stage).items()}
+    if model.layer_factor is not None:
+        tensors["ldam.layer_factor"] = model.layer_factor
+    save_safetensors(path, tensors, {"stage": str(stage), "preset": cfg.preset, "config": json.dumps(config_dict(cfg))})
 
 
 def load_vlm(config: VLMConfig, folder: Path) -> InternVLForConditionalGeneration:

@@ -16,8 +16,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -33,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import cosine_lr, ema_update, generator, save_safetensors                    # noqa: E402
+from common import adamw, cosine_lr, ema_update, generator, precision, read_safetensors, save_safetensors, write_json   # noqa: E402
 from dit import DiT, guided_velocity, randn, sample_ode                                  # noqa: E402
 from model import PRESETS, PROMPT, QUESTION, ParaUni, build_vlm                          # noqa: E402
 from nano import world                                                                   # noqa: E402
@@ -75,19 +72,6 @@ def round_to_bf16(module: nn.Module) -> nn.Module:
     return module
 
 
-def write_json(path: Path, data: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")
-
-
-@contextmanager
-def fast() -> Iterator[None]:
-    """Forward passes in bf16, which recent CPUs multiply three times as fast, without the fused attention kernel, whose
-    bf16 gradient is slow at these sizes."""
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
 class Clock:
     """Prints a line every hundred steps, and writes training.json at the end."""
 
@@ -108,13 +92,6 @@ class Clock:
         print(json.dumps(record), flush=True)
 
 
-def adamw(params: list[nn.Parameter], lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """Decay on matrices only."""
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-
-
 def descend(opt: torch.optim.Optimizer, loss: Tensor, i: int, steps: int, lr: float, warmup: int = 200) -> None:
     """One step on a cosine schedule, gradients clipped to norm 1."""
     for group in opt.param_groups:
@@ -132,7 +109,7 @@ def train_vae(steps: int, batch: int = 32, lr: float = 2e-3) -> None:
     vae = DCAE(NANO.vae)
     vae.init_weights(generator(SEED, "vae"))
     images = render_all(pool("vae", 20000, 0.3))
-    opt = adamw(list(vae.parameters()), lr)
+    opt = adamw(vae.parameters(), lr, 0.01)
     rng = generator(SEED, "vae", "draws")
     for i in range(steps):
         x = to_float(images[torch.randint(len(images), (batch,), generator=rng)]) * 2 - 1              # (B, 3, H, W)
@@ -160,6 +137,40 @@ def load_vae() -> DCAE:
     return vae.eval()
 
 
+# ----------------------------------------------------------------------------- learning to see
+
+def patch_labels(scenes: list[world.Scene], patch: int = 4) -> tuple[Tensor, Tensor]:
+    """Shape and colour at each patch of each scene, (B, patches) int64 each; the last class is the ground."""
+    side = world.SIZE // patch
+    shapes = torch.full((len(scenes), side * side), len(world.SHAPES))
+    colors = torch.full((len(scenes), side * side), len(world.COLORS))
+    for shape in world.SHAPES:
+        found = [(b, t) for b, s in enumerate(scenes) for t in s.things if t.shape == shape]
+        if found:
+            x, y, r = torch.tensor([(t.x, t.y, t.r) for _, t in found]).T
+            share = F.avg_pool2d(world.coverage(shape, x, y, r)[:, None], patch).flatten(1)        # (K, patches)
+            for (b, thing), covered in zip(found, share > 0.3):
+                shapes[b, covered] = world.SHAPES.index(shape)
+                colors[b, covered] = list(world.COLORS).index(thing.color)
+    return shapes, colors
+
+
+class Seeing(nn.Module):
+    """A linear head that names shape and colour at every patch. Image towers learn from it in minutes what captions
+    and answers alone teach in hours; it is thrown away afterwards."""
+
+    def __init__(self, width: int, scenes: list[world.Scene]) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, len(world.SHAPES) + len(world.COLORS) + 2)
+        self.shapes, self.colors = patch_labels(scenes)
+
+    def loss(self, tokens: Tensor, chosen: np.ndarray) -> Tensor:
+        """tokens (B, patches, width) of the scenes `chosen`. Returns a scalar."""
+        shape, color = self.head(tokens).float().split([len(world.SHAPES) + 1, len(world.COLORS) + 1], -1)
+        return F.cross_entropy(shape.flatten(0, 1), self.shapes[chosen].flatten()) \
+            + F.cross_entropy(color.flatten(0, 1), self.colors[chosen].flatten())
+
+
 # ----------------------------------------------------------------------------- InternVL
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -184,35 +195,44 @@ def dialogue(rng: np.random.Generator, scene: world.Scene, turns: int) -> tuple[
 
 
 def train_vlm(steps: int, batch: int = 32, lr: float = 1.5e-3) -> None:
+    """A third of the steps teach the vision tower to see, the others the whole model to answer (and still to see)."""
     clock = Clock("vlm", steps, batch=batch, lr=lr)
     tokenizer = build_tokenizer()
     assert len(tokenizer) <= NANO.vlm.vocab_size, f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings"
     torch.manual_seed(SEED)                                      # transformers draws initial weights from the global generator
     model = ParaUni(NANO, build_vlm(NANO.vlm), tokenizer)
     vlm = model.vlm.requires_grad_(True)
-    vlm.set_attn_implementation("eager")                         # for the bf16 gradient, as in `fast`
+    vlm.set_attn_implementation("eager")                         # for the bf16 gradient, as in `precision`
     scenes = pool("vlm", 30000, 0.4)
-    images = render_all(scenes)
-    opt = adamw(list(vlm.parameters()), lr)
-    rng = np.random.default_rng([SEED, 1])
-    for i in range(steps):
-        chosen = rng.integers(len(scenes), size=batch)
-        rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 4)) for j in chosen]
-        shown = torch.tensor([seen for _, _, seen in rows])
-        ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(r[k]) for r in rows], batch_first=True, padding_value=pad)
-                       for k, pad in ((0, 0), (1, -100)))                                                  # (B, S) each
-        asked = labels[:, 1:] != -100
-        with fast():
-            embeds = model.embed(ids, to_float(images[chosen])[shown])                                     # (B, S, D)
-            hidden = vlm.model.language_model(inputs_embeds=embeds).last_hidden_state[:, :-1]              # padding is last
-            logits = vlm.lm_head(hidden[asked])
-        loss = F.cross_entropy(logits.float(), labels[:, 1:][asked])
-        descend(opt, loss, i, steps, lr)
-        clock.step(i, loss)
+    images, seeing = render_all(scenes), Seeing(NANO.vlm.vision_width, scenes)
+    rng, alone = np.random.default_rng([SEED, 1]), steps // 3
+    for first, last in ((0, alone), (alone, steps)):
+        opt = adamw([*vlm.parameters(), *seeing.parameters()], lr, 0.01)
+        for i in range(first, last):
+            chosen = rng.integers(len(scenes), size=batch * (3 if first == 0 else 1))
+            with precision("cpu", "bf16"):
+                tokens = vlm.model.vision_tower(model.pixels(to_float(images[chosen]))).last_hidden_state[:, 1:]   # (B, patches, width)
+                loss = seeing.loss(tokens, chosen)
+                if first:
+                    answers = answer_loss(model, [encode_dialogue(model, *dialogue(rng, scenes[j], 4)) for j in chosen], images[chosen])
+                    loss = answers + 0.3 * loss
+            descend(opt, loss, i - first, last - first, lr)
+            clock.step(i, loss)
     round_to_bf16(vlm).eval()
     vlm.to(torch.bfloat16).save_pretrained(WEIGHTS / "vlm")
     tokenizer.save_pretrained(WEIGHTS / "vlm")
     clock.write(WEIGHTS / "vlm", answers_right=round(answer_score(model.float()), 4))
+
+
+def answer_loss(model: ParaUni, rows: list[tuple[list[int], list[int], bool]], images: Tensor) -> Tensor:
+    """Next-token loss on the answers of some dialogues, those about a picture with it."""
+    shown = torch.tensor([seen for _, _, seen in rows])
+    ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in rows], batch_first=True, padding_value=pad)
+                   for k, pad in ((0, 0), (1, -100)))                                              # (B, S) each
+    asked = labels[:, 1:] != -100
+    embeds = model.embed(ids, to_float(images)[shown])                                             # (B, S, D)
+    hidden = model.vlm.model.language_model(inputs_embeds=embeds).last_hidden_state[:, :-1]        # padding comes last
+    return F.cross_entropy(model.vlm.lm_head(hidden[asked]).float(), labels[:, 1:][asked])
 
 
 def encode_dialogue(model: ParaUni, pairs: list[tuple[str, str]], shown: bool) -> tuple[list[int], list[int], bool]:
@@ -274,32 +294,36 @@ def encode_pool(name: str, size: int) -> tuple[list[world.Scene], Tensor]:
         return scenes, torch.cat([vae.encode(to_float(images[i:i + 256]) * 2 - 1) for i in range(0, size, 256)])
 
 
-def train_dit(steps: int, compiled: bool, batch: int = 64, lr: float = 1.5e-3) -> None:
-    clock = Clock("dit", steps, batch=batch, lr=lr)
-    tokenizer, rng = build_tokenizer(), generator(SEED, "dit", "draws")
-    words = np.random.default_rng([SEED, 3])
+def train_dit(steps: int, done: int = 0, batch: int = 64, lr: float = 1.5e-3) -> None:
+    """`done` > 0 goes on from the written weights of that many steps, with a fresh optimizer."""
+    clock = Clock("dit", steps, batch=batch, lr=lr, **({"restarted_at": done} if done else {}))
+    tokenizer, rng = build_tokenizer(), generator(SEED, "dit", "draws", done)
+    words = np.random.default_rng([SEED, 3, done])
     torch.manual_seed(SEED)
     text, dit = TextEncoder(len(tokenizer), NANO.dit.caption_channels), DiT(NANO.dit)
     dit.init_weights(generator(SEED, "dit"))
     both = nn.ModuleDict({"text": text, "dit": dit})
     scenes, latents = encode_pool("dit", 40000)
+    if done:
+        dit.load_state_dict(load_file(WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"))
+        text.load_state_dict(load_file(WEIGHTS / "text_encoder" / "model.safetensors"))
     params = dict(both.named_parameters())
     ema = {name: p.detach().clone() for name, p in params.items()}
-    opt = adamw(list(params.values()), lr)
-    network = torch.compile(dit) if compiled else dit
-    for i in range(steps):
+    opt = adamw(params.values(), lr, 0.01)
+    network = torch.compile(dit)
+    for i in range(done, steps):
         chosen = [(j, p) for j in words.integers(len(scenes), size=batch + 16) if (p := world.sample_prompt(words, scenes[j]))][:batch]
         texts = ["" if words.random() < 0.1 else p.text for _, p in chosen]                    # caption dropout
         x0 = latents[[j for j, _ in chosen]]                                                   # (B, C, h, w)
         t, noise = logit_normal(len(x0), rng), torch.randn(x0.shape, generator=rng)
         x = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise                       # (B, C, h, w)
-        with fast():
+        with precision("cpu", "bf16"):
             v = network(x, t, *text(token_table(tokenizer, texts)))
         loss = F.mse_loss(v.float(), noise - x0)
         descend(opt, loss, i, steps, lr)
-        ema_update(ema, params, min(0.999, (i + 1) / (i + 10)))
+        ema_update(ema, params, min(0.999, (i + 1 - done) / (i + 10 - done)))
         clock.step(i, loss)
-        if (i + 1) % 2000 == 0 or i + 1 == steps:
+        if (i + 1) % 1000 == 0 or i + 1 == steps:
             save_dit(text, dit, ema)
             print(json.dumps(judge_dit(200)), flush=True)
     clock.write(WEIGHTS / "transformer", **judge_dit(600))
@@ -323,7 +347,7 @@ def judge_dit(count: int) -> dict[str, float]:
         for i in range(0, len(prompts), 100):
             part = prompts[i:i + 100]
             c, mask = text(token_table(tokenizer, [p.text for p in part] + [""]))                    # (B + 1, S, E)
-            noise = randn((len(part), *NANO.latent_shape), [generator(SEED, "judge", i + k) for k in range(len(part))])
+            noise = randn((len(part), *NANO.latent_shape), [generator(SEED, "judge", i + k) for k in range(len(part))], "cpu")
             doubled = torch.cat([c[-1:].expand(len(part), -1, -1), c[:-1]]), torch.cat([mask[-1:].expand(len(part), -1), mask[:-1]])
             verdicts += world.judge(vae.decode(text_sample(dit, noise, *doubled)) / 2 + 0.5, part)
     return {k: round(v, 4) for k, v in world.task_scores(verdicts, prompts).items()}
@@ -428,17 +452,25 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def train_clip(steps: int, batch: int = 96, lr: float = 1e-3) -> None:
+    """A third of the steps teach the image tower to see, the others compare pictures with captions."""
     clock = Clock("clip", steps, batch=batch, lr=lr)
     torch.manual_seed(SEED)
     model, data = build_clip({"model_cfg": CLIP}), CaptionedScenes("clip", 30000)
-    opt = adamw(list(model.parameters()), lr, 0.05)
-    for i in range(steps):
-        images, ids, truth = data.batch(batch, wrong=2)
-        with fast():
-            loss = contrastive_loss(model, images, ids, truth)
-        descend(opt, loss, i, steps, lr)
-        model.logit_scale.data.clamp_(max=math.log(100))
-        clock.step(i, loss)
+    seeing, alone = Seeing(CLIP["vision_cfg"]["width"], data.scenes), steps // 3
+    for first, last in ((0, alone), (alone, steps)):
+        opt = adamw([*model.parameters(), *seeing.parameters()], lr, 0.05)
+        for i in range(first, last):
+            with precision("cpu", "bf16"):
+                if first == 0:
+                    model.visual.output_tokens = True
+                    chosen = data.rng.integers(len(data.scenes), size=batch)
+                    loss = seeing.loss(model.visual(normalise(to_float(data.images[chosen])))[1], chosen)
+                else:
+                    model.visual.output_tokens = False
+                    loss = contrastive_loss(model, *data.batch(batch, wrong=2))
+            descend(opt, loss, i - first, last - first, lr)
+            model.logit_scale.data.clamp_(max=math.log(100))
+            clock.step(i, loss)
     save_reward(WEIGHTS / "clip", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP}, clip_tokenizer())
     clock.write(WEIGHTS / "clip", beats_wrong_caption=round(right_over_wrong(model.float()), 4))
 
@@ -479,11 +511,11 @@ def train_pick(steps: int, batch: int = 48, lr: float = 3e-4) -> None:
     clock = Clock("pick", steps, batch=batch, lr=lr)
     model, data, vae = build_clip({"model_cfg": CLIP}), CaptionedScenes("pick", 30000), load_vae()
     model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
-    opt = adamw(list(model.parameters()), lr, 0.05)
+    opt = adamw(model.parameters(), lr, 0.05)
     for i in range(steps):
         texts, better, worse = pairs_of_pictures(data, vae, batch)
         images, ids, truth = data.batch(batch, wrong=1)
-        with fast():
+        with precision("cpu", "bf16"):
             margin = preference_margin(model, data.encode(texts), better, worse)                   # (B,)
             loss = -F.logsigmoid(margin).mean() + 0.3 * contrastive_loss(model, images, ids, truth)
         descend(opt, loss, i, steps, lr)
@@ -511,7 +543,7 @@ def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
     model, vae = build_clip({"model_cfg": CLIP}), load_vae()
     model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
     torch.manual_seed(SEED)
-    head, opt = (head := AestheticHead(CLIP["embed_dim"], (32, 16, 16, 8))), adamw(list(head.parameters()), lr)
+    head, opt = (head := AestheticHead(CLIP["embed_dim"], (32, 16, 16, 8))), adamw(head.parameters(), lr, 0.01)
     rng = generator(SEED, "aes")
 
     @torch.no_grad()
@@ -538,15 +570,26 @@ def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
     clock.write(WEIGHTS / "aesthetic", rmse=round(float(error), 3))
 
 
-PARTS = {"vae": (train_vae, 600), "vlm": (train_vlm, 2000), "dit": (train_dit, 6000), "clip": (train_clip, 1500),
-         "pick": (train_pick, 600), "aes": (train_aes, 1500)}
+def ship(run_dir: Path) -> None:
+    """Put the weights of a stage I or II run, in bf16, and the record of how they were made, among the shipped ones."""
+    path = next(run_dir.glob("stage[12].safetensors"))
+    tensors, metadata = read_safetensors(path)
+    save_safetensors(WEIGHTS / path.name, {name: t.bfloat16() for name, t in tensors.items()}, metadata)
+    write_json(WEIGHTS / f"{path.stem}.json", json.loads(path.with_suffix(".json").read_text()))
+
+
+PARTS = {"vae": (train_vae, 600), "vlm": (train_vlm, 1500), "dit": (train_dit, 5000), "clip": (train_clip, 1200),
+         "pick": (train_pick, 400), "aes": (train_aes, 1000)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="what to train (default: everything)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps; for a quick look")
+    parser.add_argument("--ship", type=Path, metavar="RUN_DIR", help="instead: put a stage I or II run's weights among the shipped ones")
     args = parser.parse_args()
+    if args.ship:
+        return ship(args.ship)
     for part in args.parts:
         train, steps = PARTS[part]
         train(max(1, round(steps * args.scale)))

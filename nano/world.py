@@ -214,7 +214,7 @@ def scene_for(rng: np.random.Generator, prompt: Prompt) -> Scene:
         looks += [(shape, color)] * count
     while True:
         scene = Scene(tuple(Thing(*look, *spot) for look, spot in zip(looks, place(rng, len(looks)))), float(rng.random()))
-        if prompt.relation in (None, relation_between(*scene.things[:2])):
+        if prompt.relation is None or prompt.relation == relation_between(*scene.things):
             return scene
 
 
@@ -357,16 +357,26 @@ def template(shape: str) -> tuple[float, float, float]:
     return float(area * 0.0025 ** 2), float((inside * at).sum() / area), float((inside * at[:, None]).sum() / area)
 
 
-def components(mask: Tensor) -> Tensor:
-    """4-connected components of masks (N, H, W) bool -> labels (N, H, W) int64, 0 outside: flood by neighbour maxima."""
-    N, H, W = mask.shape
-    labels = torch.arange(1, H * W + 1, dtype=torch.float32).view(1, H, W) * mask                 # (N, H, W)
+def components(color: Tensor) -> Tensor:
+    """4-connected areas of one colour (B, H, W): every pixel gets the highest pixel number of its area, (B, H W) int64.
+
+    Pixels take the highest number among their neighbours, then the one which the pixel of that number has got: areas
+    are done in few rounds, however long and winding. Ground pixels (-1) keep their own numbers.
+    """
+    B, H, W = color.shape
+    across = (color[:, :, 1:] == color[:, :, :-1]) & (color[:, :, 1:] >= 0)                       # (B, H, W - 1)
+    down = (color[:, 1:] == color[:, :-1]) & (color[:, 1:] >= 0)                                  # (B, H - 1, W)
+    labels = torch.arange(H * W).view(1, H, W).expand(B, -1, -1)                                  # (B, H, W)
     while True:
-        wide = F.max_pool2d(labels[:, None], (1, 3), 1, (0, 1))
-        tall = F.max_pool2d(labels[:, None], (3, 1), 1, (1, 0))
-        grown = torch.maximum(wide, tall)[:, 0] * mask                                            # (N, H, W)
+        grown = labels.clone()
+        grown[:, :, 1:] = grown[:, :, 1:].maximum(grown[:, :, :-1] * across)
+        grown[:, :, :-1] = grown[:, :, :-1].maximum(grown[:, :, 1:] * across)
+        grown[:, 1:] = grown[:, 1:].maximum(grown[:, :-1] * down)
+        grown[:, :-1] = grown[:, :-1].maximum(grown[:, 1:] * down)
+        grown = grown.flatten(1)                                                                  # (B, H W)
+        grown = grown.gather(1, grown).view(B, H, W)
         if torch.equal(grown, labels):
-            return labels.long()
+            return labels.flatten(1)
         labels = grown
 
 
@@ -381,7 +391,8 @@ def segment(images: Tensor) -> tuple[Tensor, Tensor]:
     palette = torch.tensor(list(COLORS.values()))                                                  # (8, 3)
     to_color = palette - ground[:, None]                                                           # (B, 8, 3)
     offset = images - ground[:, :, None, None]                                                     # (B, 3, H, W)
-    alpha = torch.einsum("bkc,bchw->bkhw", to_color / to_color.square().sum(2, keepdim=True), offset)
+    length = to_color.square().sum(2, keepdim=True).clamp(min=1e-6)            # (B, 8, 1); 0 where a colour is the ground
+    alpha = torch.einsum("bkc,bchw->bkhw", to_color / length, offset)
     alpha = alpha.clamp(0, 1)                                                                      # (B, 8, H, W)
     residual = (offset[:, None] - alpha[:, :, None] * to_color[..., None, None]).square().sum(2)   # (B, 8, H, W)
     color = residual.argmin(1)                                                                     # (B, H, W)
@@ -391,20 +402,17 @@ def segment(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def detect(images: Tensor) -> list[list[Found]]:
     """Everything in pictures (B, 3, H, W) in [0, 1]: one list of Found a picture."""
+    if images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"expected pictures (B, 3, {SIZE}, {SIZE}), got {tuple(images.shape)}")
     color, alpha = segment(images.float().clamp(0, 1))
-    layers = torch.stack([color == k for k in range(len(COLORS))], 1).flatten(0, 1)                # (B 8, H, W)
-    labels = components(layers)
-    where, core = [], []
-    for n in torch.nonzero(layers.flatten(1).any(1)).flatten().tolist():
-        for label in labels[n].unique().tolist():
-            if label and (mask := labels[n] == label).sum() >= MIN_AREA / 2:
-                where.append(divmod(n, len(COLORS)))
-                core.append(mask)
+    labels = components(color)                                                                     # (B, H W)
+    size = torch.zeros_like(labels).scatter_add_(1, labels, torch.ones_like(labels))               # (B, H W), of area n at n
+    owner, name = torch.nonzero((size >= MIN_AREA / 2) & (color.flatten(1) >= 0), as_tuple=True)   # (K,) picture, area
     found: list[list[Found]] = [[] for _ in images]
-    if not core:
+    if not len(owner):
         return found
-    core = torch.stack(core)                                                                       # (K, H, W)
-    owner = torch.tensor([b for b, _ in where])
+    hue = color.flatten(1)[owner, name]                                                            # (K,)
+    core = (labels[owner] == name[:, None]).view(-1, SIZE, SIZE)                                   # (K, H, W)
     edge = F.max_pool2d(core[:, None].float(), 3, 1, 1)[:, 0].bool() & (color[owner] == -1)        # its soft rim
     soft = torch.where(core | edge, alpha[owner], 0.0)                                             # (K, H, W)
     at = torch.arange(SIZE) + 0.5
@@ -418,11 +426,10 @@ def detect(images: Tensor) -> list[list[Found]]:
         match.append(torch.minimum(soft, ideal).sum((1, 2)) / torch.maximum(soft, ideal).sum((1, 2)))
     match, best = torch.stack(match).max(0)                                                        # (K,)
     w, h = soft.amax(1).sum(1), soft.amax(2).sum(1)                                                # (K,)
-    for k, (b, c) in enumerate(where):
-        if area[k] >= MIN_AREA:
-            shape = SHAPES[best[k]] if match[k] >= MIN_MATCH else None
-            numbers = (float(v[k]) for v in (x, y, w, h, match))
-            found[b].append(Found(shape, list(COLORS)[c], *numbers))
+    for k in torch.nonzero(area >= MIN_AREA).flatten().tolist():
+        shape = SHAPES[best[k]] if match[k] >= MIN_MATCH else None
+        numbers = (float(v[k]) for v in (x, y, w, h, match))
+        found[owner[k]].append(Found(shape, list(COLORS)[hue[k]], *numbers))
     return found
 
 
