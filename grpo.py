@@ -344,6 +344,10 @@ def check(cfg, world_size: int) -> None:
         raise ValueError(f"expected --micro-batch to divide --group-size {cfg.group_size} or to be as large, got {cfg.micro_batch}")
     if cfg.num_steps < 2 or not 0 <= cfg.sde_window < cfg.num_steps:
         raise ValueError(f"expected --num-steps of at least 2 and --sde-window below it, got {cfg.num_steps} and {cfg.sde_window}")
+    named = [name for name in cfg.rewards if ":" not in name]
+    if cfg.preset != "nano" and (named and not cfg.reward_weights or not (cfg.prompts and cfg.eval_prompts)):
+        raise ValueError(f"--preset {cfg.preset} needs prompt files, --prompts and --eval-prompts"
+                         + (f", and --reward-weights with the models of {', '.join(named)}" if named else ""))
     if not cfg.rewards or len({name.rpartition(":")[2] for name in cfg.rewards}) < len(cfg.rewards):
         raise ValueError(f"expected --rewards to name each reward once, got {','.join(cfg.rewards) or 'nothing'}")
 
@@ -497,7 +501,11 @@ def train(cfg, model: ParaUni, dist: Dist, checkpoint: Path | None) -> dict[str,
         for epoch in range(done, total):
             if epoch % run.per_phase == 0:
                 (run.opt, run.ldam), run.gamma = new_phase(cfg, run.params), None
-            record = run_epoch(run, epoch)
+            try:
+                record = run_epoch(run, epoch)
+            except ValueError:                  # a reward that fails: the update was not begun, so nothing is lost
+                save(run, epoch)
+                raise
             last = (epoch + 1) % run.per_phase == 0
             if last or (epoch + 1) % cfg.eval_every == 0:
                 scores = evaluate(run, epoch + 1)

@@ -18,6 +18,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ class VLMConfig:
     vision_layers: int = 24
     vision_heads: int = 16
     vision_mlp_width: int = 4096
+    dtype: str = "float32"              # of the frozen weights in memory, whatever their file says
 
     @property
     def image_tokens(self) -> int:
@@ -80,7 +82,8 @@ class Preset:
         return self.vae.latent_channels, side, side
 
 
-INTERNVL3_1B = VLMConfig(width=896, num_layers=24, num_heads=14, mlp_width=4864)
+INTERNVL3_1B = VLMConfig(width=896, num_layers=24, num_heads=14, mlp_width=4864, dtype="bfloat16")
+INTERNVL3_2B = VLMConfig(dtype="bfloat16")
 CONNECTOR_B = LIMConfig(width=896, num_layers=6, num_heads=14, mlp_width=3072, caption_channels=2304)
 SANA_06B = DiTConfig(num_layers=28, num_heads=36, num_cross_heads=16, cross_head_dim=72, qk_norm=False)
 DC_AE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
@@ -106,11 +109,11 @@ PRESETS = {
         sources={"vlm": "OpenGVLab/InternVL3-1B-hf", "dit": "Efficient-Large-Model/Sana_600M_512px_diffusers", "vae": DC_AE}),
     # OpenUni-L's pair: InternVL3-2B + SANA-1.0 1.6B, 512 px; no qk-norm.
     "l-512": Preset(
-        image_size=512, num_queries=256, vlm=VLMConfig(), lim=LIMConfig(), dit=DiTConfig(qk_norm=False), vae=DCAEConfig(),
+        image_size=512, num_queries=256, vlm=INTERNVL3_2B, lim=LIMConfig(), dit=DiTConfig(qk_norm=False), vae=DCAEConfig(),
         sources={"vlm": "OpenGVLab/InternVL3-2B-hf", "dit": "Efficient-Large-Model/Sana_1600M_512px_diffusers", "vae": DC_AE}),
     # The paper: InternVL3-2B + SANA-1.5 1.6B, 1024 px.
     "l-1024": Preset(
-        image_size=1024, num_queries=256, vlm=VLMConfig(), lim=LIMConfig(), dit=DiTConfig(), vae=DCAEConfig(),
+        image_size=1024, num_queries=256, vlm=INTERNVL3_2B, lim=LIMConfig(), dit=DiTConfig(), vae=DCAEConfig(),
         sources={"vlm": "OpenGVLab/InternVL3-2B-hf", "dit": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", "vae": DC_AE}),
 }
 
@@ -126,7 +129,7 @@ def build_vlm(c: VLMConfig) -> InternVLForConditionalGeneration:
                        rms_norm_eps=1e-6, tie_word_embeddings=False)
     config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=c.image_token_id,
                             image_seq_length=c.image_tokens, tie_word_embeddings=False)
-    return InternVLForConditionalGeneration(config)
+    return InternVLForConditionalGeneration(config).to(getattr(torch, c.dtype))
 
 
 # ----------------------------------------------------------------------------- the model
@@ -188,7 +191,7 @@ class ParaUni(nn.Module):
         model = cls.from_parts(preset, folder)
         for stage in (2, 1):
             if (path := folder / f"stage{stage}.safetensors").exists():
-                model.load_trained(path)
+                model.load_trained(path, stage, name)
                 break
         return model.eval()
 
@@ -206,10 +209,12 @@ class ParaUni(nn.Module):
     @classmethod
     def from_parts(cls, preset: Preset, folder: Path, seed: int = 0) -> "ParaUni":
         """The frozen VLM and DC-AE and the pre-trained DiT from a folder; queries and LIM freshly drawn."""
-        for part in ("vlm", "transformer", "vae"):
-            if not (folder / part / "config.json").is_file():
-                raise FileNotFoundError(f"expected {folder / part / 'config.json'}, found none; --weights must name a folder "
-                                        "with vlm/, transformer/ and vae/")
+        diffusers = ("config.json", "diffusion_pytorch_model.safetensors")
+        for part, names in (("vlm", ("config.json", "tokenizer.json")), ("transformer", diffusers), ("vae", diffusers)):
+            for name in names:
+                if not (folder / part / name).is_file():
+                    raise FileNotFoundError(f"expected {folder / part / name}, found none; --weights must name a folder with vlm/, "
+                                            "transformer/ and vae/")
         for part, config, want in (("transformer", DiTConfig, preset.dit), ("vae", DCAEConfig, preset.vae)):
             found = config.from_json(json.loads((folder / part / "config.json").read_text()))
             if found != want:
@@ -217,7 +222,7 @@ class ParaUni(nn.Module):
         model = cls(preset, load_vlm(preset.vlm, folder / "vlm"), AutoTokenizer.from_pretrained(folder / "vlm"))
         for part, module in (("transformer", model.dit), ("vae", model.vae)):
             path = folder / part / "diffusion_pytorch_model.safetensors"
-            load_into(module, read_safetensors(path)[0], str(path))
+            load_into(module, read_safetensors(path)[0], str(path), "change --preset or --weights")
         model.init_trained(seed)
         return model.eval()
 
@@ -235,16 +240,18 @@ class ParaUni(nn.Module):
 
     def load_trained(self, path: Path, stage: int | None = None, preset: str | None = None) -> dict[str, str]:
         """Load what a stage trained, strictly; returns the file's metadata. `stage` and `preset`: what the file must be of."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"expected the weights of a stage at {path}, found none; change --init or --weights")
         tensors, metadata = read_safetensors(Path(path))
-        made = metadata.get("stage")
+        made, of = metadata.get("stage"), metadata.get("preset")
         if made not in ("1", "2", "3") or stage not in (None, int(made)):
             raise ValueError(f"expected {path} to be weights of stage {stage or '1, 2 or 3'}, got stage {made}; run the stages in order "
                              f"or change --init")
-        if preset not in (None, metadata["preset"]):
-            raise ValueError(f"expected {path} to be of preset {preset}, it is of {metadata['preset']}; change --preset or --init")
+        if preset not in (None, of):
+            raise ValueError(f"expected {path} to be of preset {preset}, it is of {of}; change --preset, --init or --weights")
         factor = tensors.pop("ldam.layer_factor", None)
+        load_into(self.trainable(int(made)), tensors, str(path), "is it of this --preset?")
         self.layer_factor = None if factor is None else factor.to(self.device)
-        load_into(self.trainable(int(made)), tensors, str(path), "is it of this preset and stage?")
         return metadata
 
     # ------------------------------------------------------------------ prompt -> condition
@@ -384,12 +391,19 @@ def save_trained(model: ParaUni, path: Path, stage: int, cfg, dtype: torch.dtype
 
 def load_vlm(config: VLMConfig, folder: Path) -> InternVLForConditionalGeneration:
     """InternVL from a local folder in transformers' layout; refuses missing, unknown or misshapen tensors."""
-    vlm, info = InternVLForConditionalGeneration.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise ValueError(f"{folder} is not the expected VLM: {wrong}; change --weights or --preset")
-    text = vlm.config.text_config
+    text = InternVLConfig.from_pretrained(folder, local_files_only=True).text_config
     if (text.hidden_size, text.num_hidden_layers) != (config.width, config.num_layers):
         raise ValueError(f"{folder} is of another preset: expected {config.num_layers} layers of width {config.width}, got "
                          f"{text.num_hidden_layers} of {text.hidden_size}; change --preset or --weights")
+    if not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"expected {folder / 'model.safetensors'}, found none; change --weights")
+    try:                                         # misshapen tensors pass here, only to be refused with the others below
+        vlm, info = InternVLForConditionalGeneration.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=getattr(torch, config.dtype), ignore_mismatched_sizes=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are truncated or no safetensors ({error}); change --weights") from error
+    faults = {"missing": "missing_keys", "unknown": "unexpected_keys", "of another shape": "mismatched_keys"}
+    wrong = "; ".join(f"{len(info[key])} {fault}: {', '.join(sorted(map(str, info[key]))[:3])}" for fault, key in faults.items() if info[key])
+    if wrong:
+        raise ValueError(f"{folder} is not the expected VLM ({wrong}): change --weights or --preset")
     return vlm

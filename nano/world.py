@@ -76,11 +76,11 @@ def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, floa
 def sample_scene(rng: np.random.Generator, mixed: float = 0.0) -> Scene:
     """One shape, or two to four alike, or two that differ; with probability `mixed` any two to four."""
     kind, colors = rng.random(), list(COLORS)
-    count = 1 if kind < 0.15 else 2 if kind > 0.5 else int(rng.integers(2, 5))
+    count = 1 if kind < 0.1 else 2 if kind > 0.35 else int(rng.integers(2, 5))
     if rng.random() < mixed:
         count = int(rng.integers(2, 5))
         looks = [(SHAPES[rng.integers(len(SHAPES))], colors[rng.integers(len(colors))]) for _ in range(count)]
-    elif kind > 0.5:
+    elif kind > 0.35:
         looks = [(SHAPES[s], colors[rng.integers(len(colors))]) for s in rng.permutation(len(SHAPES))[:2]]
     else:
         looks = [(SHAPES[rng.integers(len(SHAPES))], colors[rng.integers(len(colors))])] * count
@@ -200,10 +200,11 @@ def prompts_of(scene: Scene, wording: str = "") -> list[Prompt]:
 
 
 def sample_prompt(rng: np.random.Generator, scene: Scene, test: bool = False) -> Prompt | None:
-    """One prompt of the asked split that fits the scene, or None."""
+    """One prompt of the asked split that fits the scene, or None; those that say more come more often."""
     wording = str(rng.choice(WORDINGS))
     fits = [p for p in prompts_of(scene, wording) if is_test(p) == test]
-    return fits[rng.integers(len(fits))] if fits else None
+    says = np.array([1 + (p.include[0][1] is not None) + (p.relation is not None) for p in fits], float)
+    return fits[rng.choice(len(fits), p=says / says.sum())] if fits else None
 
 
 def scene_for(rng: np.random.Generator, prompt: Prompt) -> Scene:
@@ -293,7 +294,11 @@ def parse_prompt(text: str) -> Prompt:
         task = "position" if relation else "color_attr" if include[0][1] else "two_object"
     else:
         task = "counting" if include[0][2] > 1 else "colors" if include[0][1] else "single_object"
-    return Prompt(text, task, tuple(include), relation)
+    prompt, (shapes, colors, counts) = say(task, tuple(include), relation, wording), zip(*include)
+    plain_pair = len(set(shapes)) == 2 and max(counts) == 1 and len({c is None for c in colors}) == 1
+    if prompt.text != text or len(include) > 2 or (len(include) == 2 and not plain_pair):
+        raise ValueError(f'expected a prompt such as "a red heart left of a blue star", got {text!r}')
+    return prompt
 
 
 def questions(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
@@ -317,6 +322,13 @@ def questions(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
         out.append((f"is the {things[0].shape} {asked} the {things[1].shape}?", "yes" if asked == relation else "no"))
         out.append((f"what is {OPPOSITE[relation]} the {things[0].shape}?", things[1].shape))
     return [out[i] for i in rng.permutation(len(out))]
+
+
+def question_set(count: int, seed: int = 0) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Held-out pictures (count, 3, H, W) with the 256 levels of a file, and about each a question with its answer."""
+    scenes_rng, asked_rng = np.random.default_rng([seed, *b"vlm test"]), np.random.default_rng([seed, 2])
+    scenes = [sample_scene(scenes_rng, 0.4) for _ in range(count)]
+    return (render(scenes) * 255).round() / 255, [questions(asked_rng, scene)[0] for scene in scenes]
 
 
 def mood(scene: Scene) -> str:

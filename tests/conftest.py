@@ -1,4 +1,4 @@
-"""Every test: the project root on sys.path, two threads, no downloads."""
+"""Every test: the project root on sys.path, one thread, no downloads."""
 import os
 import sys
 from pathlib import Path
@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
