@@ -261,7 +261,8 @@ class ParaUni(nn.Module):
         rows = [self.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens] for text in texts]
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and (bad := [t for t, row in zip(texts, rows) if unknown in row]):
-            words = [w for w in bad[0].split() if unknown in self.tokenizer(w, add_special_tokens=False).input_ids]
+            read = self.tokenizer(bad[0], add_special_tokens=False, return_offsets_mapping=True)
+            words = [bad[0][first:last] for i, (first, last) in zip(read.input_ids, read.offset_mapping) if i == unknown]
             raise ValueError(f"the {len(self.tokenizer)} words of this model do not include {', '.join(map(repr, words))}; "
                              'expected a prompt such as "a red heart left of a blue star"')
         longest = max(map(len, rows))
@@ -301,6 +302,8 @@ class ParaUni(nn.Module):
             raise ValueError("expected at least one prompt, got an empty list")
         if any(p is not None and not p.strip() for p in prompts):
             raise ValueError("expected every prompt to say something, got an empty one")
+        if images is not None and len(images) != len(prompts):
+            raise ValueError(f"expected one picture for each prompt, got {len(images)} pictures and {len(prompts)} prompts")
         image = self.image_text() if images is not None else ""
         texts = [UNCONDITIONAL.format(image=image) if p is None else PROMPT.format(image=image, caption=p.strip()) for p in prompts]
         ids, mask = self.tokenize(texts, max_tokens)
@@ -346,9 +349,9 @@ class ParaUni(nn.Module):
 
         The noise of picture i is drawn from (seed, i), or from seed[i] if a list is given: it does not depend on the batch.
         """
+        c = self.condition(prompts, images, layers)                                                  # (B, N, E)
         seeds = [derive_seed(seed, "picture", i) for i in range(len(prompts))] if isinstance(seed, int) else seed
         noise = randn((len(prompts), *self.preset.latent_shape), [generator(s) for s in seeds], self.device)
-        c = self.condition(prompts, images, layers)                                                  # (B, N, E)
         c_uncond = self.condition([None], None if images is None else images[:1] * 0, layers)        # (1, N, E)
         return self.decode(sample_ode(self.dit, noise, c, c_uncond, num_steps, guidance_scale, solver=solver))
 

@@ -332,6 +332,15 @@ def test_load_into() -> None:
     assert torch.equal(source.weight, target.weight) and torch.equal(source.bias, target.bias)
 
 
+def test_load_into_named_parameters() -> None:
+    source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+    load_into({"w": target.weight}, {"w": source.weight.detach()}, "w.safetensors")
+    assert torch.equal(source.weight, target.weight) and target.weight.requires_grad
+    assert not torch.equal(source.bias, target.bias)
+    with pytest.raises(ValueError, match="w.safetensors does not fit the model .1 missing: w; 1 unknown: v."):
+        load_into({"w": target.weight}, {"v": source.weight}, "w.safetensors")
+
+
 def test_load_into_names_every_fault_once() -> None:
     module = nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)])
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}

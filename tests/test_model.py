@@ -231,7 +231,7 @@ def test_tokenize_pads_right_and_keeps_the_first_tokens(model: ParaUni) -> None:
 
 
 @pytest.mark.parametrize("prompts, sentence", [
-    (["a heart", "a purple giraffe with hats"], "words of this model do not include 'giraffe', 'hats'"),
+    (["a heart", "a purple Giraffe, with hats"], "words of this model do not include 'Giraffe', 'hats'; expected a prompt such as"),
     (["a heart", " \n"], "expected every prompt to say something, got an empty one"),
     ([""], "expected every prompt to say something"),
     ([], "expected at least one prompt, got an empty list"),
@@ -242,6 +242,12 @@ def test_prompts_that_cannot_be_read_are_refused(model: ParaUni, prompts: list[s
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=sentence):
         model.generate(prompts, num_steps=1)
+
+
+def test_one_picture_for_each_prompt(model: ParaUni) -> None:
+    for B in (1, 3):
+        with pytest.raises(ValueError, match=f"expected one picture for each prompt, got {B} pictures and 2 prompts"):
+            model.condition(["a heart", "a star"], pictures(B))
 
 
 # ---------------------------------------------------------------------------------------------- pictures and answers
@@ -295,8 +301,8 @@ def test_answers_are_greedy_and_do_not_depend_on_the_batch(model: ParaUni) -> No
     assert all(isinstance(a, str) for a in answers) and len(set(answers)) > 1
     assert answers == [model.answer(images[i:i + 1], asked[i:i + 1], max_new_tokens=5)[0] for i in range(3)]
     for i, question in enumerate(asked):
-        row = model.tokenizer(QUESTION.format(image=spell("", True)[17:17 + 5 + 16 * 13 + 7], question=question),
-                              add_special_tokens=False).input_ids
+        shown = "<img>" + "<IMG_CONTEXT>" * 16 + "</img>\n"
+        row = model.tokenizer(QUESTION.format(image=shown, question=question), add_special_tokens=False).input_ids
         assert row.count(5) == 16
         start = len(row)
         with torch.no_grad():
@@ -340,7 +346,7 @@ def test_queries_start_small_and_random_weights_follow_the_seed() -> None:
     state = torch.get_rng_state()
     first, again, other = (ParaUni.from_preset("nano", "random", seed) for seed in (0, 0, 1))
     assert torch.equal(state, torch.get_rng_state())
-    assert not first.training and abs(float(first.queries.std()) * D ** 0.5 - 1) < 0.1
+    assert not first.training and abs(first.queries.std().item() * D ** 0.5 - 1) < 0.1
     a, b, c = (m.state_dict() for m in (first, again, other))
     assert all(torch.equal(a[name], b[name]) for name in a)
     for name in ("queries", "lim.projector.weight", "dit.patch_embed.proj.weight", "vlm.lm_head.weight", "vae.encoder.conv_in.weight"):
@@ -472,9 +478,9 @@ def test_folder_whose_weights_do_not_fit_is_refused(broken: Path) -> None:
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (lambda t: t.pop("lm_head.weight"), "1 missing: lm_head.weight"),
+    (lambda t: t.pop("language_model.lm_head.weight"), "1 missing: lm_head.weight"),
     (lambda t: t.update(extra=torch.zeros(1)), "1 unknown: extra"),
-    (lambda t: t.update({"lm_head.weight": torch.zeros(95, D)}), "1 of another shape: .*lm_head.weight")])
+    (lambda t: t.update({"language_model.lm_head.weight": torch.zeros(95, D)}), "1 of another shape: .*lm_head.weight")])
 def test_load_vlm_refuses_what_does_not_fit(broken: Path, change: Callable, sentence: str) -> None:
     edit(broken / "vlm" / "model.safetensors", change)
     with pytest.raises(ValueError, match=f"{broken / 'vlm'} is not the expected VLM .{sentence}.*: change --weights or --preset"):

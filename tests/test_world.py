@@ -206,7 +206,8 @@ def test_render_mixes_ground_and_color_by_coverage() -> None:
 
 
 def test_mood_follows_the_light() -> None:
-    assert [world.mood(Scene((), light)) for light in (0.0, 0.3, 0.4, 0.6, 0.7, 1.0)] == ["dim", "dim", "soft", "soft", "bright", "bright"]
+    moods = [world.mood(Scene((), light)) for light in (0.0, 0.3, 0.4, 0.6, 0.7, 1.0)]
+    assert moods == ["dim", "dim", "soft", "soft", "bright", "bright"]
 
 
 # ---------------------------------------------------------------------------------------------- prompts and their split
@@ -230,7 +231,8 @@ def brute_fulfils(scene: Scene, prompt: Prompt) -> bool:
     if side is None:
         return True
     a, b = (next(t for t in things if t.shape == s) for s, _ in asked)
-    return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[side] > 0.79 * np.hypot(a.x - b.x, a.y - b.y)
+    along = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[side]
+    return along > 0.79 * np.hypot(a.x - b.x, a.y - b.y)
 
 
 def test_prompts_of_a_scene_are_fulfilled_by_it() -> None:
