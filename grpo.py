@@ -1,26 +1,32 @@
 """Stage III: Flow-GRPO with LDAM (paper section 3.3). One epoch, in seven steps:
 
-  1. draw `num_groups` prompts; encode the condition of each once, with LDAM's noise if it fired in the last epoch
-  2. roll out `group_size` pictures a prompt along the stochastic sampler, keeping every latent and its log-probability
+  1. draw `num_groups` prompts; encode the condition of each once, with LDAM's noise if it fired in the
+     last epoch
+  2. roll out `group_size` pictures a prompt along the stochastic sampler, keeping every latent and its
+     log-probability
   3. decode; score with the reward of this phase, and with the others to watch them
   4. advantage = (reward - mean of its group) / std of its group
-  5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's policy,
-     and stay near the stage II model (KL)
+  5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
+     policy, and stay near the stage II model (KL)
   6. LDAM looks at the gradient norm and the reward, and may fire
   7. EMA, log, checkpoint, pictures
 
 Rewards come one after another (phases), each with a fresh optimizer, from the weights of the phase before.
 
-What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the update, on the same
-chunks, so the first ratio is 1; it is measured in every epoch. Noise of every kind is drawn from (seed, phase, epoch,
-group, member): nothing depends on the number of devices, and a resumed run repeats an unbroken one bit for bit.
-What makes it cheap. The condition of a prompt is shared by its group. In the update it is encoded once with gradient and
-detached to a leaf; the leaf's gradient is summed over all pictures and steps and sent back through LIM, VLM and queries once.
+What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
+update, on the same chunks, so the first ratio is 1; it is measured in every epoch. Noise of every kind is
+drawn from (seed, phase, epoch, group, member): nothing depends on the number of devices, and a resumed run
+repeats an unbroken one bit for bit.
+What makes it cheap. The condition of a prompt is shared by its group. In the update it is encoded once with
+gradient and detached to a leaf; the leaf's gradient is summed over all pictures and steps and sent back
+through LIM, VLM and queries once.
 
-Differs from Flow-GRPO: the last step is taken without noise, so rewards see clean pictures (it is not trained, as there);
-the KL is that of the two Gaussians, dt included; advantages are divided by the group's own std.
+Differs from Flow-GRPO: the last step is taken without noise, so rewards see clean pictures (it is not
+trained, as there); the KL is that of the two Gaussians, dt included; advantages are divided by the group's
+own std.
 
-Letters: P prompts (groups), G members of a group, B = P G pictures, K steps, N queries, E condition width, C H W latent.
+Letters: P prompts (groups), G members of a group, B = P G pictures, K steps, N queries, E condition width,
+C H W latent.
 """
 import copy
 import math
@@ -36,8 +42,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import (Dist, RunLog, StopSignal, adamw, all_gather_list, all_reduce_mean, average_gradients, cosine_lr, derive_seed,
-                    ema_update, generator, image_grid, load_checkpoint, load_into, precision, read_metrics, save_checkpoint, save_png)
+from common import (Dist, RunLog, StopSignal, adamw, all_gather_list, all_reduce_mean, average_gradients,
+                    cosine_lr, derive_seed, ema_update, generator, image_grid, load_checkpoint, load_into,
+                    precision, read_metrics, save_checkpoint, save_png)
 from data import FilePrompts, NanoPrompts, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -48,8 +55,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from train import TrainConfig
 
-RATIO_CAUSES = ("the rollout and the update run in different precision or compile modes; a layer behaves differently in train mode; "
-                "LDAM's noise differs between the two; the chunks differ in size")
+RATIO_CAUSES = ("the rollout and the update run in different precision or compile modes; "
+                "a layer behaves differently in train mode; LDAM's noise differs between the two; "
+                "the chunks differ in size")
 
 
 # ----------------------------------------------------------------------------- the objective
@@ -57,22 +65,27 @@ RATIO_CAUSES = ("the rollout and the update run in different precision or compil
 def group_advantages(rewards: Tensor) -> Tensor:
     """(r - mean) / std within each group (paper Eq. 2; population std).
 
-    rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward that is not finite, gets zeros.
+    rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward
+    that is not finite, gets zeros.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"expected rewards (P, G) with groups of at least two, got {tuple(rewards.shape)}; change --group-size")
-    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)         # (P, 1)
-    spread = std > 1e-6 * (1 + mean.abs())                                                         # False for NaN too
-    return torch.where(spread, (rewards - mean) / std, 0.0)                                        # (P, G)
+        raise ValueError(f"expected rewards (P, G) with groups of at least two, got {tuple(rewards.shape)}; "
+                         "change --group-size")
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)  # (P, 1)
+    spread = std > 1e-6 * (1 + mean.abs())                                              # False for NaN too
+    return torch.where(spread, (rewards - mean) / std, 0.0)                             # (P, G)
 
 
 def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """The clipped objective, to be minimised (paper Eq. 1): mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
+    """The clipped objective, to be minimised (paper Eq. 1):
+    mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
 
-    log_prob, old_log_prob, advantages  (B,) fp32; log-probabilities are means over C H W, so clip_range is per element
+    log_prob, old_log_prob, advantages  (B,) fp32; log-probabilities are means over C H W,
+                                        so clip_range is per element
     """
-    ratio = torch.exp(log_prob - old_log_prob)                                                     # (B,)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+    ratio = torch.exp(log_prob - old_log_prob)                                          # (B,)
+    return torch.maximum(-advantages * ratio,
+                         -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
 
 
 def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
@@ -89,30 +102,35 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
 class Rollout:
     """All that the update needs of the pictures of this rank; latents and log-probabilities in fp32."""
     latents: Tensor             # (K + 1, B, C, H, W)   x_0 is noise, x_K the clean latents
-    log_prob: Tensor            # (K, B)                under the policy that drew them; 0 where a step was not stochastic
+    log_prob: Tensor            # (K, B)                under the policy that drew them; 0 if not stochastic
     mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
     trained: list[int]          # the stochastic steps
 
 
 def window(num_steps: int, size: int, epoch: int) -> list[int]:
-    """The stochastic steps: all but the last; with size > 0 a window of that many, which slides by one an epoch (MixGRPO)."""
+    """The stochastic steps: all but the last; with size > 0 a window of that many,
+    which slides by one an epoch (MixGRPO)."""
     if size == 0:
         return list(range(num_steps - 1))
     start = epoch % (num_steps - size)
     return list(range(start, start + size))
 
 
-def step_log_prob(dit: nn.Module, kv: list, x: Tensor, t: float, t_next: float, cfg, x_next: Tensor | None = None,
-                  generators: list[torch.Generator] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One stochastic step of one chunk: the only place where a log-probability is computed. Returns what sde_step does."""
+def step_log_prob(dit: nn.Module, kv: list, x: Tensor, t: float, t_next: float, cfg,
+                  x_next: Tensor | None = None, generators: list[torch.Generator] | None = None
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One stochastic step of one chunk: the only place where a log-probability is computed.
+    Returns what sde_step does."""
     B = len(x)
     with precision(x.device, cfg.dtype):
-        v = guided_velocity(dit, x, torch.full((B,), t, device=x.device), kv, cfg.guidance_scale)  # (B, C, H, W)
+        v = guided_velocity(dit, x, torch.full((B,), t, device=x.device), kv,
+                            cfg.guidance_scale)                                         # (B, C, H, W)
     return sde_step(x, v, torch.full((B,), t), torch.full((B,), t_next), cfg.noise_level, x_next, generators)
 
 
 def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
-    """(groups, pictures) of each forward pass: whole groups, or equal parts of one group where it exceeds micro_batch."""
+    """(groups, pictures) of each forward pass: whole groups, or equal parts of one group
+    where it exceeds micro_batch."""
     many, part = max(1, micro_batch // group_size), min(micro_batch, group_size)
     for first in range(0, num_groups, many):
         last = min(first + many, num_groups)
@@ -123,8 +141,10 @@ def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple
                 yield slice(first, last), slice(i, i + part)
 
 
-def chunk_kv(dit: DiT, c: Tensor, c_uncond: Tensor, groups: slice, pictures: slice, num_pictures: int, cfg) -> list:
-    """Cross-attention keys and values of a chunk. c has a row a group, or a row a picture where LDAM perturbs each."""
+def chunk_kv(dit: DiT, c: Tensor, c_uncond: Tensor, groups: slice, pictures: slice,
+             num_pictures: int, cfg) -> list:
+    """Cross-attention keys and values of a chunk.
+    c has a row a group, or a row a picture where LDAM perturbs each."""
     c = c[pictures if len(c) == num_pictures else groups]
     if cfg.guidance_scale > 1:
         c = torch.cat([c_uncond.expand(len(c), -1, -1), c])
@@ -137,8 +157,8 @@ def conditions(model: ParaUni, prefix: Prefix, noise: Tensor | None) -> tuple[Te
 
     noise  (L, B, N, E), what LDAM multiplies into each picture's layers, less one; then c is (B, N, E)
     """
-    layers = model.condition_layers(prefix)                                                        # (L, P + 1, N, E)
-    c_layers, c_uncond = layers[:, :-1], model.fuse(layers[:, -1:])                                # (1, N, E)
+    layers = model.condition_layers(prefix)                                             # (L, P + 1, N, E)
+    c_layers, c_uncond = layers[:, :-1], model.fuse(layers[:, -1:])                     # (1, N, E)
     if noise is None:
         return model.fuse(c_layers), c_uncond
     each = noise.shape[1] // c_layers.shape[1]
@@ -146,11 +166,12 @@ def conditions(model: ParaUni, prefix: Prefix, noise: Tensor | None) -> tuple[Te
 
 
 @torch.no_grad()
-def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, generators: list[torch.Generator], noise: Tensor | None,
-            trained: list[int], cfg) -> Rollout:
-    """Sample the pictures of the P prompts of a prefix; `generators`, one a picture, draw its x_0 and then its steps."""
+def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, generators: list[torch.Generator],
+            noise: Tensor | None, trained: list[int], cfg) -> Rollout:
+    """Sample the pictures of the P prompts of a prefix; `generators`, one a picture,
+    draw its x_0 and then its steps."""
     P, B, device = len(prefix.mask) - 1, len(generators), policy.device
-    latents = [randn((B, *policy.preset.latent_shape), generators, device)]                        # x_0 (B, C, H, W)
+    latents = [randn((B, *policy.preset.latent_shape), generators, device)]             # x_0 (B, C, H, W)
     log_probs, means_ref = [], []
     sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
     c, c_ref = conditions(policy, prefix, noise), conditions(reference, prefix, noise)
@@ -161,13 +182,15 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, generators: lis
         x_next, log_prob, mean_ref = torch.empty_like(x), x.new_zeros(B), torch.zeros_like(x)
         for b, kv, kv_ref in parts:
             if k in trained:
-                x_next[b], log_prob[b], _, _ = step_log_prob(policy.dit, kv, x[b], t, t_next, cfg, None, generators[b])
+                x_next[b], log_prob[b], _, _ = step_log_prob(policy.dit, kv, x[b], t, t_next, cfg, None,
+                                                             generators[b])
                 if cfg.kl_coef > 0:
                     mean_ref[b] = step_log_prob(reference.dit, kv_ref, x[b], t, t_next, cfg, x_next[b])[2]
             else:
                 with precision(device, cfg.dtype):
-                    v = guided_velocity(policy.dit, x[b], torch.full((len(x[b]),), t, device=device), kv, cfg.guidance_scale)
-                x_next[b] = x[b] + (t_next - t) * v                                                # the Euler step
+                    v = guided_velocity(policy.dit, x[b], torch.full((len(x[b]),), t, device=device), kv,
+                                        cfg.guidance_scale)
+                x_next[b] = x[b] + (t_next - t) * v                                     # the Euler step
         latents.append(x_next)
         log_probs.append(log_prob)
         means_ref.append(mean_ref)
@@ -176,14 +199,16 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, generators: lis
 
 # ----------------------------------------------------------------------------- update
 
-def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor, noise: Tensor | None,
-                        cfg, anchor: bool) -> dict[str, float]:
-    """Add the gradient of the objective over this rank's pictures to .grad; returns kl, ratio_dev and clip_frac.
+def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor,
+                        noise: Tensor | None, cfg, anchor: bool) -> dict[str, float]:
+    """Add the gradient of the objective over this rank's pictures to .grad;
+    returns kl, ratio_dev and clip_frac.
 
     advantages  (B,)
     anchor      take this pass's own log-probabilities as the old ones (--anchor recompute, first update)
-    The condition is encoded once, with gradient; pictures and steps see it as a leaf, whose summed gradient goes through
-    LIM, VLM and queries once at the end. The same gradient as naively, at a small part of the cost.
+    The condition is encoded once, with gradient; pictures and steps see it as a leaf, whose summed gradient
+    goes through LIM, VLM and queries once at the end. The same gradient as naively, at a small part of the
+    cost.
     """
     P, B, steps = len(prefix.mask) - 1, len(advantages), len(rolled.trained)
     sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
@@ -193,38 +218,46 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
     for groups, b in chunks(P, B // P, cfg.micro_batch):
         for k in rolled.trained:
             kv = chunk_kv(policy.dit, *leaves, groups, b, B, cfg)
-            x, x_next = rolled.latents[k, b], rolled.latents[k + 1, b]                             # (b, C, H, W)
+            x, x_next = rolled.latents[k, b], rolled.latents[k + 1, b]                  # (b, C, H, W)
             _, log_prob, mean, std = step_log_prob(policy.dit, kv, x, sigmas[k], sigmas[k + 1], cfg, x_next)
             if anchor:
                 rolled.log_prob[k, b] = log_prob.detach()
-            kl = gaussian_kl(mean, rolled.mean_ref[k, b], std).mean() if cfg.kl_coef > 0 else mean.new_zeros(())
-            objective = grpo_loss(log_prob, rolled.log_prob[k, b], advantages[b], cfg.clip_range) + cfg.kl_coef * kl
+            kl = (gaussian_kl(mean, rolled.mean_ref[k, b], std).mean() if cfg.kl_coef > 0
+                  else mean.new_zeros(()))
+            objective = (grpo_loss(log_prob, rolled.log_prob[k, b], advantages[b], cfg.clip_range)
+                         + cfg.kl_coef * kl)
             share = len(x) / B / steps
             (objective * share).backward()
             kl_sum += kl.detach() * share
-            off.append((torch.exp(log_prob.detach() - rolled.log_prob[k, b]) - 1).abs())           # (b,)
-    torch.autograd.backward(roots, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
-    off = torch.cat(off)                                                                           # (B steps,)
-    return {"kl": kl_sum.item(), "ratio_dev": off.max().item(), "clip_frac": (off > cfg.clip_range).float().mean().item()}
+            off.append((torch.exp(log_prob.detach() - rolled.log_prob[k, b]) - 1).abs())  # (b,)
+    torch.autograd.backward(roots, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                                    for leaf in leaves])
+    off = torch.cat(off)                                                                # (B steps,)
+    return {"kl": kl_sum.item(), "ratio_dev": off.max().item(),
+            "clip_frac": (off > cfg.clip_range).float().mean().item()}
 
 
 def check_ratio(deviation: float, cfg) -> str | None:
-    """On the first update the policy is the one that drew the pictures: any deviation is an error of the machinery."""
+    """On the first update the policy is the one that drew the pictures:
+    any deviation is an error of the machinery."""
     if deviation <= 0.1 * cfg.clip_range:
         return None
-    found = f"the first update's ratio is off by {deviation:.1e}, more than a tenth of --clip-range {cfg.clip_range:g}"
+    found = (f"the first update's ratio is off by {deviation:.1e}, "
+             f"more than a tenth of --clip-range {cfg.clip_range:g}")
     if cfg.dtype == "bf16" or cfg.compile:
-        return f"{found}: bf16 or compiled kernels round differently with gradient; --anchor recompute cures it"
+        return (f"{found}: bf16 or compiled kernels round differently with gradient; "
+                "--anchor recompute cures it")
     raise RuntimeError(f"{found}. Likely causes: {RATIO_CAUSES}")
 
 
 # ----------------------------------------------------------------------------- LDAM's noise
 
 def epoch_noise(model: ParaUni, layers: list[int], gamma: float, keys: list[tuple]) -> Tensor:
-    """gamma eps for the given layers, zero for the others: (L, B, N, E), eps drawn for each picture from its key."""
+    """gamma eps for the given layers, zero for the others: (L, B, N, E),
+    eps drawn for each picture from its key."""
     preset = model.preset
     shape = len(layers), preset.num_queries, preset.lim.caption_channels
-    noise = torch.zeros(preset.vlm.num_layers, len(keys), *shape[1:], device=model.device)         # (L, B, N, E)
+    noise = torch.zeros(preset.vlm.num_layers, len(keys), *shape[1:], device=model.device)  # (L, B, N, E)
     for b, key in enumerate(keys):
         noise[[i - 1 for i in layers], b] = gamma * randn(shape, generator("ldam", *key), model.device)
     return noise
@@ -232,7 +265,7 @@ def epoch_noise(model: ParaUni, layers: list[int], gamma: float, keys: list[tupl
 
 def keep_noise(model: ParaUni, layers: list[int], gamma: float, key: tuple) -> None:
     """The other reading: one field a layer for all pictures, multiplied into the model's buffer to stay."""
-    noise = epoch_noise(model, layers, gamma, [key])[:, 0]                                         # (L, N, E)
+    noise = epoch_noise(model, layers, gamma, [key])[:, 0]                              # (L, N, E)
     factor = torch.ones_like(noise) if model.layer_factor is None else model.layer_factor
     model.layer_factor = factor * (1 + noise)
 
@@ -255,17 +288,22 @@ def weights_of(params: dict[str, nn.Parameter], ema: dict[str, Tensor]) -> Itera
 
 
 @torch.no_grad()
-def score_heldout(model: ParaUni, rewards: dict[str, Reward], prompts: list[str], cfg, dist: Dist) -> dict[str, list[float]]:
-    """Every reward of one picture of each held-out prompt, always from the same noise, by the sampler of `generate`."""
-    mine = [i for i in range(len(prompts)) if i * dist.world_size // len(prompts) == dist.rank]    # contiguous shares
+def score_heldout(model: ParaUni, rewards: dict[str, Reward], prompts: list[str], cfg,
+                  dist: Dist) -> dict[str, list[float]]:
+    """Every reward of one picture of each held-out prompt, always from the same noise,
+    by the sampler of `generate`."""
+    mine = [i for i in range(len(prompts))
+            if i * dist.world_size // len(prompts) == dist.rank]                        # contiguous shares
     columns = []
     for first in range(0, len(mine), cfg.micro_batch):
         items = mine[first:first + cfg.micro_batch]
         said = [prompts[i] for i in items]
         with precision(model.device, cfg.dtype):
-            images = model.generate(said, cfg.eval_steps, cfg.eval_guidance_scale, seed=[derive_seed(cfg.seed, "heldout", i) for i in items])
-        columns.append(torch.stack([score(images, said) for score in rewards.values()], 1))        # (b, rewards)
-    scores = all_gather_list(torch.cat(columns) if columns else torch.zeros(0, len(rewards), device=model.device), dist)
+            images = model.generate(said, cfg.eval_steps, cfg.eval_guidance_scale,
+                                    seed=[derive_seed(cfg.seed, "heldout", i) for i in items])
+        columns.append(torch.stack([score(images, said) for score in rewards.values()], 1))  # (b, rewards)
+    scores = all_gather_list(torch.cat(columns) if columns
+                             else torch.zeros(0, len(rewards), device=model.device), dist)
     return {name: scores[:, k].tolist() for k, name in enumerate(rewards)}
 
 
@@ -285,12 +323,14 @@ def plot_rewards(records: list[dict], names: list[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     records = [r for r in records if f"reward/{names[0]}" in r]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False,
+                                layout="constrained")
     x = [r["epoch"] for r in records]
     for axis, name in zip(axes[0], names):
         raw, smooth = [math.nan if r[f"reward/{name}"] is None else r[f"reward/{name}"] for r in records], []
         for value in raw:
-            smooth.append(0.9 * smooth[-1] + 0.1 * value if smooth and math.isfinite(smooth[-1] + value) else value)
+            smooth.append(0.9 * smooth[-1] + 0.1 * value
+                          if smooth and math.isfinite(smooth[-1] + value) else value)
         axis.plot(x, raw, color="tab:blue", alpha=0.3)
         axis.plot(x, smooth, color="tab:blue")
         for r, last in zip(records[1:], records):
@@ -337,46 +377,57 @@ class Run:
 def check(cfg, world_size: int) -> None:
     """The arithmetic of groups, in the flags' own names."""
     if cfg.group_size < 2:
-        raise ValueError(f"expected --group-size of at least 2, got {cfg.group_size}: an advantage compares the members of a group")
+        raise ValueError(f"expected --group-size of at least 2, got {cfg.group_size}: "
+                         "an advantage compares the members of a group")
     if cfg.num_groups < 1 or cfg.num_groups % world_size:
-        raise ValueError(f"expected --num-groups to be a multiple of the number of devices, {world_size}, got {cfg.num_groups}")
+        raise ValueError(f"expected --num-groups to be a multiple of the number of devices, {world_size}, "
+                         f"got {cfg.num_groups}")
     if cfg.micro_batch < cfg.group_size and cfg.group_size % cfg.micro_batch:
-        raise ValueError(f"expected --micro-batch to divide --group-size {cfg.group_size} or to be as large, got {cfg.micro_batch}")
+        raise ValueError(f"expected --micro-batch to divide --group-size {cfg.group_size} or to be as large, "
+                         f"got {cfg.micro_batch}")
     if cfg.num_steps < 2 or not 0 <= cfg.sde_window < cfg.num_steps:
-        raise ValueError(f"expected --num-steps of at least 2 and --sde-window below it, got {cfg.num_steps} and {cfg.sde_window}")
+        raise ValueError("expected --num-steps of at least 2 and --sde-window below it, "
+                         f"got {cfg.num_steps} and {cfg.sde_window}")
     named = [name for name in cfg.rewards if ":" not in name]
     if cfg.preset != "nano" and (named and not cfg.reward_weights or not (cfg.prompts and cfg.eval_prompts)):
         raise ValueError(f"--preset {cfg.preset} needs prompt files, --prompts and --eval-prompts"
                          + (f", and --reward-weights with the models of {', '.join(named)}" if named else ""))
     if not cfg.rewards or len({name.rpartition(":")[2] for name in cfg.rewards}) < len(cfg.rewards):
-        raise ValueError(f"expected --rewards to name each reward once, got {','.join(cfg.rewards) or 'nothing'}")
+        raise ValueError("expected --rewards to name each reward once, "
+                         f"got {','.join(cfg.rewards) or 'nothing'}")
 
 
 def start(cfg, model: ParaUni, dist: Dist) -> Run:
     """A run before its first epoch."""
     check(cfg, dist.world_size)
-    scorers = {name.rpartition(":")[2]: build_reward(name, model.device, weights=cfg.reward_weights or None) for name in cfg.rewards}
-    reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae}).requires_grad_(False)   # shares these two
+    scorers = {name.rpartition(":")[2]: build_reward(name, model.device, weights=cfg.reward_weights or None)
+               for name in cfg.rewards}
+    reference = copy.deepcopy(model, {id(model.vlm): model.vlm,                         # shares these two
+                                      id(model.vae): model.vae}).requires_grad_(False)
     for part in (model.dit, reference.dit):
         if cfg.compile:
             part.compile()
     heldout = (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else nano_prompts(test=True))[:cfg.num_eval]
-    source = FilePrompts(read_prompts(cfg.prompts), cfg.num_groups, cfg.seed) if cfg.prompts else NanoPrompts(cfg.seed)
+    source = (FilePrompts(read_prompts(cfg.prompts), cfg.num_groups, cfg.seed) if cfg.prompts
+              else NanoPrompts(cfg.seed))
     params = model.trainable(3)
     ema = {name: p.detach().clone() for name, p in params.items()}
-    return Run(cfg, model, reference, scorers, source, heldout, dist, params, ema, *new_phase(cfg, params), None, [])
+    return Run(cfg, model, reference, scorers, source, heldout, dist, params, ema,
+               *new_phase(cfg, params), None, [])
 
 
 def new_phase(cfg, params: dict[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, LDAM]:
-    ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience, use_grad_norm=cfg.ldam_use_grad_norm,
-                use_reward=cfg.ldam_use_reward, gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
+    ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
+                use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
+                gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
     return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
 
 
 def score_all(run: Run, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     """Every reward of this rank's pictures (b, 3, H, W), gathered from all ranks: name -> (P, G)."""
     G = run.cfg.group_size
-    return {name: all_gather_list(scorer(images, prompts), run.dist).view(-1, G) for name, scorer in run.scorers.items()}
+    return {name: all_gather_list(scorer(images, prompts), run.dist).view(-1, G)
+            for name, scorer in run.scorers.items()}
 
 
 def run_epoch(run: Run, epoch: int) -> dict:
@@ -384,25 +435,29 @@ def run_epoch(run: Run, epoch: int) -> dict:
     cfg, model, dist = run.cfg, run.model, run.dist
     phase, step = divmod(epoch, run.per_phase)
     name, clock = run.names[phase], [time.perf_counter()]
-    mine = range(dist.rank * cfg.num_groups // dist.world_size, (dist.rank + 1) * cfg.num_groups // dist.world_size)
-    prompts = [run.source.draw(epoch, group) for group in mine]                                    # P
+    mine = range(dist.rank * cfg.num_groups // dist.world_size,
+                 (dist.rank + 1) * cfg.num_groups // dist.world_size)
+    prompts = [run.source.draw(epoch, group) for group in mine]                         # P
     keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
     layers = perturbed_layers(run.names[:phase + 1], model.preset.vlm.num_layers)
     noise = None
     if run.gamma is not None and cfg.ldam_mode == "epoch":
-        noise = epoch_noise(model, layers, run.gamma, keys)                                        # (L, B, N, E)
+        noise = epoch_noise(model, layers, run.gamma, keys)                             # (L, B, N, E)
     prefix = model.encode_prefix([*prompts, None])
     trained = window(cfg.num_steps, cfg.sde_window, epoch)
-    rolled = rollout(model, run.reference, prefix, [generator("picture", *key) for key in keys], noise, trained, cfg)
+    rolled = rollout(model, run.reference, prefix, [generator("picture", *key) for key in keys],
+                     noise, trained, cfg)
     clock.append(time.perf_counter())
 
-    scores = score_all(run, model.decode(rolled.latents[-1]), [p for p in prompts for _ in range(cfg.group_size)])
-    usable = scores[name].isfinite().all(1)                                                        # (P,)
+    scores = score_all(run, model.decode(rolled.latents[-1]),
+                       [p for p in prompts for _ in range(cfg.group_size)])
+    usable = scores[name].isfinite().all(1)                                             # (P,)
     if not usable.any():
-        raise ValueError(f"reward {name} returned no group of finite scores in epoch {epoch + 1}; expected numbers, check that reward")
-    advantages = group_advantages(scores[name])                                                    # (P, G)
+        raise ValueError(f"reward {name} returned no group of finite scores in epoch {epoch + 1}; "
+                         "expected numbers, check that reward")
+    advantages = group_advantages(scores[name])                                         # (P, G)
     zero_std = (advantages[usable] == 0).all(1).float().mean().item()
-    advantages = advantages[mine.start:mine.stop].flatten()                                        # (B,)
+    advantages = advantages[mine.start:mine.stop].flatten()                             # (B,)
     clock.append(time.perf_counter())
 
     norms, counted = [], []
@@ -410,8 +465,9 @@ def run_epoch(run: Run, epoch: int) -> dict:
         for group in run.opt.param_groups:
             group["lr"] = cosine_lr(step * cfg.inner_updates + update, cfg.steps, cfg.warmup, cfg.lr)
         run.opt.zero_grad(set_to_none=True)
-        counted.append(accumulate_gradient(model, prefix, rolled, advantages, noise, cfg, cfg.anchor == "recompute" and update == 0))
-        if update == 0 and (warning := check_ratio(counted[0]["ratio_dev"], cfg)) and epoch == 0:
+        counted.append(accumulate_gradient(model, prefix, rolled, advantages, noise, cfg,
+                                           cfg.anchor == "recompute" and update == 0))
+        if update == 0 and (warning := check_ratio(counted[0]["ratio_dev"], cfg)) and epoch == dist.rank == 0:
             print(f"warning: {warning}", flush=True)
         average_gradients(run.params.values(), dist)
         norms.append(nn.utils.clip_grad_norm_(run.params.values(), cfg.clip_norm).item())
@@ -423,10 +479,13 @@ def run_epoch(run: Run, epoch: int) -> dict:
     record = {"epoch": epoch + 1, "phase": name, **{f"reward/{n}": finite_mean(s) for n, s in scores.items()},
               **{key: all_reduce_mean(torch.tensor(counted[u][key], device=model.device), dist).item()
                  for key, u in (("kl", 0), ("clip_frac", -1))},
-              "ratio_dev": all_gather_list(torch.tensor([counted[0]["ratio_dev"]], device=model.device), dist).max().item(),
-              "zero_std": zero_std, "reward_nan": int((~usable).sum()), "grad_norm": norms[0], "lr": run.opt.param_groups[0]["lr"]}
+              "ratio_dev": all_gather_list(torch.tensor([counted[0]["ratio_dev"]], device=model.device),
+                                           dist).max().item(),
+              "zero_std": zero_std, "reward_nan": int((~usable).sum()), "grad_norm": norms[0],
+              "lr": run.opt.param_groups[0]["lr"]}
     record |= perturb(run, layers, record[f"reward/{name}"], norms[0], (cfg.seed, epoch))
-    spent = dict(zip(("time/rollout", "time/reward", "time/update"), [b - a for a, b in zip(clock, clock[1:])]))
+    spent = dict(zip(("time/rollout", "time/reward", "time/update"),
+                     [b - a for a, b in zip(clock, clock[1:])]))
     return record | spent
 
 
@@ -443,7 +502,8 @@ def perturb(run: Run, layers: list[int], reward: float, grad_norm: float, key: t
         if run.dist.rank == 0:
             cut = f", cut from {last['gamma_raw']:.3g} by --ldam-gamma-max" if last["bounded"] else ""
             tqdm.write(f"LDAM fires after epoch {key[1] + 1}: gamma {run.gamma:.3g}{cut}, layers {layers}")
-    return {f"ldam/{k}": v for k, v in last.items() if k != "epoch"} | ({"ldam/layers": layers} if run.gamma is not None else {})
+    return ({f"ldam/{k}": v for k, v in last.items() if k != "epoch"}
+            | ({"ldam/layers": layers} if run.gamma is not None else {}))
 
 
 def finite_mean(values: Tensor) -> float:
@@ -458,19 +518,24 @@ def evaluate(run: Run, epoch: int) -> dict[str, list[float]]:
         return score_heldout(run.model, run.scorers, run.heldout, run.cfg, run.dist)
 
 
-def picture_grid(run: Run, models: list[ParaUni], columns: int, titles: list[str] | None = None) -> "Image.Image":
-    """Pictures of the same prompts and noise by each model, a row of `columns` (or two, for one model) each."""
+def picture_grid(run: Run, models: list[ParaUni], columns: int,
+                 titles: list[str] | None = None) -> "Image.Image":
+    """Pictures of the same prompts and noise by each model,
+    a row of `columns` (or two, for one model) each."""
     count = min(columns * (2 if len(models) == 1 else 1), len(run.heldout))
     said = [run.heldout[i * len(run.heldout) // count] for i in range(count)]
-    images = torch.cat([m.generate(said, run.cfg.eval_steps, run.cfg.eval_guidance_scale, seed=run.cfg.seed) for m in models])
+    images = torch.cat([m.generate(said, run.cfg.eval_steps, run.cfg.eval_guidance_scale, seed=run.cfg.seed)
+                        for m in models])
     return image_grid(images, min(columns, count), max(1, 96 // images.shape[-1]), said * len(models), titles)
 
 
 def save(run: Run, epoch: int) -> None:
     if run.dist.rank == 0:
         kept = {} if run.model.layer_factor is None else {"ldam": {"layer_factor": run.model.layer_factor}}
-        state = {"epoch": epoch, "evals": run.evals, "gamma": run.gamma, "optimizer": run.opt.state_dict(), "ldam": run.ldam.state_dict()}
-        save_checkpoint(run.cfg.run_dir, epoch, {"trained": run.params, "ema": run.ema, **kept}, state, run.cfg.keep)
+        state = {"epoch": epoch, "evals": run.evals, "gamma": run.gamma, "optimizer": run.opt.state_dict(),
+                 "ldam": run.ldam.state_dict()}
+        save_checkpoint(run.cfg.run_dir, epoch, {"trained": run.params, "ema": run.ema, **kept},
+                        state, run.cfg.keep)
 
 
 def restore(run: Run, checkpoint: Path) -> int:
@@ -478,7 +543,8 @@ def restore(run: Run, checkpoint: Path) -> int:
     tensors, state, _ = load_checkpoint(checkpoint)
     load_into(run.params, tensors["trained"], str(checkpoint))
     load_into(run.ema, tensors["ema"], str(checkpoint))
-    run.model.layer_factor = tensors["ldam"]["layer_factor"].to(run.model.device) if "ldam" in tensors else None
+    run.model.layer_factor = (tensors["ldam"]["layer_factor"].to(run.model.device) if "ldam" in tensors
+                              else None)
     run.opt.load_state_dict(state["optimizer"])
     run.ldam.load_state_dict(state["ldam"])
     run.evals, run.gamma = state["evals"], state["gamma"]
@@ -486,10 +552,11 @@ def restore(run: Run, checkpoint: Path) -> int:
 
 
 def train(cfg, model: ParaUni, dist: Dist, checkpoint: Path | None) -> dict[str, float]:
-    """Stage III from a stage II model. Returns the held-out means after the last phase, {} if it was stopped before."""
+    """Stage III from a stage II model. Returns the held-out means after the last phase,
+    {} if it was stopped before."""
     run, lead = start(cfg, model, dist), dist.rank == 0
     done = restore(run, checkpoint) if checkpoint else 0
-    log = RunLog(cfg.run_dir, resume_step=done + 1 if done else 0, key="epoch") if lead else None
+    log = RunLog(cfg.run_dir, resume_step=done + 1 if run.evals else 0, key="epoch") if lead else None
     total = run.per_phase * len(cfg.rewards)
     bar = tqdm(total=total, initial=done, disable=not lead, unit="epoch", dynamic_ncols=True)
     if not run.evals:
@@ -503,7 +570,7 @@ def train(cfg, model: ParaUni, dist: Dist, checkpoint: Path | None) -> dict[str,
                 (run.opt, run.ldam), run.gamma = new_phase(cfg, run.params), None
             try:
                 record = run_epoch(run, epoch)
-            except ValueError:                  # a reward that fails: the update was not begun, so nothing is lost
+            except ValueError:              # a reward that fails: the update was not begun, nothing is lost
                 save(run, epoch)
                 raise
             last = (epoch + 1) % run.per_phase == 0
@@ -514,15 +581,17 @@ def train(cfg, model: ParaUni, dist: Dist, checkpoint: Path | None) -> dict[str,
             stop = all_reduce_mean(torch.tensor(float(signal.stop), device=model.device), dist).item() > 0
             if lead:
                 log.write(record)
-                bar.set_postfix_str(f"{record['phase']} {record['reward/' + record['phase']]:.3f}, kl {record['kl']:.1e}, "
-                                    f"|ratio-1| {record['ratio_dev']:.0e}, fired {record['ldam/fired']}")
+                bar.set_postfix_str(f"{record['phase']} {record['reward/' + record['phase']]:.3f}, "
+                                    f"kl {record['kl']:.1e}, |ratio-1| {record['ratio_dev']:.0e}, "
+                                    f"fired {record['ldam/fired']}")
                 bar.update()
             if last or stop or (epoch + 1) % cfg.save_every == 0:
                 save(run, epoch + 1)
             if stop and epoch + 1 < total:
                 bar.close()
                 if lead:
-                    print(f"stopped after epoch {epoch + 1} of {total}; everything is saved, go on with --resume auto")
+                    print(f"stopped after epoch {epoch + 1} of {total}; everything is saved, "
+                          "go on with --resume auto")
                 return {}
     bar.close()
     if lead:
@@ -545,4 +614,6 @@ def finish(run: Run) -> None:
     plot_rewards(read_metrics(folder / "metrics.jsonl"), run.names, folder / "rewards.png")
     for phase, name in enumerate(run.names):
         print(f"\nphase {phase + 1}, {name}\n{summary(run.evals[phase], run.evals[phase + 1], run.names)}")
-    print(f"\nweights  {folder / 'stage3.safetensors'}\ncurves   {folder / 'rewards.png'}\npictures {folder / 'before_after.png'}")
+    print(f"\nweights  {folder / 'stage3.safetensors'}\n"
+          f"curves   {folder / 'rewards.png'}\n"
+          f"pictures {folder / 'before_after.png'}")

@@ -1,11 +1,12 @@
 """Train ParaUni: `torchrun train.py --stage N` (or `python train.py --stage N` on one device).
 
-    stage 1  align       queries + LIM learn to condition the frozen DiT           (flow matching on pictures with captions)
-    stage 2  fine-tune   the DiT joins                                             (the same loss)
-    stage 3  reinforce   queries + LIM + DiT against rewards, with LDAM            (grpo.py)
+    stage 1  align       queries + LIM learn to condition the frozen DiT   (flow matching, captioned pictures)
+    stage 2  fine-tune   the DiT joins                                     (the same loss)
+    stage 3  reinforce   queries + LIM + DiT against rewards, with LDAM    (grpo.py)
 
-The VLM and the autoencoder are never trained. Each stage starts from the file of the stage before (`--init`), strictly.
-Stages 1 and 2 are the loop below; the numbers are those of the paper's Table 1 where a recipe does not scale them to nano.
+The VLM and the autoencoder are never trained. Each stage starts from the file of the stage before (`--init`),
+strictly. Stages 1 and 2 are the loop below; the numbers are those of the paper's Table 1 where a recipe does
+not scale them to nano.
 
 Letters: B items of a batch, N queries, E condition width, C h w latent.
 """
@@ -13,8 +14,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import knob, parse_config, run_main
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,10 @@ class TrainConfig:
     # what
     stage: int = knob(1, "1 align, 2 fine-tune, 3 reinforce", choices=(1, 2, 3))
     preset: str = knob("nano", "size of everything; see PRESETS in model.py")
-    weights: str = knob("auto", "auto (weights/nano), random (true size, from --seed), or a folder with vlm/, transformer/, vae/")
-    init: str = knob("auto", "weights of the stage before: a stage{N-1}.safetensors; auto looks into --weights")
+    weights: str = knob("auto", "auto (weights/nano), random (true size, from --seed), "
+                                "or a folder with vlm/, transformer/, vae/")
+    init: str = knob("auto", "weights of the stage before: a stage{N-1}.safetensors; "
+                             "auto looks into --weights")
     run_dir: str = knob("auto", "folder for log, checkpoints, pictures and weights; auto: runs/stage{N}")
     resume: str = knob("", "go on from a checkpoint: auto (the newest in --run-dir) or a folder")
     seed: int = knob(0, "all randomness is derived from it")
@@ -38,14 +45,16 @@ class TrainConfig:
     clip_norm: float = knob(1.0, "gradient norm above which gradients are scaled down")
     ema_decay: float = knob(0.999, "of the weights that are written at the end")
     caption_dropout: float = knob(0.1, "stages 1, 2: share of captions replaced by the unconditional prompt")
-    times: str = knob("uniform", "stages 1, 2: distribution of t; noisy: sigmoid of N(1, 1)", choices=("uniform", "noisy"))
+    times: str = knob("uniform", "stages 1, 2: distribution of t; noisy: sigmoid of N(1, 1)",
+                      choices=("uniform", "noisy"))
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
     compile: bool = knob(False, "torch.compile the DiT; on by default on CUDA")
     log_every: int = knob(10, "stages 1, 2: steps between lines of the log")
     save_every: int = knob(200, "steps (stage 3: epochs) between checkpoints")
     keep: int = knob(2, "checkpoints kept")
     # stage 3: groups and sampling
-    rewards: tuple[str, ...] = knob(("aesthetic", "pickscore", "clip"), "in this order, one phase each: names, or file.py:function")
+    rewards: tuple[str, ...] = knob(("aesthetic", "pickscore", "clip"),
+                                    "in this order, one phase each: names, or file.py:function")
     reward_weights: str = knob("", "folder of the reward models; empty: weights/nano")
     prompts: str = knob("", "file with one training prompt a line; empty: the nano world's")
     eval_prompts: str = knob("", "file with one held-out prompt a line; empty: the nano world's")
@@ -53,22 +62,26 @@ class TrainConfig:
     group_size: int = knob(24, "pictures a prompt")
     num_steps: int = knob(10, "sampling steps in training; the last one is not stochastic")
     noise_level: float = knob(0.7, "a of the SDE; 0.7 in Flow-GRPO")
-    guidance_scale: float = knob(4.5, "classifier-free guidance in training; 1 turns it off and halves the cost")
+    guidance_scale: float = knob(4.5, "classifier-free guidance in training; "
+                                      "1 turns it off and halves the cost")
     shift: float = knob(3.0, "of the time grid towards noise")
     sde_window: int = knob(0, "stochastic steps in a window that slides by one an epoch; 0: all but the last")
     # stage 3: objective
     clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
     kl_coef: float = knob(0.01, "weight of the KL to the stage II model")
     inner_updates: int = knob(1, "optimizer steps on each epoch's pictures")
-    anchor: str = knob("rollout", "old log-probabilities: the rollout's, or recomputed in the update's mode", choices=("rollout", "recompute"))
+    anchor: str = knob("rollout", "old log-probabilities: the rollout's, or recomputed in the update's mode",
+                       choices=("rollout", "recompute"))
     # stage 3: LDAM
     ldam: bool = knob(True, "perturb layers when training stalls")
-    ldam_mode: str = knob("epoch", "epoch: fresh noise a picture for one epoch; keep: one field a layer that stays", choices=("epoch", "keep"))
+    ldam_mode: str = knob("epoch", "epoch: fresh noise a picture for one epoch; "
+                                   "keep: one field a layer that stays", choices=("epoch", "keep"))
     ldam_gamma0: float = knob(0.1, "scale of the perturbation")
     ldam_gamma_max: float = knob(1.0, "upper bound of gamma")
     ldam_spike: float = knob(100.0, "ratio of successive gradient norms that counts as a jump")
     ldam_patience: int = knob(5, "declines of the reward that open its gate")
-    ldam_trigger: str = knob("all", "fires when all signals in use have triggered, or any", choices=("all", "any"))
+    ldam_trigger: str = knob("all", "fires when all signals in use have triggered, or any",
+                             choices=("all", "any"))
     ldam_use_grad_norm: bool = knob(True, "listen to the gradient norm")
     ldam_use_reward: bool = knob(True, "listen to the reward")
     # stage 3: held-out evaluation
@@ -78,41 +91,51 @@ class TrainConfig:
     eval_guidance_scale: float = knob(4.5, "guidance")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "log_every", "save_every", "keep", "inner_updates", "num_eval", "eval_every"):
+        for name in ("steps", "batch_size", "micro_batch", "log_every", "save_every", "keep", "inner_updates",
+                     "num_eval", "eval_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(self, name)}")
+                raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, "
+                                 f"got {getattr(self, name)}")
         for name in ("caption_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"expected --{name.replace('_', '-')} between 0 and 1, got {getattr(self, name)}")
+                raise ValueError(f"expected --{name.replace('_', '-')} between 0 and 1, "
+                                 f"got {getattr(self, name)}")
         for name in ("lr", "clip_norm", "noise_level", "clip_range"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"expected --{name.replace('_', '-')} above 0, got {getattr(self, name)}")
         if not (self.ldam_use_grad_norm or self.ldam_use_reward):
-            raise ValueError("LDAM needs a signal: keep --ldam-use-grad-norm or --ldam-use-reward, or turn it off with --no-ldam")
+            raise ValueError("LDAM needs a signal: keep --ldam-use-grad-norm or --ldam-use-reward, "
+                             "or turn it off with --no-ldam")
 
 
 PAPER = {1: {"steps": 100_000, "warmup": 1000, "micro_batch": 32},
          2: {"steps": 10_000, "warmup": 100, "lr": 1e-5, "micro_batch": 32},
-         3: {"steps": 2000, "warmup": 20, "lr": 1e-4, "ema_decay": 0.9, "save_every": 50, "micro_batch": 8}}     # Table 1: 9
-NANO = {1: {"steps": 500, "warmup": 50, "batch_size": 64, "micro_batch": 64, "lr": 2e-3, "times": "noisy", "ema_decay": 0.99},
-        2: {"steps": 2500, "warmup": 100, "batch_size": 64, "micro_batch": 64, "lr": 1e-3, "times": "noisy", "ema_decay": 0.998},
-        3: {"steps": 24, "warmup": 2, "lr": 3e-4, "micro_batch": 32, "num_groups": 4, "group_size": 8, "num_steps": 6, "clip_range": 2e-3,
-            "ema_decay": 0.7, "save_every": 8}}
+         3: {"steps": 2000, "warmup": 20, "lr": 1e-4, "ema_decay": 0.9, "save_every": 50,
+             "micro_batch": 8}}                                     # Table 1: 9
+NANO = {1: {"steps": 300, "warmup": 30, "batch_size": 64, "micro_batch": 64,
+            "lr": 2e-3, "times": "noisy", "ema_decay": 0.99},
+        2: {"steps": 2000, "warmup": 100, "batch_size": 64, "micro_batch": 64,
+            "lr": 1e-3, "times": "noisy", "ema_decay": 0.998},
+        3: {"steps": 24, "warmup": 2, "lr": 3e-4, "micro_batch": 32, "num_groups": 4, "group_size": 8,
+            "num_steps": 6, "clip_range": 2e-3, "ema_decay": 0.7, "save_every": 8}}
 RECIPES = {"nano": NANO, "b-512": PAPER, "l-512": PAPER, "l-1024": PAPER}
 
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
     """Defaults < recipe of the preset and stage < flags."""
     argv = sys.argv[1:] if argv is None else argv
-    said = [b for a, b in zip(argv, argv[1:]) if a == "--stage"] + [a[8:] for a in argv if a.startswith("--stage=")]
-    stage = int(said[-1]) if said and said[-1] in ("1", "2", "3") else 1          # a bad one is reported below
-    return parse_config(TrainConfig, {name: recipe[stage] for name, recipe in RECIPES.items()}, argv, __doc__.split("\n")[0])
+    said = ([b for a, b in zip(argv, argv[1:]) if a == "--stage"]
+            + [a[8:] for a in argv if a.startswith("--stage=")])
+    stage = int(said[-1]) if said and said[-1] in ("1", "2", "3") else 1    # a bad one is reported below
+    return parse_config(TrainConfig, {name: recipe[stage] for name, recipe in RECIPES.items()}, argv,
+                        __doc__.split("\n")[0])
 
 
 # ----------------------------------------------------------------------------- stages 1 and 2
 
 def draw_times(kind: str, generators: list) -> "Tensor":
-    """One t in (0, 1] an item: k / 1000 with k uniform in 1..1000, as published, or sigmoid of N(1, 1). Returns (B,)."""
+    """One t in (0, 1] an item: k / 1000 with k uniform in 1..1000, as published,
+    or sigmoid of N(1, 1). Returns (B,)."""
     import torch
     if kind == "uniform":
         return torch.cat([torch.randint(1, 1001, (1,), generator=g) for g in generators]) / 1000
@@ -120,19 +143,21 @@ def draw_times(kind: str, generators: list) -> "Tensor":
 
 
 def item_loss(cfg: TrainConfig, model, data, step: int, items: list[int]) -> "Tensor":
-    """The mean flow-matching loss of some items of a step. All draws of an item come from (seed, step, item)."""
+    """The mean flow-matching loss of some items of a step.
+    All draws of an item come from (seed, step, item)."""
     import torch
     from common import generator, precision
     from dit import flow_matching_loss, randn
-    x0, captions = data.batch(step, items)                                        # (B, C, h, w)
+    x0, captions = data.batch(step, items)                                              # (B, C, h, w)
     rngs = [generator(cfg.seed, "item", step, item) for item in items]
-    prompts = [None if torch.rand((), generator=g) < cfg.caption_dropout else c for g, c in zip(rngs, captions)]
-    t = draw_times(cfg.times, rngs).to(x0.device)                                 # (B,)
-    noise = randn(x0.shape, rngs, x0.device)                                      # (B, C, h, w)
-    distinct = list(dict.fromkeys(prompts))                                       # each prompt is read once
+    prompts = [None if torch.rand((), generator=g) < cfg.caption_dropout else c
+               for g, c in zip(rngs, captions)]
+    t = draw_times(cfg.times, rngs).to(x0.device)                                       # (B,)
+    noise = randn(x0.shape, rngs, x0.device)                                            # (B, C, h, w)
+    distinct = list(dict.fromkeys(prompts))                                             # each is read once
     prefix = model.encode_prefix(distinct, max_tokens=model.preset.train_tokens)
     with precision(model.device, cfg.dtype):
-        c = model.fuse(model.condition_layers(prefix))                            # (distinct, N, E)
+        c = model.fuse(model.condition_layers(prefix))                                  # (distinct, N, E)
         c = c[torch.tensor([distinct.index(p) for p in prompts], device=c.device)]      # (B, N, E)
         return flow_matching_loss(model.dit, x0, c, t, noise)
 
@@ -141,17 +166,19 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
     """Stages 1 and 2. Returns the last logged loss."""
     import torch
     from tqdm import tqdm
-    from common import (RunLog, StopSignal, adamw, all_reduce_mean, average_gradients, cosine_lr, ema_update, environment,
-                        load_checkpoint, load_into, save_checkpoint, write_json)
+    from common import (RunLog, StopSignal, adamw, all_reduce_mean, average_gradients, cosine_lr, ema_update,
+                        environment, load_checkpoint, load_into, read_metrics, save_checkpoint, write_json)
     from data import NanoLatents
     from model import save_trained
     from grpo import weights_of
 
     if cfg.batch_size % dist.world_size:
-        raise ValueError(f"expected --batch-size to be a multiple of the number of devices, {dist.world_size}, got {cfg.batch_size}")
+        raise ValueError("expected --batch-size to be a multiple of the number of devices, "
+                         f"{dist.world_size}, got {cfg.batch_size}")
     if cfg.preset != "nano":
-        raise ValueError(f"stages 1 and 2 of --preset {cfg.preset} need pictures with captions, and only the nano world's are built in; "
-                         "train --preset nano, or start stage 3 from given weights")
+        raise ValueError(f"stages 1 and 2 of --preset {cfg.preset} need pictures with captions, "
+                         "and only the nano world's are built in; train --preset nano, "
+                         "or start stage 3 from given weights")
     params = model.trainable(cfg.stage)
     model.requires_grad_(False)
     for p in params.values():
@@ -160,20 +187,21 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
         model.dit.compile()
     ema = {name: p.detach().clone() for name, p in params.items()}
     opt = adamw(params.values(), cfg.lr, cfg.weight_decay)
-    done, total = 0, 0.0                  # total: the sum of the losses since the last line of the log
+    done, total, seconds = 0, 0.0, 0.0    # total: the sum of the losses since the last line of the log
     if checkpoint:
         tensors, state, _ = load_checkpoint(checkpoint)
         load_into(params, tensors["trained"], str(checkpoint))
         load_into(ema, tensors["ema"], str(checkpoint))
         opt.load_state_dict(state["optimizer"])
-        done, total = state["step"], state["loss_sum"]
+        done, total, seconds = state["step"], state["loss_sum"], state["seconds"]
     data = NanoLatents(model.vae, cfg.seed)
     mine = range(cfg.batch_size)[dist.rank::dist.world_size]
-    lead, timed, began = dist.rank == 0, done, time.perf_counter()
+    lead, timed, began, started = dist.rank == 0, done, time.perf_counter(), time.perf_counter()
     log = RunLog(cfg.run_dir, resume_step=done + 1 if cfg.resume else None) if lead else None
     record: dict[str, float] = {}
 
-    bar = tqdm(range(done, cfg.steps), total=cfg.steps, initial=done, disable=not lead, unit="step", dynamic_ncols=True)
+    bar = tqdm(range(done, cfg.steps), total=cfg.steps, initial=done, disable=not lead, unit="step",
+               dynamic_ncols=True)
     with StopSignal() as signal:
         for step in bar:
             lr = cosine_lr(step, cfg.steps, cfg.warmup, cfg.lr)
@@ -189,7 +217,8 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
             grad_norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.clip_norm).item()
             opt.step()
             ema_update(ema, params, min(cfg.ema_decay, (step + 1) / (step + 10)))
-            flags = all_reduce_mean(torch.tensor([total, signal.stop], dtype=torch.float64, device=model.device), dist).tolist()
+            flags = all_reduce_mean(torch.tensor([total, signal.stop], dtype=torch.float64,
+                                                 device=model.device), dist).tolist()
             stop, last = flags[1] > 0, step + 1 == cfg.steps
             if lead and ((step + 1) % cfg.log_every == 0 or last):
                 count = (step % cfg.log_every) + 1
@@ -200,21 +229,25 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
             if (step + 1) % cfg.log_every == 0:
                 total, flags[0], timed, began = 0.0, 0.0, step + 1, time.perf_counter()
             if lead and (last or stop or (step + 1) % cfg.save_every == 0):
-                state = {"step": step + 1, "loss_sum": flags[0], "optimizer": opt.state_dict()}
+                state = {"step": step + 1, "loss_sum": flags[0], "optimizer": opt.state_dict(),
+                         "seconds": seconds + time.perf_counter() - started}
                 save_checkpoint(cfg.run_dir, step + 1, {"trained": params, "ema": ema}, state, cfg.keep)
             if stop and not last:
                 bar.close()
                 if lead:
-                    print(f"stopped after step {step + 1} of {cfg.steps}; everything is saved, go on with --resume auto")
+                    print(f"stopped after step {step + 1} of {cfg.steps}; everything is saved, "
+                          "go on with --resume auto")
                 return {}
     if lead:
         log.close()
+        record = read_metrics(log.path)[-1]               # a finished run that is resumed has made no step
         path = Path(cfg.run_dir) / f"stage{cfg.stage}.safetensors"
         with weights_of(params, ema):
             save_trained(model, path, cfg.stage, cfg)
-        write_json(path.with_suffix(".json"), {"command": "python " + " ".join(sys.argv), "seed": cfg.seed, "steps": cfg.steps,
-                                               "devices": dist.world_size, "seconds": round(seconds + time.perf_counter() - started),
-                                               "loss": record["loss"], **environment()})
+        write_json(path.with_suffix(".json"),
+                   {"command": "python " + " ".join(sys.argv), "seed": cfg.seed, "steps": cfg.steps,
+                    "devices": dist.world_size, "seconds": round(seconds + time.perf_counter() - started),
+                    "loss": record["loss"], **environment()})
         print(f"weights {path}")
     return record
 
@@ -237,8 +270,8 @@ def load_model(cfg: TrainConfig):
         return model, f"{folder}: VLM, DiT and autoencoder; queries and LIM start afresh"
     path = folder / f"stage{cfg.stage - 1}.safetensors" if cfg.init == "auto" else Path(cfg.init)
     if not path.is_file():
-        raise FileNotFoundError(f"stage {cfg.stage} starts from stage {cfg.stage - 1}: expected {path}, found none; run "
-                                f"--stage {cfg.stage - 1} first and pass its file as --init")
+        raise FileNotFoundError(f"stage {cfg.stage} starts from stage {cfg.stage - 1}: expected {path}, "
+                                f"found none; run --stage {cfg.stage - 1} first and pass its file as --init")
     model.load_trained(path, cfg.stage - 1, cfg.preset)
     return model, f"{path}: {len(model.trainable(cfg.stage - 1))} tensors of stage {cfg.stage - 1}"
 
@@ -247,12 +280,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     cfg = parse(argv)
     import json
     from dataclasses import replace
-    import torch
     from common import cleanup_dist, config_dict, environment, find_checkpoint, prepare_run_dir, setup_dist
     dist = setup_dist()
     cuda = dist.device.type == "cuda"
     chosen = any(flag in ("--compile", "--no-compile") for flag in (sys.argv[1:] if argv is None else argv))
-    cfg = replace(cfg, compile=cfg.compile if chosen else cuda, run_dir=f"runs/stage{cfg.stage}" if cfg.run_dir == "auto" else cfg.run_dir,
+    cfg = replace(cfg, compile=cfg.compile if chosen else cuda,
+                  run_dir=f"runs/stage{cfg.stage}" if cfg.run_dir == "auto" else cfg.run_dir,
                   dtype=("bf16" if cuda else "fp32") if cfg.dtype == "auto" else cfg.dtype)
     checkpoint = find_checkpoint(cfg.resume, cfg.run_dir)
     if dist.rank == 0:
@@ -262,7 +295,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model.to(dist.device)
     if dist.rank == 0:
         trained = sum(p.numel() for p in model.trainable(cfg.stage).values())
-        print(f"loaded {loaded}\n{trained:,} parameters are trained, {sum(p.numel() for p in model.parameters()) - trained:,} are frozen", flush=True)
+        print(f"loaded {loaded}\n{trained:,} parameters are trained, "
+              f"{sum(p.numel() for p in model.parameters()) - trained:,} are frozen", flush=True)
     try:
         if cfg.stage == 3:
             import grpo

@@ -574,23 +574,27 @@ def ship(run_dir: Path) -> None:
     """Put the weights of a stage I or II run, in bf16, and the record of how they were made, among the shipped ones."""
     path = next(run_dir.glob("stage[12].safetensors"))
     tensors, metadata = read_safetensors(path)
+    here, there = str(run_dir), f"runs/{path.stem}"              # where the run lay on this machine is nobody's business
+    metadata = {name: text.replace(here, there) for name, text in metadata.items()}
     save_safetensors(WEIGHTS / path.name, {name: t.bfloat16() for name, t in tensors.items()}, metadata)
-    write_json(WEIGHTS / f"{path.stem}.json", json.loads(path.with_suffix(".json").read_text()))
+    write_json(WEIGHTS / f"{path.stem}.json", json.loads(path.with_suffix(".json").read_text().replace(here, there)))
 
 
-PARTS = {"vae": (train_vae, 600), "vlm": (train_vlm, 1500), "dit": (train_dit, 5000), "clip": (train_clip, 1200),
-         "pick": (train_pick, 400), "aes": (train_aes, 1000)}
+PARTS = {"vae": (train_vae, 600), "vlm": (train_vlm, 1500), "dit": (train_dit, 4000), "clip": (train_clip, 1200),
+         "pick": (train_pick, 250), "aes": (train_aes, 1000)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="what to train (default: everything)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to train, of {', '.join(PARTS)} (default: everything)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps; for a quick look")
     parser.add_argument("--ship", type=Path, metavar="RUN_DIR", help="instead: put a stage I or II run's weights among the shipped ones")
     args = parser.parse_args()
     if args.ship:
         return ship(args.ship)
-    for part in args.parts:
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        parser.error(f"expected parts of {', '.join(PARTS)}, got {unknown[0]!r}")
+    for part in args.parts or PARTS:
         train, steps = PARTS[part]
         train(max(1, round(steps * args.scale)))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from common import generator, save_safetensors
-from model import NANO_WEIGHTS, PRESETS, ParaUni, VLMConfig, build_vlm
 from dit import DiTConfig
 from lim import LIMConfig
+from model import NANO_WEIGHTS, PRESETS, ParaUni, VLMConfig, build_vlm
 from vae import DCAEConfig
 
 TINY = replace(
