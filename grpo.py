@@ -499,6 +499,7 @@ def perturb(run: Run, layers: list[int], reward: float, grad_norm: float, key: t
     if run.gamma is not None:
         if run.cfg.ldam_mode == "keep":
             keep_noise(run.model, layers, run.gamma, key)
+            run.reference.layer_factor = run.model.layer_factor      # the KL measures weights, not fields
         if run.dist.rank == 0:
             cut = f", cut from {last['gamma_raw']:.3g} by --ldam-gamma-max" if last["bounded"] else ""
             tqdm.write(f"LDAM fires after epoch {key[1] + 1}: gamma {run.gamma:.3g}{cut}, layers {layers}")
@@ -543,8 +544,9 @@ def restore(run: Run, checkpoint: Path) -> int:
     tensors, state, _ = load_checkpoint(checkpoint)
     load_into(run.params, tensors["trained"], str(checkpoint))
     load_into(run.ema, tensors["ema"], str(checkpoint))
-    run.model.layer_factor = (tensors["ldam"]["layer_factor"].to(run.model.device) if "ldam" in tensors
-                              else None)
+    if "ldam" in tensors:
+        field = tensors["ldam"]["layer_factor"].to(run.model.device)                # (L, N, E)
+        run.model.layer_factor = run.reference.layer_factor = field
     run.opt.load_state_dict(state["optimizer"])
     run.ldam.load_state_dict(state["ldam"])
     run.evals, run.gamma = state["evals"], state["gamma"]
@@ -607,6 +609,7 @@ def heldout_means(scores: dict[str, list[float]]) -> dict[str, float]:
 def finish(run: Run) -> None:
     """The weights, the curves, the pictures before and after, and a table of what each phase did."""
     cfg, folder = run.cfg, Path(run.cfg.run_dir)
+    run.reference.layer_factor = None                         # stage II as it was, for the picture before
     with weights_of(run.params, run.ema):
         save_trained(run.model, folder / "stage3.safetensors", 3, cfg)
         grid = picture_grid(run, [run.reference, run.model], 8, ["before", "after"])

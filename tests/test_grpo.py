@@ -2,6 +2,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,6 +356,21 @@ def test_a_kept_field_is_in_rollout_and_update_alike(policy: ParaUni) -> None:
     prefix, noise, rolled = roll(policy, CFG)
     assert (rolled.latents[-1] - plain.latents[-1]).abs().max() > 1e-3
     assert accumulate_gradient(policy, prefix, rolled, torch.ones(8), noise, CFG, anchor=False)["ratio_dev"] <= 1e-6
+
+
+class Firing:
+    """An LDAM that fires."""
+    last = {"epoch": 1, "fired": 1, "gamma": 0.5, "gamma_raw": 0.5, "bounded": 0}
+
+    def update(self, grad_norm: float, reward: float) -> float:
+        return 0.5
+
+
+def test_a_kept_field_moves_the_reference_too_so_that_the_kl_stays_one_of_weights(policy: ParaUni) -> None:
+    run = SimpleNamespace(cfg=replace(CFG, ldam_mode="keep"), model=policy, reference=clone(policy), ldam=Firing(),
+                          dist=Dist(0, 1, 0, policy.device), gamma=None)
+    assert grpo.perturb(run, [2], 0.0, 1.0, (0, 3))["ldam/layers"] == [2]
+    assert torch.equal(run.reference.layer_factor, policy.layer_factor) and (policy.layer_factor[1] != 1).all()
 
 
 # ----------------------------------------------------------------------------- an epoch

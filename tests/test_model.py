@@ -1,4 +1,5 @@
-"""ParaUni: the two-part VLM pass against one whole pass, which layers are read, what is trained, saved, loaded and refused."""
+"""ParaUni: the two-part VLM pass against one whole pass, which layers are read, what is trained, saved,
+loaded and refused."""
 import json
 import shutil
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from common import derive_seed, generator, read_safetensors, save_safetensors
 from dit import DiT, DiTConfig
 from helpers import save_parts
 from lim import LIM, LIMConfig
-from model import (IMAGENET_MEAN, IMAGENET_STD, PRESETS, PROMPT, QUESTION, UNCONDITIONAL, ParaUni, VLMConfig, build_vlm, load_vlm,
-                   save_trained)
+from model import (IMAGENET_MEAN, IMAGENET_STD, PRESETS, PROMPT, QUESTION, UNCONDITIONAL, ParaUni, VLMConfig,
+                   build_vlm, load_vlm, save_trained)
 
 NANO = PRESETS["nano"]
 L, N, D = NANO.vlm.num_layers, NANO.num_queries, NANO.vlm.width
@@ -28,12 +29,14 @@ class Config:
 
 
 def awake(model: ParaUni) -> ParaUni:
-    """Fresh weights hardly tell prompts apart, and a fresh DiT answers 0: make both depend on what they read."""
+    """Fresh weights hardly tell prompts apart, and a fresh DiT answers 0:
+    make both depend on what they read."""
     rng = generator(0, "awake")
     with torch.no_grad():
         for p in model.vlm.parameters():
             p.mul_(5 if p.ndim == 2 else 1)
-        for p in (*model.lim.agglayer_norm.parameters(), model.dit.proj_out.weight, model.dit.scale_shift_table):
+        for p in (*model.lim.agglayer_norm.parameters(), model.dit.proj_out.weight,
+                  model.dit.scale_shift_table):
             p.add_(0.3 * torch.randn(p.shape, generator=rng))
         for block in model.dit.transformer_blocks:
             block.scale_shift_table.add_(0.5 * torch.randn(block.scale_shift_table.shape, generator=rng))
@@ -68,25 +71,28 @@ def spell(prompt: str | None, image: bool = False) -> str:
     return f"<|im_start|>user\n{shown}{said}<|im_end|>\n<|im_start|>assistant\n<img>"
 
 
-def one_pass(model: ParaUni, prompts: list[str | None], images: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Features of the queries (L, B, N, D), and their inputs, from prompt and queries in one sequence with gradient;
-    each prompt alone, so that nothing is padded or masked."""
+def one_pass(model: ParaUni, prompts: list[str | None],
+             images: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Features of the queries (L, B, N, D), and their inputs, from prompt and queries in one sequence with
+    gradient; each prompt alone, so that nothing is padded or masked."""
     language, rows = model.vlm.model.language_model, []
     leaf = model.queries.detach().clone().requires_grad_()
     for b, prompt in enumerate(prompts):
-        ids = torch.tensor([model.tokenizer(spell(prompt, images is not None), add_special_tokens=False).input_ids])
-        embeds = model.vlm.get_input_embeddings()(ids)                                           # (1, S, D)
+        ids = torch.tensor([model.tokenizer(spell(prompt, images is not None),
+                                            add_special_tokens=False).input_ids])
+        embeds = model.vlm.get_input_embeddings()(ids)                                  # (1, S, D)
         if images is not None:
             mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-            tokens = model.vlm.model.get_image_features(pixel_values=(images[b:b + 1] - mean) / std).pooler_output
+            tokens = model.vlm.model.get_image_features(pixel_values=(images[b:b + 1] - mean)
+                                                        / std).pooler_output
             embeds[ids == 5] = tokens.reshape(16, D)
-        whole = torch.cat([embeds, leaf[None]], 1)                                               # (1, S + N, D)
+        whole = torch.cat([embeds, leaf[None]], 1)                                      # (1, S + N, D)
         out = language(inputs_embeds=whole, use_cache=False, output_hidden_states=True)
-        rows.append(torch.stack(out.hidden_states[1:])[:, :, -N:])                               # (L, 1, N, D)
+        rows.append(torch.stack(out.hidden_states[1:])[:, :, -N:])                      # (L, 1, N, D)
     return torch.cat(rows, 1), leaf
 
 
-# ---------------------------------------------------------------------------------------------- prompt -> condition
+# ---------------------------------------------------------------------------------------- prompt -> condition
 
 @pytest.mark.parametrize("with_images", [False, True])
 def test_prefix_and_queries_equal_one_pass_in_value_and_gradient(model: ParaUni, with_images: bool) -> None:
@@ -103,13 +109,15 @@ def test_prefix_and_queries_equal_one_pass_in_value_and_gradient(model: ParaUni,
 
 
 def test_padded_batch_equals_one_padded_pass(model: ParaUni) -> None:
-    """The same, on one padded sequence with mask and positions, as training by the whole sequence would do it."""
+    """The same, on one padded sequence with mask and positions, as training by the
+    whole sequence would do it."""
     ids, mask = model.tokenize([spell(p) for p in PROMPTS])
     B = len(PROMPTS)
     mask = torch.cat([mask, mask.new_ones(B, N)], 1)
     whole = torch.cat([model.vlm.get_input_embeddings()(ids), model.queries.expand(B, -1, -1)], 1)
-    out = model.vlm.model.language_model(inputs_embeds=whole, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                                         use_cache=False, output_hidden_states=True)
+    out = model.vlm.model.language_model(inputs_embeds=whole, attention_mask=mask,
+                                         position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
+                                         output_hidden_states=True)
     want = torch.stack(out.hidden_states[1:])[:, :, -N:]
     torch.testing.assert_close(model.read_queries(model.encode_prefix(PROMPTS)), want, rtol=1e-4, atol=1e-4)
 
@@ -127,7 +135,8 @@ def test_prefix_has_no_graph_and_can_be_read_again(model: ParaUni) -> None:
 
 
 def test_batch_of_as_many_prompts_as_layers_is_not_mixed(model: ParaUni) -> None:
-    prompts = ["a heart", "a red star", "two moons", "a ring above a square", None, "a photo of a blue circle", "four triangles", "a moon"]
+    prompts = ["a heart", "a red star", "two moons", "a ring above a square", None,
+               "a photo of a blue circle", "four triangles", "a moon"]
     assert len(prompts) == L
     with torch.no_grad():
         together = model.condition(prompts)
@@ -143,8 +152,10 @@ def test_condition_does_not_depend_on_the_batch(model: ParaUni) -> None:
     images = pictures(3)
     with torch.no_grad():
         alone = model.condition(["a red heart"], images[:1])
-        among = model.condition(["a red heart", "a picture of a red heart left of a blue star", "a moon"], images)
-        back = model.condition(["a moon", "a picture of a red heart left of a blue star", "a red heart"], images.flip(0))
+        among = model.condition(["a red heart", "a picture of a red heart left of a blue star", "a moon"],
+                                images)
+        back = model.condition(["a moon", "a picture of a red heart left of a blue star", "a red heart"],
+                               images.flip(0))
     torch.testing.assert_close(among[:1], alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(back.flip(0), among, rtol=1e-5, atol=1e-5)
 
@@ -157,11 +168,12 @@ def test_layers_are_the_outputs_of_the_vlm_layers_counted_from_one(model: ParaUn
         hook.remove()
     raw = [hidden[:, -N:] for hidden in raw]
     torch.testing.assert_close(features[:-1], torch.stack(raw[:-1]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(features[-1], language.norm(raw[-1]), rtol=0, atol=1e-5)          # the last: final norm on it
+    torch.testing.assert_close(features[-1], language.norm(raw[-1]), rtol=0, atol=1e-5)  # the last: final norm on it
     c = [model.lim.agglayer_norm(model.lim.projector(model.lim.connector(q))) for q in features]
     for layers in ([1], [3], [L], [2, 5, 8], list(range(1, L + 1))):
         want = torch.stack([c[i - 1] for i in layers]).mean(0)
-        torch.testing.assert_close(model.condition(["a red heart"], layers=layers), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.condition(["a red heart"], layers=layers), want,
+                                   rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.condition(["a red heart"]), torch.stack(c).mean(0), rtol=1e-4, atol=1e-4)
 
 
@@ -180,7 +192,8 @@ def test_kept_fields_and_noise_multiply_each_layer(model: ParaUni) -> None:
     torch.testing.assert_close(other.fuse(c, noise=noise), (c * (1 + noise)).mean(0))
     other.layer_factor = factor
     torch.testing.assert_close(other.fuse(c), (c * factor[:, None]).mean(0))
-    torch.testing.assert_close(other.fuse(c, [2, 4], noise), (c * factor[:, None] * (1 + noise))[[1, 3]].mean(0))
+    torch.testing.assert_close(other.fuse(c, [2, 4], noise),
+                               (c * factor[:, None] * (1 + noise))[[1, 3]].mean(0))
     assert "layer_factor" not in other.state_dict() and other.double().layer_factor.dtype == torch.float64
 
 
@@ -192,9 +205,11 @@ def test_embedding_of_pictures_is_the_vlms_own(model: ParaUni) -> None:
     assert pixels.shape == (2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(pixels, (pictures(2) - mean) / std, rtol=0, atol=1e-5)
-    own = model.vlm.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, output_hidden_states=True).hidden_states[0]
+    own = model.vlm.model(input_ids=ids, attention_mask=mask, pixel_values=pixels,
+                          output_hidden_states=True).hidden_states[0]
     torch.testing.assert_close(model.embed(ids, large), own, rtol=0, atol=1e-5)
-    assert not torch.equal(model.condition(["a heart"], pictures(1)), model.condition(["a heart"], pictures(1, seed=1)))
+    assert not torch.equal(model.condition(["a heart"], pictures(1)),
+                           model.condition(["a heart"], pictures(1, seed=1)))
 
 
 # ---------------------------------------------------------------------------------------------- words
@@ -208,7 +223,8 @@ def test_templates_are_the_published_ones() -> None:
 
 def test_prompts_reach_the_vlm_as_those_templates(model: ParaUni, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, tokenize = [], model.tokenize
-    monkeypatch.setattr(model, "tokenize", lambda texts, limit=None: seen.extend(texts) or tokenize(texts, limit))
+    monkeypatch.setattr(model, "tokenize", lambda texts,
+                        limit=None: seen.extend(texts) or tokenize(texts, limit))
     model.encode_prefix(["  a heart\n", None])
     model.encode_prefix(["a heart", None], pictures(2))
     assert seen == [spell("a heart"), spell(None), spell("a heart", True), spell(None, True)]
@@ -231,7 +247,8 @@ def test_tokenize_pads_right_and_keeps_the_first_tokens(model: ParaUni) -> None:
 
 
 @pytest.mark.parametrize("prompts, sentence", [
-    (["a heart", "a purple Giraffe, with hats"], "words of this model do not include 'Giraffe', 'hats'; expected a prompt such as"),
+    (["a heart", "a purple Giraffe, with hats"],
+     "words of this model do not include 'Giraffe', 'hats'; expected a prompt such as"),
     (["a heart", " \n"], "expected every prompt to say something, got an empty one"),
     ([""], "expected every prompt to say something"),
     ([], "expected at least one prompt, got an empty list"),
@@ -246,11 +263,12 @@ def test_prompts_that_cannot_be_read_are_refused(model: ParaUni, prompts: list[s
 
 def test_one_picture_for_each_prompt(model: ParaUni) -> None:
     for B in (1, 3):
-        with pytest.raises(ValueError, match=f"expected one picture for each prompt, got {B} pictures and 2 prompts"):
+        with pytest.raises(ValueError,
+                           match=f"expected one picture for each prompt, got {B} pictures and 2 prompts"):
             model.condition(["a heart", "a star"], pictures(B))
 
 
-# ---------------------------------------------------------------------------------------------- pictures and answers
+# --------------------------------------------------------------------------------------- pictures and answers
 
 def test_pictures_depend_on_seed_and_place_and_not_on_the_batch(model: ParaUni) -> None:
     prompts = ["a heart", "a blue star", "two moons"]
@@ -258,7 +276,8 @@ def test_pictures_depend_on_seed_and_place_and_not_on_the_batch(model: ParaUni) 
     assert images.shape == (3, 3, 32, 32) and images.dtype == torch.float32
     assert 0 <= images.min() and images.max() <= 1 and images.std() > 0.02
     assert torch.equal(images, model.generate(prompts, num_steps=3, seed=7))
-    torch.testing.assert_close(model.generate(prompts[:2], num_steps=3, seed=7), images[:2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.generate(prompts[:2], num_steps=3, seed=7), images[:2],
+                               rtol=0, atol=1e-4)
     alone = model.generate([prompts[2]], num_steps=3, seed=[derive_seed(7, "picture", 2)])
     torch.testing.assert_close(alone, images[2:], rtol=0, atol=1e-4)
     assert (model.generate(prompts, num_steps=3, seed=8) - images).abs().amax((1, 2, 3)).min() > 0.05
@@ -267,16 +286,20 @@ def test_pictures_depend_on_seed_and_place_and_not_on_the_batch(model: ParaUni) 
 
 
 def test_prompt_image_layers_and_guidance_are_heard(model: ParaUni) -> None:
-    def draw(prompt: str = "a heart", guidance_scale: float = 4.5, **more: Tensor | list[int] | str) -> Tensor:
+    def draw(prompt: str = "a heart", guidance_scale: float = 4.5,
+             **more: Tensor | list[int] | str) -> Tensor:
         return model.generate([prompt], 3, guidance_scale, seed=[5], **more)
     base = draw()
-    for other in (draw("a blue star"), draw(guidance_scale=2.0), draw(images=pictures(1)), draw(layers=[2]), draw(solver="euler")):
+    for other in (draw("a blue star"), draw(guidance_scale=2.0), draw(images=pictures(1)), draw(layers=[2]),
+                  draw(solver="euler")):
         assert (other - base).abs().max() > 1e-3
 
 
-def test_guidance_is_against_the_unconditional_prompt(model: ParaUni, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_is_against_the_unconditional_prompt(model: ParaUni,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     seen, condition = [], model.condition
-    monkeypatch.setattr(model, "condition", lambda prompts, *more: seen.append(prompts) or condition(prompts, *more))
+    monkeypatch.setattr(model, "condition", lambda prompts,
+                        *more: seen.append(prompts) or condition(prompts, *more))
     model.generate(["a heart", "a star"], num_steps=1)
     assert seen == [["a heart", "a star"], [None]]
 
@@ -302,12 +325,14 @@ def test_answers_are_greedy_and_do_not_depend_on_the_batch(model: ParaUni) -> No
     assert answers == [model.answer(images[i:i + 1], asked[i:i + 1], max_new_tokens=5)[0] for i in range(3)]
     for i, question in enumerate(asked):
         shown = "<img>" + "<IMG_CONTEXT>" * 16 + "</img>\n"
-        row = model.tokenizer(QUESTION.format(image=shown, question=question), add_special_tokens=False).input_ids
+        row = model.tokenizer(QUESTION.format(image=shown, question=question),
+                              add_special_tokens=False).input_ids
         assert row.count(5) == 16
         start = len(row)
         with torch.no_grad():
             for _ in range(5):
-                logits = model.vlm(input_ids=torch.tensor([row]), pixel_values=model.pixels(images[i:i + 1])).logits
+                logits = model.vlm(input_ids=torch.tensor([row]),
+                                   pixel_values=model.pixels(images[i:i + 1])).logits
                 row.append(int(logits[0, -1].argmax()))
                 if row[-1] == model.tokenizer.convert_tokens_to_ids("<|im_end|>"):
                     break
@@ -321,7 +346,7 @@ def test_chat_is_one_answer(model: ParaUni) -> None:
         model.chat(image, " ")
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------------------------- what is trained
 
 def test_train_leaves_the_frozen_parts_in_eval(model: ParaUni) -> None:
     try:
@@ -334,7 +359,8 @@ def test_train_leaves_the_frozen_parts_in_eval(model: ParaUni) -> None:
 
 
 def test_trainable_parameters_of_each_stage(model: ParaUni) -> None:
-    lim, dit = ({f"{part}.{name}" for name, _ in getattr(model, part).named_parameters()} for part in ("lim", "dit"))
+    lim, dit = ({f"{part}.{name}" for name, _ in getattr(model, part).named_parameters()}
+                for part in ("lim", "dit"))
     assert set(model.trainable(1)) == {"queries"} | lim
     assert set(model.trainable(2)) == set(model.trainable(3)) == {"queries"} | lim | dit
     own = dict(model.named_parameters())
@@ -349,15 +375,17 @@ def test_queries_start_small_and_random_weights_follow_the_seed() -> None:
     assert not first.training and abs(first.queries.std().item() * D ** 0.5 - 1) < 0.1
     a, b, c = (m.state_dict() for m in (first, again, other))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("queries", "lim.projector.weight", "dit.patch_embed.proj.weight", "vlm.lm_head.weight", "vae.encoder.conv_in.weight"):
+    for name in ("queries", "lim.projector.weight", "dit.patch_embed.proj.weight", "vlm.lm_head.weight",
+                 "vae.encoder.conv_in.weight"):
         assert not torch.equal(a[name], c[name]), name
 
 
-# ---------------------------------------------------------------------------------------------- saving and loading
+# ----------------------------------------------------------------------------------------- saving and loading
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("kept", [False, True])
-def test_trained_weights_come_back_bit_for_bit(model: ParaUni, tmp_path: Path, stage: int, kept: bool) -> None:
+def test_trained_weights_come_back_bit_for_bit(model: ParaUni, tmp_path: Path, stage: int,
+                                               kept: bool) -> None:
     source, target = model, ParaUni.from_preset("nano", "random", seed=9)
     fresh = {name: p.clone() for name, p in target.state_dict().items()}
     factor = torch.randn(L, N, 128, generator=torch.Generator().manual_seed(0))
@@ -368,7 +396,8 @@ def test_trained_weights_come_back_bit_for_bit(model: ParaUni, tmp_path: Path, s
     finally:
         source.layer_factor = None
     metadata = target.load_trained(path, stage, "nano")
-    assert metadata["stage"] == str(stage) and json.loads(metadata["config"]) == {"preset": "nano", "lr": 1e-4}
+    assert metadata["stage"] == str(stage) and json.loads(metadata["config"]) == {"preset": "nano",
+                                                                                  "lr": 1e-4}
     trained = source.trainable(stage)
     assert set(read_safetensors(path)[0]) == set(trained) | ({"ldam.layer_factor"} if kept else set())
     assert all(torch.equal(trained[name], p) for name, p in target.trainable(stage).items())
@@ -380,10 +409,12 @@ def test_weights_saved_in_bf16_are_the_rounded_ones(model: ParaUni, tmp_path: Pa
     save_trained(model, tmp_path / "a.safetensors", 1, Config(), torch.bfloat16)
     target = ParaUni.from_preset("nano", "random", seed=9)
     target.load_trained(tmp_path / "a.safetensors")
-    assert target.queries.dtype == torch.float32 and torch.equal(target.queries, model.queries.bfloat16().float())
+    assert target.queries.dtype == torch.float32 and torch.equal(target.queries,
+                                                                 model.queries.bfloat16().float())
 
 
-def edit(path: Path, change: Callable[[dict[str, Tensor]], object], metadata: dict[str, str] | None = None) -> None:
+def edit(path: Path, change: Callable[[dict[str, Tensor]], object],
+         metadata: dict[str, str] | None = None) -> None:
     """Rewrite a safetensors file with other tensors, or other metadata."""
     tensors, old = read_safetensors(path)
     change(tensors)
@@ -393,16 +424,20 @@ def edit(path: Path, change: Callable[[dict[str, Tensor]], object], metadata: di
 @pytest.mark.parametrize("damage, expected, error, sentence", [
     (lambda path: None, (2, "nano"), ValueError, "to be weights of stage 2, got stage 1; .* --init"),
     (lambda path: None, (1, "l-512"), ValueError, "to be of preset l-512, it is of nano; change --preset"),
-    (lambda path: edit(path, lambda t: None, {"stage": "0"}), (None, None), ValueError, "stage 1, 2 or 3, got stage 0; .* --init"),
-    (lambda path: edit(path, lambda t: t.pop("lim.projector.bias")), (1, "nano"), ValueError, "1 missing: lim.projector.bias.*--preset"),
-    (lambda path: edit(path, lambda t: t.update(extra=torch.zeros(1))), (1, "nano"), ValueError, "1 unknown: extra.*--preset"),
+    (lambda path: edit(path, lambda t: None, {"stage": "0"}), (None, None), ValueError,
+     "stage 1, 2 or 3, got stage 0; .* --init"),
+    (lambda path: edit(path, lambda t: t.pop("lim.projector.bias")), (1, "nano"), ValueError,
+     "1 missing: lim.projector.bias.*--preset"),
+    (lambda path: edit(path, lambda t: t.update(extra=torch.zeros(1))), (1, "nano"), ValueError,
+     "1 unknown: extra.*--preset"),
     (lambda path: edit(path, lambda t: t.update(queries=torch.zeros(2, D))), (1, "nano"), ValueError,
      r"queries is \(2, 128\) instead of \(16, 128\).*--preset"),
-    (lambda path: edit(path, lambda t: None, {"stage": "2"}), (2, "nano"), ValueError, "missing: dit.*--preset"),
+    (lambda path: edit(path, lambda t: None, {"stage": "2"}), (2, "nano"), ValueError,
+     "missing: dit.*--preset"),
     (lambda path: path.write_bytes(path.read_bytes()[:-100]), (1, "nano"), ValueError, "truncated"),
     (lambda path: path.unlink(), (1, "nano"), FileNotFoundError, "found none; change --init or --weights")])
-def test_foreign_and_damaged_files_are_refused(model: ParaUni, tmp_path: Path, damage: Callable, expected: tuple, error: type,
-                                               sentence: str) -> None:
+def test_foreign_and_damaged_files_are_refused(model: ParaUni, tmp_path: Path, damage: Callable,
+                                               expected: tuple, error: type, sentence: str) -> None:
     path = tmp_path / "stage1.safetensors"
     save_trained(model, path, 1, Config())
     damage(path)
@@ -427,7 +462,8 @@ def test_folder_round_trip_and_the_newest_stage(model: ParaUni, broken: Path) ->
         assert all(torch.equal(got[name], p) for name, p in getattr(model, part).state_dict().items())
     assert not plain.training and torch.equal(plain.queries, ParaUni.from_preset("nano", "random").queries)
     save_trained(model, broken / "stage1.safetensors", 1, Config())
-    assert torch.equal(ParaUni.from_preset("nano", broken).lim.agglayer_norm.weight, model.lim.agglayer_norm.weight)
+    assert torch.equal(ParaUni.from_preset("nano", broken).lim.agglayer_norm.weight,
+                       model.lim.agglayer_norm.weight)
     other = ParaUni.from_preset("nano", "random", seed=9)
     save_trained(other, broken / "stage2.safetensors", 2, Config())
     newest = ParaUni.from_preset("nano", str(broken))
@@ -438,61 +474,74 @@ def test_folder_round_trip_and_the_newest_stage(model: ParaUni, broken: Path) ->
 
 
 def test_frozen_weights_are_held_in_the_presets_precision(broken: Path) -> None:
-    edit(broken / "vlm" / "model.safetensors", lambda t: t.update({name: p.bfloat16() for name, p in t.items()}), {"format": "pt"})
+    edit(broken / "vlm" / "model.safetensors",
+         lambda t: t.update({name: p.bfloat16() for name, p in t.items()}), {"format": "pt"})
     assert ParaUni.from_preset("nano", broken).vlm.dtype == torch.float32
     assert load_vlm(replace(NANO.vlm, dtype="bfloat16"), broken / "vlm").dtype == torch.bfloat16
     assert [PRESETS[name].vlm.dtype for name in PRESETS] == ["float32"] + ["bfloat16"] * 3
 
 
 def test_presets_without_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected --preset to be one of nano, b-512, l-512, l-1024, got 'xl'"):
+    with pytest.raises(ValueError,
+                       match="expected --preset to be one of nano, b-512, l-512, l-1024, got 'xl'"):
         ParaUni.from_preset("xl")
     for weights in (None, "auto"):
-        with pytest.raises(FileNotFoundError, match="expected --weights to name a folder .* preset l-512 .*Sana_1600M_512px_diffusers"):
+        with pytest.raises(FileNotFoundError, match="expected --weights to name a folder .* preset l-512 "
+                                                    ".*Sana_1600M_512px_diffusers"):
             ParaUni.from_preset("l-512", weights)
-    with pytest.raises(FileNotFoundError, match="nowhere.vlm.config.json, found none; --weights must name a folder"):
+    with pytest.raises(FileNotFoundError,
+                       match="nowhere.vlm.config.json, found none; --weights must name a folder"):
         ParaUni.from_preset("nano", "nowhere")
 
 
-@pytest.mark.parametrize("missing", ["vlm/config.json", "vlm/tokenizer.json", "vlm/model.safetensors", "vae/config.json", "transformer/config.json",
-                                     "transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("missing", ["vlm/config.json", "vlm/tokenizer.json", "vlm/model.safetensors",
+                                     "vae/config.json", "transformer/config.json",
+                                     "transformer/diffusion_pytorch_model.safetensors",
+                                     "vae/diffusion_pytorch_model.safetensors"])
 def test_folder_with_a_missing_part_is_refused(broken: Path, missing: str) -> None:
     (broken / missing).unlink()
     with pytest.raises(FileNotFoundError, match=f"expected {broken / missing}, found none; .*--weights"):
         ParaUni.from_preset("nano", broken)
 
 
-@pytest.mark.parametrize("part, key, value", [("transformer", "num_layers", 5), ("vae", "latent_channels", 4)])
+@pytest.mark.parametrize("part, key, value",
+                         [("transformer", "num_layers", 5), ("vae", "latent_channels", 4)])
 def test_folder_of_another_preset_is_refused(broken: Path, part: str, key: str, value: int) -> None:
     path = broken / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(ValueError, match=f"{broken / part} is of another preset: expected .* change --preset or --weights"):
+    with pytest.raises(ValueError, match=f"{broken / part} is of another preset: expected .* change --preset "
+                                         "or --weights"):
         ParaUni.from_preset("nano", broken)
 
 
 def test_folder_whose_weights_do_not_fit_is_refused(broken: Path) -> None:
     path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
     edit(path, lambda t: t.pop("proj_out.bias"))
-    with pytest.raises(ValueError, match=f"{path} does not fit DiT .1 missing: proj_out.bias.: change --preset or --weights"):
+    with pytest.raises(ValueError, match=f"{path} does not fit DiT .1 missing: proj_out.bias.: "
+                                         "change --preset or --weights"):
         ParaUni.from_preset("nano", broken)
 
 
 @pytest.mark.parametrize("change, sentence", [
     (lambda t: t.pop("language_model.lm_head.weight"), "1 missing: lm_head.weight"),
     (lambda t: t.update(extra=torch.zeros(1)), "1 unknown: extra"),
-    (lambda t: t.update({"language_model.lm_head.weight": torch.zeros(95, D)}), "1 of another shape: .*lm_head.weight")])
+    (lambda t: t.update({"language_model.lm_head.weight": torch.zeros(95, D)}),
+     "1 of another shape: .*lm_head.weight")])
 def test_load_vlm_refuses_what_does_not_fit(broken: Path, change: Callable, sentence: str) -> None:
     edit(broken / "vlm" / "model.safetensors", change)
-    with pytest.raises(ValueError, match=f"{broken / 'vlm'} is not the expected VLM .{sentence}.*: change --weights or --preset"):
+    with pytest.raises(ValueError, match=f"{broken / 'vlm'} is not the expected VLM .{sentence}.*: "
+                                         "change --weights or --preset"):
         load_vlm(NANO.vlm, broken / "vlm")
 
 
 def test_load_vlm_refuses_other_sizes_and_damage(broken: Path) -> None:
-    with pytest.raises(ValueError, match="another preset: expected 28 layers of width 1536, got 8 of 128; change --preset or --weights"):
+    with pytest.raises(ValueError, match="another preset: expected 28 layers of width 1536, got 8 of 128; "
+                                         "change --preset or --weights"):
         load_vlm(VLMConfig(), broken / "vlm")
     path = broken / "vlm" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"the weights in {broken / 'vlm'} are truncated .*; change --weights"):
+    with pytest.raises(ValueError,
+                       match=f"the weights in {broken / 'vlm'} are truncated .*; change --weights"):
         load_vlm(NANO.vlm, broken / "vlm")
 
 
@@ -513,14 +562,18 @@ def test_full_size_vlms_have_the_published_parameters(name: str, parameters: int
     assert count(vlm) == parameters and PRESETS[name].vlm.image_tokens == 256
     assert vlm.lm_head.weight is not vlm.get_input_embeddings().weight and vlm.dtype == torch.bfloat16
     text = vlm.config.text_config
-    assert (text.hidden_size // text.num_attention_heads, text.rms_norm_eps) == ({"b-512": 64, "l-512": 128}[name], 1e-6)
-    assert (text.max_position_embeddings, vlm.config.image_token_id, vlm.config.image_seq_length) == (32768, 151667, 256)
+    assert (text.hidden_size // text.num_attention_heads, text.rms_norm_eps) == ({"b-512": 64,
+                                                                                  "l-512": 128}[name], 1e-6)
+    assert (text.max_position_embeddings, vlm.config.image_token_id, vlm.config.image_seq_length) == (32768,
+                                                                                                      151667,
+                                                                                                      256)
 
 
 def test_embeddings_and_head_of_the_vlm_are_two_tensors() -> None:
     """Tied, the head that is loaded last would overwrite the embeddings."""
-    vlm = build_vlm(VLMConfig(width=32, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=32, vocab_size=96, context=64, image_token_id=5,
-                              image_size=32, patch_size=4, vision_width=32, vision_layers=1, vision_heads=2, vision_mlp_width=32))
+    vlm = build_vlm(VLMConfig(width=32, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=32,
+                              vocab_size=96, context=64, image_token_id=5, image_size=32, patch_size=4,
+                              vision_width=32, vision_layers=1, vision_heads=2, vision_mlp_width=32))
     state = {name: torch.full_like(p, float(i)) for i, (name, p) in enumerate(vlm.state_dict().items())}
     vlm.load_state_dict(state)
     assert all(torch.equal(p, state[name]) for name, p in vlm.state_dict().items())
@@ -531,17 +584,19 @@ def test_embeddings_and_head_of_the_vlm_are_two_tensors() -> None:
     ("b-512", 591_747_872, 54_660_608, (32, 16, 16)),
     ("l-512", 1_604_462_752, 225_844_992, (32, 16, 16)),
     ("l-1024", 1_604_641_952, 225_844_992, (32, 32, 32))])
-def test_presets_fit_together_and_have_the_published_sizes(name: str, dit: int | None, lim: int | None, latent: tuple) -> None:
+def test_presets_fit_together_and_have_the_published_sizes(name: str, dit: int | None, lim: int | None,
+                                                           latent: tuple) -> None:
     preset = PRESETS[name]
     assert preset.latent_shape == latent and preset.dit.in_channels == preset.vae.latent_channels
     assert preset.lim.width == preset.vlm.width and preset.lim.caption_channels == preset.dit.caption_channels
     if dit:
         assert count(on_meta(lambda: DiT(preset.dit))) == dit
         queries = preset.num_queries * preset.vlm.width
-        assert queries + count(on_meta(lambda: LIM(preset.lim))) == lim + 2 * 2304               # LN of Eq. 4 on top
+        assert queries + count(on_meta(lambda: LIM(preset.lim))) == lim + 2 * 2304      # LN of Eq. 4 on top
 
 
 def test_preset_defaults_are_the_papers() -> None:
     paper = PRESETS["l-1024"]
     assert (paper.image_size, paper.num_queries, paper.train_tokens) == (1024, 256, 128)
-    assert (paper.dit, paper.lim, replace(paper.vlm, dtype="float32")) == (DiTConfig(), LIMConfig(), VLMConfig())
+    assert (paper.dit, paper.lim, replace(paper.vlm, dtype="float32")) == (DiTConfig(), LIMConfig(),
+                                                                           VLMConfig())

@@ -1,4 +1,5 @@
-"""The nano world: its judge against scenes that are right and wrong on purpose, its split, its words, its questions."""
+"""The nano world: its judge against scenes that are right and wrong on purpose, its
+split, its words, its questions."""
 import re
 from dataclasses import replace
 
@@ -33,11 +34,12 @@ def benchmark() -> list[Prompt]:
     return world.benchmark_prompts()
 
 
-# ---------------------------------------------------------------------------------------------- the judge, on pictures
+# ------------------------------------------------------------------------------------- the judge, on pictures
 
 @pytest.fixture(scope="module")
 def right_and_wrong(benchmark: list[Prompt]) -> tuple[list[bool], list[bool]]:
-    """Verdicts on scenes drawn for the test prompts, and on scenes drawn for those prompts with one point changed."""
+    """Verdicts on scenes drawn for the test prompts, and on scenes drawn for those
+    prompts with one point changed."""
     draw = rng(1)
     right = world.render([world.scene_for(draw, p) for p in benchmark])
     wrong = world.render([world.scene_for(draw, world.corrupt(draw, p)) for p in benchmark])
@@ -84,7 +86,7 @@ def test_every_shape_in_every_color_is_found_as_itself(shape: str) -> None:
 def test_components_against_a_plain_flood_fill() -> None:
     color = torch.randint(-1, 2, (3, 12, 12), generator=torch.Generator().manual_seed(0))
     color[2] = -1
-    color[2, ::4], color[2, 2::8, 0], color[2, 6::8, -1] = 1, 1, 1           # winding: rows joined at alternate ends
+    color[2, ::4], color[2, 2::8, 0], color[2, 6::8, -1] = 1, 1, 1    # winding: rows joined at alternate ends
     color[2, 1:4, 0], color[2, 5:8, -1] = 1, 1
     labels = world.components(color).view(3, 12, 12)
     for b in range(3):
@@ -103,12 +105,15 @@ def test_components_against_a_plain_flood_fill() -> None:
 
 
 def test_only_counting_minds_extra_things() -> None:
-    pair, extra = [one("heart", "red", 8, 8, 5), one("star", "blue", 23, 9, 5)], one("moon", "green", 16, 24, 5)
-    for text in ("a heart", "a red heart", "a heart and a star", "a red heart and a blue star", "a heart left of a star"):
+    pair, extra = [one("heart", "red", 8, 8, 5),
+                   one("star", "blue", 23, 9, 5)], one("moon", "green", 16, 24, 5)
+    for text in ("a heart", "a red heart", "a heart and a star", "a red heart and a blue star",
+                 "a heart left of a star"):
         assert verdict(pair, text) and verdict([*pair, extra], text)
     twins = [one("heart", "red", 8, 8, 5), one("heart", "red", 23, 9, 5)]
     third = one("heart", "red", 16, 24, 5)
-    assert verdict(twins, "two hearts") and verdict(twins, "two red hearts") and verdict([*twins, extra], "two hearts")
+    assert verdict(twins, "two hearts") and verdict(twins, "two red hearts") and verdict([*twins, extra],
+                                                                                         "two hearts")
     assert not verdict([*twins, third], "two hearts") and not verdict([*twins, third], "two red hearts")
     assert not verdict(twins, "three hearts") and verdict([*twins, third], "three hearts")
     assert verdict([*twins, replace(third, color="blue")], "two red hearts")
@@ -128,7 +133,8 @@ def test_color_must_sit_on_the_right_shape() -> None:
     (4.2, 0, {"right of"}), (3.9, 0, set()),     # the limit: (d - 2) / d = 0.5 at d = 4
 ])
 def test_position_rule(dx: float, dy: float, holding: set[str]) -> None:
-    """Offset less a tenth of the summed sizes (here 20 px: 2 px off each axis), over the whole distance, beyond 1/2."""
+    """Offset less a tenth of the summed sizes (here 20 px: 2 px off each axis), over the
+    whole distance, beyond 1/2."""
     a, b = (Found(None, "red", 16 + x, 16 + y, 10.0, 10.0, 1.0) for x, y in ((dx, dy), (0, 0)))
     assert {r for r in RELATIONS if world.holds(r, a, b)} == holding
     assert {r for r in RELATIONS if world.holds(r, b, a)} == {world.OPPOSITE[r] for r in holding}
@@ -136,14 +142,16 @@ def test_position_rule(dx: float, dy: float, holding: set[str]) -> None:
 
 def test_position_forgives_by_the_size_along_each_axis() -> None:
     a, b = Found(None, "red", 10, 10, 20.0, 2.0, 1.0), Found(None, "red", 17, 16.5, 20.0, 2.0, 1.0)
-    assert {r for r in RELATIONS if world.holds(r, a, b)} == {"above"}        # x: (7 - 4) / 9.6, y: (6.5 - 0.4) / 9.6
+    assert {r for r in RELATIONS if world.holds(r, a, b)} == {"above"}  # x: (7 - 4) / 9.6, y: (6.5 - 0.4) / 9.6
 
 
 def test_degenerate_pictures_fulfil_nothing(benchmark: list[Prompt]) -> None:
-    plain = [torch.tensor(c)[:, None, None].expand(3, SIZE, SIZE) for c in (*COLORS.values(), world.DIM, world.BRIGHT)]
+    plain = [torch.tensor(c)[:, None, None].expand(3, SIZE, SIZE)
+             for c in (*COLORS.values(), world.DIM, world.BRIGHT)]
     noise = torch.rand(10, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     checker = (torch.arange(SIZE)[:, None] + torch.arange(SIZE)).remainder(2).float().expand(3, SIZE, SIZE)
-    images = torch.cat([torch.stack(plain), torch.zeros(1, 3, SIZE, SIZE), torch.ones(1, 3, SIZE, SIZE), noise, checker[None]])
+    images = torch.cat([torch.stack(plain), torch.zeros(1, 3, SIZE, SIZE), torch.ones(1, 3, SIZE, SIZE),
+                        noise, checker[None]])
     for found in world.detect(images):
         assert not any(world.fulfils(found, p) for p in benchmark)
     hard = (torch.rand(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) > 0.5).float()
@@ -197,7 +205,8 @@ def test_render_mixes_ground_and_color_by_coverage() -> None:
     picture = shown([one("circle", "red")], light=0.0)[0]
     torch.testing.assert_close(picture[:, 16, 16], torch.tensor(COLORS["red"]), rtol=0, atol=1e-6)
     torch.testing.assert_close(picture[:, 0, 0], torch.tensor(world.DIM), rtol=0, atol=1e-6)
-    torch.testing.assert_close(shown([], light=1.0)[0, :, 5, 5], torch.tensor(world.BRIGHT), rtol=0, atol=1e-6)
+    torch.testing.assert_close(shown([], light=1.0)[0, :, 5, 5], torch.tensor(world.BRIGHT),
+                               rtol=0, atol=1e-6)
     area = world.coverage("circle", *torch.tensor([16.0, 16.0, 6.0])).sum()
     assert abs(float(area) - np.pi * (0.95 * 6) ** 2) < 1.5
     for shape in SHAPES:
@@ -210,10 +219,11 @@ def test_mood_follows_the_light() -> None:
     assert moods == ["dim", "dim", "soft", "soft", "bright", "bright"]
 
 
-# ---------------------------------------------------------------------------------------------- prompts and their split
+# ------------------------------------------------------------------------------------ prompts and their split
 
 def brute_fulfils(scene: Scene, prompt: Prompt) -> bool:
-    """From the scene itself and the words of the prompt: exactly these things, and the first one on the said side."""
+    """From the scene itself and the words of the prompt: exactly these things, and the
+    first one on the said side."""
     words = prompt.text
     for wording in sorted(world.WORDINGS, key=len, reverse=True):
         words = words.removeprefix(wording)
@@ -226,7 +236,8 @@ def brute_fulfils(scene: Scene, prompt: Prompt) -> bool:
     things = list(scene.things)
     if len(things) != len(asked) or sorted(t.shape for t in things) != sorted(s for s, _ in asked):
         return False
-    if any(sum(t.shape == s and c in (None, t.color) for t in things) < asked.count((s, c)) for s, c in asked):
+    if any(sum(t.shape == s and c in (None, t.color) for t in things) < asked.count((s, c))
+           for s, c in asked):
         return False
     if side is None:
         return True
@@ -284,9 +295,11 @@ def test_orders_and_sides_of_one_content_are_on_one_side_of_the_split() -> None:
     draw = rng(6)
     for _ in range(300):
         a, b = (SHAPES[i] for i in draw.permutation(len(SHAPES))[:2])
-        c, d = (None, None) if draw.random() < 0.4 else (list(COLORS)[i] for i in draw.integers(len(COLORS), size=2))
+        c, d = (None, None) if draw.random() < 0.4 else (list(COLORS)[i]
+                                                         for i in draw.integers(len(COLORS), size=2))
         x, y = (a, c, 1), (b, d, 1)
-        for task, relation in (("two_object" if c is None else "color_attr", None), *(("position", r) for r in RELATIONS)):
+        for task, relation in (("two_object" if c is None else "color_attr", None),
+                               *(("position", r) for r in RELATIONS)):
             prompts = [world.say(task, (x, y), relation, w) for w in world.WORDINGS[:3]]
             prompts += [world.say(task, (y, x), world.OPPOSITE.get(relation), w) for w in world.WORDINGS[:3]]
             assert len({world.is_test(p) for p in prompts}) == 1
@@ -303,7 +316,8 @@ def test_sampled_prompts_stay_on_their_side() -> None:
 
 def test_benchmark_prompts(benchmark: list[Prompt]) -> None:
     assert len(benchmark) == len({p.text for p in benchmark}) == 600
-    assert list(dict.fromkeys(p.task for p in benchmark)) == list(TASKS) and all(map(world.is_test, benchmark))
+    assert list(dict.fromkeys(p.task for p in benchmark)) == list(TASKS) and all(map(world.is_test,
+                                                                                     benchmark))
     assert benchmark == world.benchmark_prompts()
     assert world.prompt_list(True, 5, seed=1) != world.prompt_list(True, 5)
 
@@ -318,10 +332,11 @@ def test_parse_prompt_inverts_every_text() -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "", "heart", "a photo of", "a photo of ", "a hearts", "two heart", "one heart", "five hearts", "a brown heart", "a cat",
-    "A heart", "a heart.", "a  heart", "a orange heart", "an red heart", "a red red heart", "a heart and", "a heart and a heart",
-    "a heart and a star and a moon", "a heart left of a star and a moon", "a red heart and a star", "two hearts and a star",
-    "a heart on a star", "Generate an image of a heart"])
+    "", "heart", "a photo of", "a photo of ", "a hearts", "two heart", "one heart", "five hearts",
+    "a brown heart", "a cat", "A heart", "a heart.", "a  heart", "a orange heart", "an red heart",
+    "a red red heart", "a heart and", "a heart and a heart",
+    "a heart and a star and a moon", "a heart left of a star and a moon", "a red heart and a star",
+    "two hearts and a star", "a heart on a star", "Generate an image of a heart"])
 def test_parse_prompt_refuses_other_texts(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"got {text!r}")):
         world.parse_prompt(text)
@@ -334,14 +349,15 @@ def test_unknown_names_are_refused() -> None:
         world.all_contents("two_objects")
 
 
-# ---------------------------------------------------------------------------------------------- questions and words
+# ---------------------------------------------------------------------------------------- questions and words
 
 def brute_answer(question: str, scene: Scene) -> str:
     """The answer from the scene's things alone; fails where a question has no single answer."""
     things = scene.things
 
     def side(a: Thing, b: Thing) -> str:
-        assert max(abs(a.x - b.x), abs(a.y - b.y)) >= 0.79 * np.hypot(a.x - b.x, a.y - b.y), "no plain side to ask about"
+        assert max(abs(a.x - b.x), abs(a.y - b.y)) >= 0.79 * np.hypot(a.x - b.x,
+                                                                      a.y - b.y), "no plain side to ask about"
         across = abs(a.x - b.x) > abs(a.y - b.y)
         return ("left of", "right of")[a.x > b.x] if across else ("above", "below")[a.y > b.y]
 
