@@ -332,9 +332,10 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): write it again") from error
 
 
-def load_into(target: nn.Module | dict[str, Tensor], tensors: dict[str, Tensor], what: str, hint: str = "") -> None:
-    """Copy tensors into a module, or into named parameters, strictly; its ValueError is one sentence: what does not
-    fit, the first keys, the hint."""
+def load_into(target: nn.Module | dict[str, Tensor], tensors: dict[str, Tensor], what: str,
+              hint: str = "") -> None:
+    """Copy tensors into a module, or into named parameters, strictly;
+    its ValueError is one sentence: what does not fit, the first keys, the hint."""
     import torch
 
     own = target if isinstance(target, dict) else target.state_dict()
@@ -345,7 +346,8 @@ def load_into(target: nn.Module | dict[str, Tensor], tensors: dict[str, Tensor],
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
                            for fault, keys in faults.items() if keys)
-        raise ValueError(f"{what} does not fit {'the model' if own is target else type(target).__name__} ({listed})"
+        raise ValueError(f"{what} does not fit "
+                         f"{'the model' if own is target else type(target).__name__} ({listed})"
                          + (f": {hint}" if hint else ""))
     with torch.no_grad():
         for name, tensor in own.items():
@@ -571,7 +573,8 @@ class StopSignal:
 
 
 # ------------------------------------------------------------------------------------------ training helpers
-def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
+def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float,
+          betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
     """AdamW with weight decay on tensors of two and more dimensions only (not on biases, norms)."""
     import torch
     params = list(params)
@@ -590,7 +593,8 @@ def precision(device: str | torch.device, dtype: str) -> Iterator[None]:
         return
     kind = torch.device(device).type
     # On a CPU the fused attention kernel's bf16 gradient takes several times as long as the plain one's.
-    backends = [SDPBackend.MATH] if kind == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    backends = ([SDPBackend.MATH] if kind == "cpu"
+                else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with torch.autocast(kind, torch.bfloat16), sdpa_kernel(backends):
         yield
 

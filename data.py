@@ -1,7 +1,7 @@
 """What the stages are fed: prompts for stage III, latents with captions for stages I and II.
 
-Every item is a function of (seed, step, item): no state to save, and nothing depends on the number of devices.
-B items, C h w latent.
+Every item is a function of (seed, step, item): no state to save, and nothing depends on the number of
+devices. B items, C h w latent.
 """
 from pathlib import Path
 
@@ -16,11 +16,13 @@ def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; empty lines are left out. FileNotFoundError, or ValueError if nothing is left."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected --prompts to name a text file with one prompt a line, found no file {path}")
+        raise FileNotFoundError("expected --prompts to name a text file with one prompt a line, "
+                                f"found no file {path}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected {path} to be UTF-8 text with one prompt a line, byte {error.start} is not") from error
+        raise ValueError(f"expected {path} to be UTF-8 text with one prompt a line, "
+                         f"byte {error.start} is not") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"expected one prompt a line in {path} (--prompts), found none")
@@ -28,14 +30,16 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def nano_prompts(test: bool) -> list[str]:
-    """Distinct prompts of the nano world, 96 a task at most, tasks in rotation so that any first part has them all."""
+    """Distinct prompts of the nano world, 96 a task at most,
+    tasks in rotation so that any first part has them all."""
     from nano import world
     by_task = [[p.text for p in world.prompt_list(test, 96) if p.task == task] for task in world.TASKS]
     return [texts[i] for i in range(96) for texts in by_task if i < len(texts)]
 
 
 class NanoPrompts:
-    """Training prompts of the nano world, endless; prompt `item` of a step is drawn from (seed, step, item)."""
+    """Training prompts of the nano world, endless;
+    prompt `item` of a step is drawn from (seed, step, item)."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -45,7 +49,8 @@ class NanoPrompts:
 
 
 class FilePrompts:
-    """Prompts of a list in a shuffled order, drawn anew each time round; prompt `item` of a step of `per_step` items."""
+    """Prompts of a list in a shuffled order, drawn anew each time round;
+    prompt `item` of a step of `per_step` items."""
 
     def __init__(self, prompts: list[str], per_step: int, seed: int) -> None:
         self.prompts, self.per_step, self.seed = prompts, per_step, seed
@@ -77,5 +82,6 @@ class NanoLatents:
         from nano import world
         pairs = [nano_pair(self.seed, step, item) for item in items]
         weight = next(self.vae.parameters())
-        images = world.render([scene for scene, _ in pairs]).to(weight.device, weight.dtype)      # (B, 3, H, W)
+        images = world.render([scene for scene, _ in pairs]).to(weight.device,
+                                                                weight.dtype)           # (B, 3, H, W)
         return self.vae.encode(images * 2 - 1).float(), [caption for _, caption in pairs]

@@ -1,11 +1,12 @@
 """Measure a model: `python evaluate.py geneval`, `rewards` or `understand`; each has a --help.
 
-    geneval     does it draw what is asked for? the nano benchmark's prompts through the exact judge of nano/world.py
+    geneval     does it draw what is asked for? the nano benchmark's prompts through the exact judge of
+                nano/world.py
     rewards     what did stage III gain? the reward models on held-out prompts, before and after
     understand  does the vision-language model still see? held-out questions about pictures of the nano world
 
-Each prints a table and writes it, with its settings, as JSON into --out. Standard errors (s.e.) are over prompts,
-or over questions: sample standard deviation / sqrt(n). Letters: B pictures, H W pixels.
+Each prints a table and writes it, with its settings, as JSON into --out. Standard errors (s.e.) are over
+prompts, or over questions: sample standard deviation / sqrt(n). Letters: B pictures, H W pixels.
 """
 import hashlib
 import json
@@ -15,25 +16,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from common import config_dict, derive_seed, knob, parse_config, read_metrics, run_main
 from sample import load_model, out_folder
 from train import RECIPES, TrainConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor, nn
+    from model import ParaUni
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Flags of every command."""
     preset: str = knob("nano", "size of everything")
-    weights: str = knob("auto", "auto (weights/nano), random (from --seed), or a folder with vlm/, transformer/, vae/")
-    stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors; empty: the newest in --weights")
+    weights: str = knob("auto", "auto (weights/nano), random (from --seed), "
+                                "or a folder with vlm/, transformer/, vae/")
+    stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors; "
+                               "empty: the newest in --weights")
     out: str = knob("", "folder for tables and pictures")
     seed: int = knob(0, "all randomness is derived from it")
     batch_size: int = knob(64, "pictures at a time")
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("num_steps", 1), ("per_prompt", 1), ("count", 1), ("limit", 0)):
+        for name, least in (("batch_size", 1), ("num_steps", 1), ("per_prompt", 1), ("count", 1),
+                            ("limit", 0)):
             if (value := getattr(self, name, least)) < least:
                 raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
 
@@ -87,7 +97,8 @@ PER_PROMPT = 4                  # pictures of each prompt that make the benchmar
 
 @dataclass(frozen=True)
 class GenevalConfig(ModelConfig):
-    out: str = knob("runs/geneval", "folder for verdicts, table and pictures; an interrupted evaluation there goes on")
+    out: str = knob("runs/geneval",
+                    "folder for verdicts, table and pictures; an interrupted evaluation there goes on")
     per_prompt: int = knob(PER_PROMPT, "pictures of each prompt")
     limit: int = knob(0, "prompts, evenly spread over the benchmark's, for a quick look; 0: all of them")
     num_steps: int = knob(20, "sampling steps")
@@ -96,38 +107,44 @@ class GenevalConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preset != "nano":
-            raise ValueError(f"only --preset nano is judged so far, got {self.preset}: the judge knows the nano world only")
+            raise ValueError(f"only --preset nano is judged so far, got {self.preset}: "
+                             "the judge knows the nano world only")
 
 
 def geneval(argv: list[str]) -> dict:
-    """The nano benchmark: pictures of held-out prompts through the exact judge, GenEval's six tasks and their mean."""
+    """The nano benchmark: pictures of held-out prompts through the exact judge, in GenEval's six tasks."""
     cfg = parse(GenevalConfig, argv, geneval)
     from common import save_png
     from nano import world
     prompts = world.benchmark_prompts()
     if cfg.limit > len(prompts):
-        raise ValueError(f"expected --limit of at most {len(prompts)}, the benchmark's prompts, got {cfg.limit}")
+        raise ValueError(f"expected --limit of at most {len(prompts)}, the benchmark's prompts, "
+                         f"got {cfg.limit}")
     folder = out_folder(cfg.out)
     model, dtype = load(cfg, cfg.stage_file)
     settings = {"weights": f"sha256:{fingerprint(model)[:16]}", "seed": cfg.seed, "num_steps": cfg.num_steps,
-                "guidance_scale": cfg.guidance_scale, "dtype": dtype}                 # all that a verdict depends on
+                "guidance_scale": cfg.guidance_scale, "dtype": dtype}          # all that a verdict depends on
     verdicts = read_verdicts(folder / "verdicts.jsonl", settings)
     count = cfg.limit or len(prompts)
     wanted = [(i * len(prompts) // count, j) for i in range(count) for j in range(cfg.per_prompt)]
-    if not judge_pictures(cfg, model, dtype, prompts, [key for key in wanted if key not in verdicts], verdicts):
+    if not judge_pictures(cfg, model, dtype, prompts,
+                          [key for key in wanted if key not in verdicts], verdicts):
         return {}
     verdicts = {key: verdicts[key] for key in wanted}
     save_png(folder / "examples.png", example_grid(cfg, model, dtype, prompts, verdicts))
     whole = count == len(prompts) and cfg.per_prompt == PER_PROMPT
-    name = ("nano GenEval" if whole else f"part of nano GenEval, not the benchmark ({count} of {len(prompts)} prompts, "
+    name = ("nano GenEval" if whole else
+            f"part of nano GenEval, not the benchmark ({count} of {len(prompts)} prompts, "
             f"{cfg.per_prompt} of {PER_PROMPT} pictures each)")
     scores = geneval_scores(verdicts, prompts)
     result = {"name": name, "benchmark": whole, "settings": settings, **scores}
-    return finish(cfg, "geneval", result, f"{name}\n{geneval_table(scores)}\npictures {folder / 'examples.png'}")
+    return finish(cfg, "geneval", result,
+                  f"{name}\n{geneval_table(scores)}\npictures {folder / 'examples.png'}")
 
 
 def read_verdicts(path: Path, settings: dict) -> dict[tuple[int, int], bool]:
-    """(prompt, sample) -> right, of an earlier run with the same settings; they stand in the file's first line.
+    """(prompt, sample) -> right, of an earlier run with the same settings;
+    they stand in the file's first line.
 
     A last line that was cut is taken off. ValueError names the settings that differ.
     """
@@ -142,21 +159,26 @@ def read_verdicts(path: Path, settings: dict) -> dict[tuple[int, int], bool]:
     changed = [f"--{name.replace('_', '-')} {was.get(name, '(absent)')} -> {value}"
                for name, value in settings.items() if was.get(name) != value]
     if changed:
-        raise ValueError(f"{path} is of other settings ({', '.join(changed)}): give those, or choose another --out")
+        raise ValueError(f"{path} is of other settings ({', '.join(changed)}): give those, "
+                         "or choose another --out")
     return {(record["prompt"], record["sample"]): record["right"] for record in records[1:]}
 
 
-def draw(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: list, keys: list[tuple[int, int]]) -> "Tensor":
-    """The pictures (prompt, sample) of the benchmark, (B, 3, H, W) in [0, 1] on the CPU: the same in any batch."""
+def draw(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: list,
+         keys: list[tuple[int, int]]) -> "Tensor":
+    """The pictures (prompt, sample) of the benchmark, (B, 3, H, W) in [0, 1] on the CPU:
+    the same in any batch."""
     from common import precision
     seeds = [derive_seed(cfg.seed, "geneval", i, j) for i, j in keys]
     with precision(model.device, dtype):
-        return model.generate([prompts[i].text for i, _ in keys], cfg.num_steps, cfg.guidance_scale, seed=seeds).cpu()
+        return model.generate([prompts[i].text for i, _ in keys], cfg.num_steps, cfg.guidance_scale,
+                              seed=seeds).cpu()
 
 
-def judge_pictures(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: list, todo: list[tuple[int, int]],
-                   verdicts: dict[tuple[int, int], bool]) -> bool:
-    """Draw and judge pictures; add each verdict to `verdicts` and to the file. False if a signal stopped it."""
+def judge_pictures(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: list,
+                   todo: list[tuple[int, int]], verdicts: dict[tuple[int, int], bool]) -> bool:
+    """Draw and judge pictures; add each verdict to `verdicts` and to the file.
+    False if a signal stopped it."""
     from common import StopSignal
     from nano import world
     from tqdm import tqdm
@@ -165,7 +187,8 @@ def judge_pictures(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: li
             for first in range(0, len(todo), cfg.batch_size):
                 if signal.stop:
                     bar.close()
-                    print(f"stopped with {len(todo) - first} pictures to go; the same command goes on from here")
+                    print(f"stopped with {len(todo) - first} pictures to go; "
+                          "the same command goes on from here")
                     return False
                 keys = todo[first:first + cfg.batch_size]
                 right = world.judge(draw(cfg, model, dtype, prompts, keys), [prompts[i] for i, _ in keys])
@@ -179,9 +202,11 @@ def judge_pictures(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: li
 
 
 def geneval_scores(verdicts: dict[tuple[int, int], bool], prompts: list) -> dict:
-    """Share of right pictures of each task, and `overall`, the unweighted mean of the tasks, with standard errors.
+    """Share of right pictures of each task, and `overall`, the unweighted mean of the tasks,
+    with standard errors.
 
-    An error counts prompts, not pictures, since the pictures of a prompt fail together; those of tasks add in squares.
+    An error counts prompts, not pictures, since the pictures of a prompt fail together;
+    those of tasks add in squares.
     """
     from nano import world
     scores = world.task_scores(list(verdicts.values()), [prompts[i] for i, _ in verdicts])
@@ -205,12 +230,13 @@ def geneval_scores(verdicts: dict[tuple[int, int], bool], prompts: list) -> dict
 def geneval_table(scores: dict) -> str:
     lines = [f"{'task':15} {'right':>8} {'s.e.':>8} {'prompts':>8} {'pictures':>8}"]
     for name, row in (*scores["tasks"].items(), ("mean of tasks", scores["overall"])):
-        lines.append(f"{name:15} {number(row['right'])} {number(row['error'])} {row['prompts']:8} {row['pictures']:8}")
+        lines.append(f"{name:15} {number(row['right'])} {number(row['error'])} "
+                     f"{row['prompts']:8} {row['pictures']:8}")
     return "\n".join(lines)
 
 
 def example_grid(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: list,
-                 verdicts: dict[tuple[int, int], bool]) -> "Image":
+                 verdicts: dict[tuple[int, int], bool]) -> "Image.Image":
     """Up to two right pictures of each task, then up to two wrong ones, drawn again from their seeds."""
     import numpy as np
     from common import image_grid
@@ -220,10 +246,11 @@ def example_grid(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: list
     chosen = []
     for right in (True, False):
         for task in world.TASKS:
-            one_a_prompt = {key[0]: key for key in keys if verdicts[key] == right and prompts[key[0]].task == task}
+            one_a_prompt = {key[0]: key for key in keys
+                            if verdicts[key] == right and prompts[key[0]].task == task}
             chosen += list(one_a_prompt.values())[:2]
     captions = [f"{'right' if verdicts[key] else 'wrong'}: {prompts[key[0]].text}" for key in chosen]
-    images = draw(cfg, model, dtype, prompts, chosen)                                             # (B, 3, H, W)
+    images = draw(cfg, model, dtype, prompts, chosen)                                   # (B, 3, H, W)
     return image_grid(images, min(6, len(chosen)), 128 // images.shape[-1], captions)
 
 
@@ -248,13 +275,15 @@ class RewardsConfig(ModelConfig):
         if not self.rewards:
             raise ValueError("expected --rewards to name at least one reward, got none")
         if self.preset != "nano" and not self.prompts:
-            raise ValueError(f"preset {self.preset} has no held-out prompts of its own: name a file with --prompts")
+            raise ValueError(f"preset {self.preset} has no held-out prompts of its own: "
+                             "name a file with --prompts")
         if self.weights == "random" and not self.baseline:
-            raise ValueError("random weights have no stage2.safetensors: name the weights before with --baseline")
+            raise ValueError("random weights have no stage2.safetensors: "
+                             "name the weights before with --baseline")
 
 
 def rewards(argv: list[str]) -> dict:
-    """Rewards of held-out prompts before and after training: the same noise for both, one picture a prompt."""
+    """Rewards of held-out prompts before and after training, from the same noise, one picture a prompt."""
     cfg = parse(RewardsConfig, argv, rewards)
     from data import nano_prompts, read_prompts
     from model import NANO_WEIGHTS
@@ -266,15 +295,17 @@ def rewards(argv: list[str]) -> dict:
     before, after = heldout_scores(cfg, baseline, prompts), heldout_scores(cfg, cfg.stage_file, prompts)
     table = {name: compare(before[name], after[name]) for name in before}
     result = {"baseline": baseline, "rewards": table, "prompts": prompts, "before": before, "after": after}
-    return finish(cfg, "rewards", result, f"before {baseline}\nafter  {cfg.stage_file}\n{rewards_table(table)}")
+    return finish(cfg, "rewards", result,
+                  f"before {baseline}\nafter  {cfg.stage_file}\n{rewards_table(table)}")
 
 
 def heldout_scores(cfg: RewardsConfig, stage_file: str, prompts: list[str]) -> dict[str, list[float | None]]:
-    """Each reward of a picture of every prompt, drawn and scored as training does; None where it is not finite."""
+    """Each reward of a picture of every prompt, drawn and scored as training does;
+    None where it is not finite."""
     from common import Dist
     from grpo import score_heldout
     from rewards import build_reward
-    model, dtype = load(cfg, stage_file)             # anew each time: a stage 1 file must not keep another's DiT
+    model, dtype = load(cfg, stage_file)    # anew each time: a stage 1 file must not keep another's DiT
     model.tokenize(prompts)                          # an unknown word is reported before the first picture
     scorers = {name.rpartition(":")[2]: build_reward(name, model.device, weights=cfg.reward_weights or None)
                for name in cfg.rewards}
@@ -285,7 +316,8 @@ def heldout_scores(cfg: RewardsConfig, stage_file: str, prompts: list[str]) -> d
 
 
 def compare(before: list[float | None], after: list[float | None]) -> dict:
-    """Means with standard errors, and the mean paired difference with its 95 % interval (normal, +- 1.96 s.e.).
+    """Means with standard errors, and the mean paired difference with its 95 % interval
+    (normal, +- 1.96 s.e.).
 
     Prompts that lack a score on either side are left out; n counts the others.
     """
@@ -308,8 +340,9 @@ def rewards_table(table: dict[str, dict]) -> str:
 
 # ----------------------------------------------------------------------------- understand
 
-KINDS = {"how many": "how many", "what color": "what color", "what shape": "what shape", "is there": "is there",
-         "is the": "relation", "what is": "what is"}              # first two words of a question -> its kind
+KINDS = {"how many": "how many", "what color": "what color", "what shape": "what shape",
+         "is there": "is there", "is the": "relation",
+         "what is": "what is"}                              # first two words of a question -> its kind
 
 
 @dataclass(frozen=True)
@@ -322,7 +355,8 @@ class UnderstandConfig(ModelConfig):
 def understand(argv: list[str]) -> dict:
     """The vision-language model's answers to held-out questions about pictures of the nano world.
 
-    The hashes show that training left it alone: two runs with equal ones gave the same answers from the same bits.
+    The hashes show that training left it alone: two runs with equal ones gave the same answers from
+    the same bits.
     """
     cfg = parse(UnderstandConfig, argv, understand)
     from common import precision
@@ -330,15 +364,17 @@ def understand(argv: list[str]) -> dict:
     from tqdm import tqdm
     out_folder(cfg.out)
     model, dtype = load(cfg, cfg.stage_file)
-    images, pairs = world.question_set(cfg.count, cfg.seed)                                       # (count, 3, H, W)
+    images, pairs = world.question_set(cfg.count, cfg.seed)                             # (count, 3, H, W)
     answers = []
     with precision(model.device, dtype):
         for first in tqdm(range(0, cfg.count, cfg.batch_size), unit="batch", dynamic_ncols=True):
             part = slice(first, first + cfg.batch_size)
             asked = [question for question, _ in pairs[part]]
-            answers += model.answer(images[part].to(model.device), asked, max_new_tokens=4)       # all are one word
+            # every answer is one word
+            answers += model.answer(images[part].to(model.device), asked, max_new_tokens=4)
     wrong = [[question, said, right] for (question, right), said in zip(pairs, answers) if said != right]
-    result = {"kinds": answer_scores(pairs, answers), "vlm_sha256": fingerprint(model.vlm), "first_wrong": wrong[:50],
+    result = {"kinds": answer_scores(pairs, answers), "vlm_sha256": fingerprint(model.vlm),
+              "first_wrong": wrong[:50],
               "answers_sha256": hashlib.sha256("\n".join(answers).encode()).hexdigest()}
     lines = [f"{'question':15} {'right':>8} {'s.e.':>8} {'n':>6}"]
     for kind, row in result["kinds"].items():

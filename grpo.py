@@ -71,7 +71,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"expected rewards (P, G) with groups of at least two, got {tuple(rewards.shape)}; "
                          "change --group-size")
-    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)  # (P, 1)
+    mean, std = (rewards.mean(1, keepdim=True),
+                 rewards.std(1, correction=0, keepdim=True))                            # (P, 1)
     spread = std > 1e-6 * (1 + mean.abs())                                              # False for NaN too
     return torch.where(spread, (rewards - mean) / std, 0.0)                             # (P, G)
 
@@ -229,7 +230,7 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
             share = len(x) / B / steps
             (objective * share).backward()
             kl_sum += kl.detach() * share
-            off.append((torch.exp(log_prob.detach() - rolled.log_prob[k, b]) - 1).abs())  # (b,)
+            off.append((torch.exp(log_prob.detach() - rolled.log_prob[k, b]) - 1).abs())
     torch.autograd.backward(roots, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                                     for leaf in leaves])
     off = torch.cat(off)                                                                # (B steps,)
@@ -257,7 +258,8 @@ def epoch_noise(model: ParaUni, layers: list[int], gamma: float, keys: list[tupl
     eps drawn for each picture from its key."""
     preset = model.preset
     shape = len(layers), preset.num_queries, preset.lim.caption_channels
-    noise = torch.zeros(preset.vlm.num_layers, len(keys), *shape[1:], device=model.device)  # (L, B, N, E)
+    noise = torch.zeros(preset.vlm.num_layers, len(keys), *shape[1:],
+                        device=model.device)                                            # (L, B, N, E)
     for b, key in enumerate(keys):
         noise[[i - 1 for i in layers], b] = gamma * randn(shape, generator("ldam", *key), model.device)
     return noise
@@ -301,7 +303,8 @@ def score_heldout(model: ParaUni, rewards: dict[str, Reward], prompts: list[str]
         with precision(model.device, cfg.dtype):
             images = model.generate(said, cfg.eval_steps, cfg.eval_guidance_scale,
                                     seed=[derive_seed(cfg.seed, "heldout", i) for i in items])
-        columns.append(torch.stack([score(images, said) for score in rewards.values()], 1))  # (b, rewards)
+        columns.append(torch.stack([score(images, said)
+                                    for score in rewards.values()], 1))                 # (b, rewards)
     scores = all_gather_list(torch.cat(columns) if columns
                              else torch.zeros(0, len(rewards), device=model.device), dist)
     return {name: scores[:, k].tolist() for k, name in enumerate(rewards)}
@@ -545,7 +548,7 @@ def restore(run: Run, checkpoint: Path) -> int:
     load_into(run.params, tensors["trained"], str(checkpoint))
     load_into(run.ema, tensors["ema"], str(checkpoint))
     if "ldam" in tensors:
-        field = tensors["ldam"]["layer_factor"].to(run.model.device)                # (L, N, E)
+        field = tensors["ldam"]["layer_factor"].to(run.model.device)                    # (L, N, E)
         run.model.layer_factor = run.reference.layer_factor = field
     run.opt.load_state_dict(state["optimizer"])
     run.ldam.load_state_dict(state["ldam"])

@@ -2,8 +2,7 @@
 all its layers are fused (lim.py) into the condition of a diffusion transformer (dit.py) that paints in the
 latents of an autoencoder (vae.py).
 
-    prompt, [image] --VLM, frozen--> q_1 ... q_L --LIM--> c_1 ...
-    c_L --mean--> c --DiT--> latents --DC-AE--> picture
+    prompt, [image] --VLM, frozen-> q_1..q_L --LIM-> c_1..c_L --mean-> c --DiT-> latents --DC-AE-> picture
        queries      /
 
 Paper sections 3.1-3.2, Eq. 3-5. The VLM is the InternVL class of transformers, with no remote code.
@@ -110,19 +109,23 @@ PRESETS = {
     # OpenUni-B's pair: InternVL3-1B + SANA-1.0 0.6B, 512 px.
     "b-512": Preset(
         image_size=512, num_queries=256, vlm=INTERNVL3_1B, lim=CONNECTOR_B, dit=SANA_06B, vae=DCAEConfig(),
-        sources={"vlm": "OpenGVLab/InternVL3-1B-hf", "dit": "Efficient-Large-Model/Sana_600M_512px_diffusers",
+        sources={"vlm": "OpenGVLab/InternVL3-1B-hf",
+                 "dit": "Efficient-Large-Model/Sana_600M_512px_diffusers",
                  "vae": DC_AE}),
     # OpenUni-L's pair: InternVL3-2B + SANA-1.0 1.6B, 512 px; no qk-norm.
     "l-512": Preset(
         image_size=512, num_queries=256, vlm=INTERNVL3_2B, lim=LIMConfig(), dit=DiTConfig(qk_norm=False),
-        vae=DCAEConfig(), sources={"vlm": "OpenGVLab/InternVL3-2B-hf",
-                                   "dit": "Efficient-Large-Model/Sana_1600M_512px_diffusers", "vae": DC_AE}),
+        vae=DCAEConfig(),
+        sources={"vlm": "OpenGVLab/InternVL3-2B-hf",
+                 "dit": "Efficient-Large-Model/Sana_1600M_512px_diffusers",
+                 "vae": DC_AE}),
     # The paper: InternVL3-2B + SANA-1.5 1.6B, 1024 px.
     "l-1024": Preset(
         image_size=1024, num_queries=256, vlm=INTERNVL3_2B, lim=LIMConfig(), dit=DiTConfig(),
         vae=DCAEConfig(),
         sources={"vlm": "OpenGVLab/InternVL3-2B-hf",
-                 "dit": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", "vae": DC_AE}),
+                 "dit": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+                 "vae": DC_AE}),
 }
 
 
@@ -164,8 +167,7 @@ class ParaUni(nn.Module):
         self.lim = LIM(preset.lim)
         self.dit = DiT(preset.dit)
         self.vae = DCAE(preset.vae)
-        # (L, N, E): LDAM's fields under --ldam-mode keep, else None; a buffer, so
-        # that it moves with the model
+        # (L, N, E): LDAM's fields under --ldam-mode keep, else None; a buffer, to move with the model
         self.register_buffer("layer_factor", None, persistent=False)
         for part in (self.vlm, self.vae):
             part.requires_grad_(False).eval()
@@ -182,15 +184,15 @@ class ParaUni(nn.Module):
     def device(self) -> torch.device:
         return self.queries.device
 
-    # ------------------------------------------------------------------ loading and saving
+    # -------------------------------------------------------------- loading and saving
 
     @classmethod
     def from_preset(cls, name: str, weights: str | Path | None = None, seed: int = 0) -> "ParaUni":
         """Build a preset and load its weights.
 
         weights  None or "auto": the trained weights of the preset; "random": true size, drawn from `seed`;
-                 a folder: vlm/, transformer/, vae/ and optionally stage1/2.safetensors in
-                 it (the newest stage is loaded)
+                 a folder: vlm/, transformer/, vae/ and optionally stage1/2.safetensors in it
+                 (the newest stage is loaded)
         Raises ValueError or FileNotFoundError with one sentence for a missing, damaged or foreign file.
         """
         if name not in PRESETS:
@@ -213,7 +215,7 @@ class ParaUni(nn.Module):
     @classmethod
     def _random(cls, preset: Preset, seed: int) -> "ParaUni":
         tokenizer = AutoTokenizer.from_pretrained(NANO_WEIGHTS / "vlm") if preset is PRESETS["nano"] else None
-        with torch.random.fork_rng(devices=[]):                 # transformers draws from the global generator
+        with torch.random.fork_rng(devices=[]):             # transformers draws from the global generator
             torch.manual_seed(derive_seed(seed, "vlm") % 2 ** 32)
             model = cls(preset, build_vlm(preset.vlm), tokenizer)
         model.init_trained(seed)
@@ -252,8 +254,8 @@ class ParaUni(nn.Module):
         self.lim.init_weights(rng)
 
     def trainable(self, stage: int) -> dict[str, nn.Parameter]:
-        """Name -> parameter of what a stage trains: queries and LIM in stage 1, the DiT too in stages 2 and
-        3."""
+        """Name -> parameter of what a stage trains: queries and LIM in stage 1,
+        the DiT too in stages 2 and 3."""
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
 
@@ -269,14 +271,14 @@ class ParaUni(nn.Module):
             raise ValueError(f"expected {path} to be weights of stage {stage or '1, 2 or 3'}, "
                              f"got stage {made}; run the stages in order or change --init")
         if preset not in (None, of):
-            raise ValueError(f"expected {path} to be of preset {preset}, it is of {of}; change --preset, "
-                             "--init or --weights")
+            raise ValueError(f"expected {path} to be of preset {preset}, it is of {of}; "
+                             "change --preset, --init or --weights")
         factor = tensors.pop("ldam.layer_factor", None)
         load_into(self.trainable(int(made)), tensors, str(path), "is it of this --preset?")
         self.layer_factor = None if factor is None else factor.to(self.device)
         return metadata
 
-    # ------------------------------------------------------------------ prompt -> condition
+    # -------------------------------------------------------------- prompt -> condition
 
     def tokenize(self, texts: list[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Right-padded token ids and mask, (B, S) int64 each.
@@ -305,8 +307,8 @@ class ParaUni(nn.Module):
         return f"<img>{'<IMG_CONTEXT>' * self.preset.vlm.image_tokens}</img>\n"
 
     def embed(self, ids: Tensor, images: Tensor | None) -> Tensor:
-        """Token embeddings (B, S, D), with the features of one picture a row in the
-        places of its image tokens."""
+        """Token embeddings (B, S, D), with the features of one picture a row in the places of its
+        image tokens."""
         embeds = self.vlm.get_input_embeddings()(ids)                                   # (B, S, D)
         if images is None:
             return embeds
@@ -333,8 +335,8 @@ class ParaUni(nn.Module):
         if any(p is not None and not p.strip() for p in prompts):
             raise ValueError("expected every prompt to say something, got an empty one")
         if images is not None and len(images) != len(prompts):
-            raise ValueError(f"expected one picture for each prompt, got {len(images)} pictures and "
-                             f"{len(prompts)} prompts")
+            raise ValueError("expected one picture for each prompt, "
+                             f"got {len(images)} pictures and {len(prompts)} prompts")
         image = self.image_text() if images is not None else ""
         texts = [UNCONDITIONAL.format(image=image) if p is None
                  else PROMPT.format(image=image, caption=p.strip()) for p in prompts]
@@ -378,7 +380,7 @@ class ParaUni(nn.Module):
         """
         return self.fuse(self.condition_layers(self.encode_prefix(prompts, images)), layers)
 
-    # ----------------------------------------------------------------- condition -> picture, picture -> words
+    # -------------------------------------------------------------- condition -> picture, picture -> words
 
     @torch.no_grad()
     def generate(self, prompts: list[str], num_steps: int = 20, guidance_scale: float = 4.5,
@@ -393,7 +395,8 @@ class ParaUni(nn.Module):
         seeds = ([derive_seed(seed, "picture", i) for i in range(len(prompts))] if isinstance(seed, int)
                  else seed)
         noise = randn((len(prompts), *self.preset.latent_shape), [generator(s) for s in seeds], self.device)
-        c_uncond = self.condition([None], None if images is None else images[:1] * 0, layers)  # (1, N, E)
+        c_uncond = self.condition([None], None if images is None else images[:1] * 0,
+                                  layers)                                               # (1, N, E)
         return self.decode(sample_ode(self.dit, noise, c, c_uncond, num_steps, guidance_scale, solver=solver))
 
     @torch.no_grad()
@@ -446,7 +449,7 @@ def load_vlm(config: VLMConfig, folder: Path) -> InternVLForConditionalGeneratio
                          "change --preset or --weights")
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"expected {folder / 'model.safetensors'}, found none; change --weights")
-    try:                                # misshapen tensors pass here, only to be refused with the others below
+    try:                                    # misshapen tensors pass here, to be refused with the others below
         vlm, info = InternVLForConditionalGeneration.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, dtype=getattr(torch, config.dtype),
             ignore_mismatched_sizes=True)

@@ -1,4 +1,5 @@
-"""Stage 0 of the nano model: train what the paper downloads. `python nano/pretrain.py [PART ...]`, parts in this order:
+"""Stage 0 of the nano model: train what the paper downloads.
+`python nano/pretrain.py [PART ...]`, parts in this order:
 
     vae      DC-AE on pictures of the nano world
     vlm      InternVL on questions about pictures and about sentences
@@ -7,8 +8,9 @@
     pick     the preference model: CLIP tuned on pairs in which the better picture is known by construction
     aes      the aesthetic head: five linear layers from CLIP's features to how bright the ground is, 1 to 10
 
-All are the classes of the full size with smaller numbers (`PRESETS["nano"]`). Each part is written under weights/nano/ in
-the layout of its published counterpart, with a training.json beside it: command, seed, steps, time and scores.
+All are the classes of the full size with smaller numbers (`PRESETS["nano"]`). Each part is written under
+weights/nano/ in the layout of its published counterpart, with a training.json beside it: command, seed,
+steps, time and scores.
 """
 
 import argparse
@@ -30,12 +32,13 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import adamw, cosine_lr, ema_update, generator, precision, read_safetensors, save_safetensors, write_json   # noqa: E402
-from dit import DiT, guided_velocity, randn, sample_ode                                  # noqa: E402
-from model import PRESETS, PROMPT, QUESTION, ParaUni, build_vlm                          # noqa: E402
-from nano import world                                                                   # noqa: E402
-from rewards import AestheticHead, build_clip, preprocess, save_aesthetic_head, save_reward, text_encoder                               # noqa: E402
-from vae import DCAE                                                                     # noqa: E402
+from common import (adamw, cosine_lr, ema_update, generator, precision, read_safetensors, save_safetensors,
+                    write_json)
+from dit import DiT, guided_velocity, randn
+from model import PRESETS, QUESTION, ParaUni, build_vlm
+from nano import world
+from rewards import AestheticHead, build_clip, preprocess, save_aesthetic_head, save_reward, text_encoder
+from vae import DCAE
 
 SEED = 0
 NANO = PRESETS["nano"]
@@ -53,7 +56,8 @@ def pool(name: str, size: int, mixed: float = 0.0) -> list[world.Scene]:
 
 def render_all(scenes: list[world.Scene]) -> Tensor:
     """(B, 3, H, W) uint8, a quarter of the memory."""
-    return torch.cat([(world.render(scenes[i:i + 1024]) * 255).round().byte() for i in range(0, len(scenes), 1024)])
+    return torch.cat([(world.render(scenes[i:i + 1024]) * 255).round().byte()
+                      for i in range(0, len(scenes), 1024)])
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -82,17 +86,19 @@ class Clock:
     def step(self, i: int, loss: Tensor) -> None:
         self.total, self.count = self.total + loss.item(), self.count + 1
         if (i + 1) % 100 == 0 or i + 1 == self.steps:
-            print(f"{self.part:5} {i + 1:6}/{self.steps} loss {self.total / self.count:.4f} {time.time() - self.start:6.0f} s", flush=True)
+            print(f"{self.part:5} {i + 1:6}/{self.steps} loss {self.total / self.count:.4f} "
+                  f"{time.time() - self.start:6.0f} s", flush=True)
             self.total, self.count = 0.0, 0
 
     def write(self, folder: Path, **scores: float) -> None:
-        record = {"command": f"python nano/pretrain.py {self.part}", "seed": SEED, "steps": self.steps, **self.numbers,
-                  "seconds": round(time.time() - self.start), **scores}
+        record = {"command": f"python nano/pretrain.py {self.part}", "seed": SEED, "steps": self.steps,
+                  **self.numbers, "seconds": round(time.time() - self.start), **scores}
         write_json(folder / "training.json", record)
         print(json.dumps(record), flush=True)
 
 
-def descend(opt: torch.optim.Optimizer, loss: Tensor, i: int, steps: int, lr: float, warmup: int = 200) -> None:
+def descend(opt: torch.optim.Optimizer, loss: Tensor, i: int, steps: int, lr: float,
+            warmup: int = 200) -> None:
     """One step on a cosine schedule, gradients clipped to norm 1."""
     for group in opt.param_groups:
         group["lr"] = cosine_lr(i, steps, warmup, lr)
@@ -112,10 +118,11 @@ def train_vae(steps: int, batch: int = 32, lr: float = 2e-3) -> None:
     opt = adamw(vae.parameters(), lr, 0.01)
     rng = generator(SEED, "vae", "draws")
     for i in range(steps):
-        x = to_float(images[torch.randint(len(images), (batch,), generator=rng)]) * 2 - 1              # (B, 3, H, W)
-        z = vae.encode(x)                                                                              # (B, C, h, w)
-        flat = z.transpose(0, 1).flatten(1)                                                            # (C, B h w)
-        # Channels of mean 0 and spread 1, since one scaling factor must do for all; and a decoder that forgives small errors.
+        x = to_float(images[torch.randint(len(images), (batch,), generator=rng)]) * 2 - 1
+        z = vae.encode(x)                                                               # (B, C, h, w)
+        flat = z.transpose(0, 1).flatten(1)                                             # (C, B h w)
+        # Channels of mean 0 and spread 1, since one scaling factor must do for all;
+        # and a decoder that forgives small errors.
         spread = flat.mean(1).square().mean() + (flat.std(1) - 1).square().mean()
         decoded = vae.decode(z + 0.1 * torch.randn(z.shape, generator=rng))
         descend(opt, loss := (decoded - x).abs().mean() + 0.05 * spread, i, steps, lr)
@@ -128,7 +135,8 @@ def train_vae(steps: int, batch: int = 32, lr: float = 2e-3) -> None:
     folder = WEIGHTS / "vae"
     write_json(folder / "config.json", NANO.vae.to_json())
     save_safetensors(folder / "diffusion_pytorch_model.safetensors", bf16(vae), None)
-    clock.write(folder, psnr_db=round(float(-10 * error.log10().mean()), 2), latent_std=round(float(z.std()), 3))
+    clock.write(folder, psnr_db=round(float(-10 * error.log10().mean()), 2),
+                latent_std=round(float(z.std()), 3))
 
 
 def load_vae() -> DCAE:
@@ -148,7 +156,8 @@ def patch_labels(scenes: list[world.Scene], patch: int = 4) -> tuple[Tensor, Ten
         found = [(b, t) for b, s in enumerate(scenes) for t in s.things if t.shape == shape]
         if found:
             x, y, r = torch.tensor([(t.x, t.y, t.r) for _, t in found]).T
-            share = F.avg_pool2d(world.coverage(shape, x, y, r)[:, None], patch).flatten(1)        # (K, patches)
+            share = F.avg_pool2d(world.coverage(shape, x, y, r)[:, None],
+                                 patch).flatten(1)                                      # (K, patches)
             for (b, thing), covered in zip(found, share > 0.3):
                 shapes[b, covered] = world.SHAPES.index(shape)
                 colors[b, covered] = list(world.COLORS).index(thing.color)
@@ -156,8 +165,8 @@ def patch_labels(scenes: list[world.Scene], patch: int = 4) -> tuple[Tensor, Ten
 
 
 class Seeing(nn.Module):
-    """A linear head that names shape and colour at every patch. Image towers learn from it in minutes what captions
-    and answers alone teach in hours; it is thrown away afterwards."""
+    """A linear head that names shape and colour at every patch. Image towers learn from it in minutes what
+    captions and answers alone teach in hours; it is thrown away afterwards."""
 
     def __init__(self, width: int, scenes: list[world.Scene]) -> None:
         super().__init__()
@@ -181,13 +190,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:.?,]"), "isolated"),
                                                        pre_tokenizers.Split(" ", "removed")])
     tokenizer.add_special_tokens(SPECIAL[:-1])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token=SPECIAL[0], eos_token=SPECIAL[2])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token=SPECIAL[0],
+                                   eos_token=SPECIAL[2])
 
 
 def dialogue(rng: np.random.Generator, scene: world.Scene, turns: int) -> tuple[list[tuple[str, str]], bool]:
-    """Questions with answers about a scene, and whether its picture is shown; else a sentence stands in for it."""
+    """Questions with answers about a scene, and whether its picture is shown;
+    else a sentence stands in for it."""
     pairs, told = world.questions(rng, scene)[:turns], world.prompts_of(scene)
-    if told and rng.random() < 0.25:                             # the last sentence is the fullest: it answers every question
+    if told and rng.random() < 0.25:        # the last sentence is the fullest: it answers every question
         return [(f"{told[-1].text}. {pairs[0][0]}", pairs[0][1]), *pairs[1:]], False
     if told and rng.random() < 0.3:
         pairs.append(("describe the picture.", told[rng.integers(len(told))].text))
@@ -195,11 +206,13 @@ def dialogue(rng: np.random.Generator, scene: world.Scene, turns: int) -> tuple[
 
 
 def train_vlm(steps: int, batch: int = 32, lr: float = 1.5e-3) -> None:
-    """A third of the steps teach the vision tower to see, the others the whole model to answer (and still to see)."""
+    """A third of the steps teach the vision tower to see,
+    the others the whole model to answer (and still to see)."""
     clock = Clock("vlm", steps, batch=batch, lr=lr)
     tokenizer = build_tokenizer()
-    assert len(tokenizer) <= NANO.vlm.vocab_size, f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings"
-    torch.manual_seed(SEED)                                      # transformers draws initial weights from the global generator
+    assert len(tokenizer) <= NANO.vlm.vocab_size, (
+        f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings")
+    torch.manual_seed(SEED)                 # transformers draws initial weights from the global generator
     model = ParaUni(NANO, build_vlm(NANO.vlm), tokenizer)
     vlm = model.vlm.requires_grad_(True)
     vlm.set_attn_implementation("eager")                         # for the bf16 gradient, as in `precision`
@@ -211,10 +224,12 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 1.5e-3) -> None:
         for i in range(first, last):
             chosen = rng.integers(len(scenes), size=batch * (3 if first == 0 else 1))
             with precision("cpu", "bf16"):
-                tokens = vlm.model.vision_tower(model.pixels(to_float(images[chosen]))).last_hidden_state[:, 1:]   # (B, patches, width)
+                tokens = vlm.model.vision_tower(
+                    model.pixels(to_float(images[chosen]))).last_hidden_state[:, 1:]    # (B, patches, width)
                 loss = seeing.loss(tokens, chosen)
                 if first:
-                    answers = answer_loss(model, [encode_dialogue(model, *dialogue(rng, scenes[j], 4)) for j in chosen], images[chosen])
+                    answers = answer_loss(model, [encode_dialogue(model, *dialogue(rng, scenes[j], 4))
+                                                  for j in chosen], images[chosen])
                     loss = answers + 0.3 * loss
             descend(opt, loss, i - first, last - first, lr)
             clock.step(i, loss)
@@ -227,20 +242,24 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 1.5e-3) -> None:
 def answer_loss(model: ParaUni, rows: list[tuple[list[int], list[int], bool]], images: Tensor) -> Tensor:
     """Next-token loss on the answers of some dialogues, those about a picture with it."""
     shown = torch.tensor([seen for _, _, seen in rows])
-    ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in rows], batch_first=True, padding_value=pad)
-                   for k, pad in ((0, 0), (1, -100)))                                              # (B, S) each
+    ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in rows],
+                                             batch_first=True, padding_value=pad)
+                   for k, pad in ((0, 0), (1, -100)))                                   # (B, S) each
     asked = labels[:, 1:] != -100
-    embeds = model.embed(ids, to_float(images)[shown])                                             # (B, S, D)
-    hidden = model.vlm.model.language_model(inputs_embeds=embeds).last_hidden_state[:, :-1]        # padding comes last
+    embeds = model.embed(ids, to_float(images)[shown])                                  # (B, S, D)
+    # without a mask: padding comes last
+    hidden = model.vlm.model.language_model(inputs_embeds=embeds).last_hidden_state[:, :-1]
     return F.cross_entropy(model.vlm.lm_head(hidden[asked]).float(), labels[:, 1:][asked])
 
 
-def encode_dialogue(model: ParaUni, pairs: list[tuple[str, str]], shown: bool) -> tuple[list[int], list[int], bool]:
+def encode_dialogue(model: ParaUni, pairs: list[tuple[str, str]],
+                    shown: bool) -> tuple[list[int], list[int], bool]:
     """Token ids, and labels that are -100 but on the answers and their ends."""
     ids, labels = [], []
     for k, (question, answer) in enumerate(pairs):
         image = model.image_text() if shown and k == 0 else ""
-        asked = model.tokenizer(QUESTION.format(image=image, question=question), add_special_tokens=False).input_ids
+        asked = model.tokenizer(QUESTION.format(image=image, question=question),
+                                add_special_tokens=False).input_ids
         said = model.tokenizer(f"{answer}<|im_end|>\n", add_special_tokens=False).input_ids
         ids += asked + said
         labels += [-100] * len(asked) + said
@@ -251,26 +270,29 @@ def answer_score(model: ParaUni, count: int = 2000) -> float:
     """Share of right answers to single questions about scenes of the test stream."""
     scenes, rng = pool("vlm test", count, 0.4), np.random.default_rng([SEED, 2])
     images, pairs = to_float(render_all(scenes)), [world.questions(rng, s)[0] for s in scenes]
-    said = [a for i in range(0, count, 250) for a in model.answer(images[i:i + 250], [q for q, _ in pairs[i:i + 250]], 4)]
+    said = [a for i in range(0, count, 250)
+            for a in model.answer(images[i:i + 250], [q for q, _ in pairs[i:i + 250]], 4)]
     return float(np.mean([a == right for a, (_, right) in zip(said, pairs)]))
 
 
 # ----------------------------------------------------------------------------- SANA
 
 class TextEncoder(nn.Module):
-    """The stand-in for SANA's Gemma: prompt tokens -> (B, S, E), a small bidirectional transformer trained with the DiT."""
+    """The stand-in for SANA's Gemma: prompt tokens -> (B, S, E),
+    a small bidirectional transformer trained with the DiT."""
 
     def __init__(self, vocab_size: int, width: int, max_tokens: int = 24) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab_size, width)
         self.position = nn.Parameter(0.02 * torch.randn(max_tokens, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True,
+                                           norm_first=True)
         self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, S), 0 = padding -> features (B, S, E), mask (B, S) with 1 = token."""
-        x = self.token(ids) + self.position[:ids.shape[1]]                                                 # (B, S, E)
+        x = self.token(ids) + self.position[:ids.shape[1]]                              # (B, S, E)
         return self.norm(self.layers(x, src_key_padding_mask=ids == 0)), (ids != 0).float()
 
 
@@ -291,7 +313,8 @@ def encode_pool(name: str, size: int) -> tuple[list[world.Scene], Tensor]:
     scenes, vae = pool(name, size), load_vae()
     images = render_all(scenes)
     with torch.no_grad():
-        return scenes, torch.cat([vae.encode(to_float(images[i:i + 256]) * 2 - 1) for i in range(0, size, 256)])
+        return scenes, torch.cat([vae.encode(to_float(images[i:i + 256]) * 2 - 1)
+                                  for i in range(0, size, 256)])
 
 
 def train_dit(steps: int, done: int = 0, batch: int = 64, lr: float = 1.5e-3) -> None:
@@ -312,11 +335,12 @@ def train_dit(steps: int, done: int = 0, batch: int = 64, lr: float = 1.5e-3) ->
     opt = adamw(params.values(), lr, 0.01)
     network = torch.compile(dit)
     for i in range(done, steps):
-        chosen = [(j, p) for j in words.integers(len(scenes), size=batch + 16) if (p := world.sample_prompt(words, scenes[j]))][:batch]
-        texts = ["" if words.random() < 0.1 else p.text for _, p in chosen]                    # caption dropout
-        x0 = latents[[j for j, _ in chosen]]                                                   # (B, C, h, w)
+        chosen = [(j, p) for j in words.integers(len(scenes), size=batch + 16)
+                  if (p := world.sample_prompt(words, scenes[j]))][:batch]
+        texts = ["" if words.random() < 0.1 else p.text for _, p in chosen]             # caption dropout
+        x0 = latents[[j for j, _ in chosen]]                                            # (B, C, h, w)
         t, noise = logit_normal(len(x0), rng), torch.randn(x0.shape, generator=rng)
-        x = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise                       # (B, C, h, w)
+        x = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise                # (B, C, h, w)
         with precision("cpu", "bf16"):
             v = network(x, t, *text(token_table(tokenizer, texts)))
         loss = F.mse_loss(v.float(), noise - x0)
@@ -333,7 +357,9 @@ def save_dit(text: TextEncoder, dit: DiT, ema: dict[str, Tensor]) -> None:
     named = {name: t.bfloat16() for name, t in ema.items()}
     write_json(WEIGHTS / "transformer" / "config.json", NANO.dit.to_json())
     for part, folder in (("dit", "transformer/diffusion_pytorch_model"), ("text", "text_encoder/model")):
-        save_safetensors(WEIGHTS / f"{folder}.safetensors", {n.removeprefix(part + "."): t for n, t in named.items() if n.startswith(part + ".")}, None)
+        save_safetensors(WEIGHTS / f"{folder}.safetensors",
+                         {n.removeprefix(part + "."): t
+                          for n, t in named.items() if n.startswith(part + ".")}, None)
 
 
 def judge_dit(count: int) -> dict[str, float]:
@@ -346,15 +372,19 @@ def judge_dit(count: int) -> dict[str, float]:
     with torch.no_grad():
         for i in range(0, len(prompts), 100):
             part = prompts[i:i + 100]
-            c, mask = text(token_table(tokenizer, [p.text for p in part] + [""]))                    # (B + 1, S, E)
-            noise = randn((len(part), *NANO.latent_shape), [generator(SEED, "judge", i + k) for k in range(len(part))], "cpu")
-            doubled = torch.cat([c[-1:].expand(len(part), -1, -1), c[:-1]]), torch.cat([mask[-1:].expand(len(part), -1), mask[:-1]])
+            c, mask = text(token_table(tokenizer, [p.text for p in part] + [""]))       # (B + 1, S, E)
+            noise = randn((len(part), *NANO.latent_shape),
+                          [generator(SEED, "judge", i + k) for k in range(len(part))], "cpu")
+            doubled = (torch.cat([c[-1:].expand(len(part), -1, -1), c[:-1]]),
+                       torch.cat([mask[-1:].expand(len(part), -1), mask[:-1]]))
             verdicts += world.judge(vae.decode(text_sample(dit, noise, *doubled)) / 2 + 0.5, part)
     return {k: round(v, 4) for k, v in world.task_scores(verdicts, prompts).items()}
 
 
-def text_sample(dit: DiT, noise: Tensor, c: Tensor, mask: Tensor, steps: int = 20, shift: float = 3.0) -> Tensor:
-    """Euler sampling under masked text of unequal length, guidance 4.5; c (2 B, S, E), unconditional half first."""
+def text_sample(dit: DiT, noise: Tensor, c: Tensor, mask: Tensor, steps: int = 20,
+                shift: float = 3.0) -> Tensor:
+    """Euler sampling under masked text of unequal length, guidance 4.5;
+    c (2 B, S, E), unconditional half first."""
     u = torch.linspace(1, 0, steps + 1)
     times, x, kv = shift * u / (1 + (shift - 1) * u), noise, dit.cross_kv(c, mask)
     for t, t_next in zip(times[:-1], times[1:]):
@@ -365,27 +395,34 @@ def text_sample(dit: DiT, noise: Tensor, c: Tensor, mask: Tensor, steps: int = 2
 # ----------------------------------------------------------------------------- reward models
 
 CLIP = {"embed_dim": 64, "quick_gelu": False,
-        "vision_cfg": {"image_size": 32, "layers": 4, "width": 128, "head_width": 32, "patch_size": 4, "mlp_ratio": 2.0},
-        "text_cfg": {"context_length": 20, "vocab_size": 96, "width": 128, "heads": 4, "layers": 3, "mlp_ratio": 2.0}}
+        "vision_cfg": {"image_size": 32, "layers": 4, "width": 128, "head_width": 32, "patch_size": 4,
+                       "mlp_ratio": 2.0},
+        "text_cfg": {"context_length": 20, "vocab_size": 96, "width": 128, "heads": 4, "layers": 3,
+                     "mlp_ratio": 2.0}}
 
 
 def clip_tokenizer() -> Tokenizer:
-    """The words of the world, <unk>, and the end token, which must have the highest id: open_clip pools there."""
+    """The words of the world, <unk>, and the end token, which must have the highest id:
+    open_clip pools there."""
     names = ["<pad>", "<unk>", *world.vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*names, "<end>"])}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*names, "<end>"])},
+                                           unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:.?,]"), "isolated"),
                                                        pre_tokenizers.Split(" ", "removed")])
-    tokenizer.post_processor = processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", len(names))])
+    tokenizer.post_processor = processors.TemplateProcessing("$A <end>",
+                                                             special_tokens=[("<end>", len(names))])
     return tokenizer
 
 
 class Truth:
-    """Which prompts are true of which scenes, whole batches at a time: counts of every look, and the sides of pairs."""
+    """Which prompts are true of which scenes, whole batches at a time:
+    counts of every look, and the sides of pairs."""
 
     def __init__(self, scenes: list[world.Scene]) -> None:
         self.shapes, self.colors = list(world.SHAPES), [None, *world.COLORS]
-        self.counts = np.zeros((len(scenes), len(self.shapes), len(self.colors)), int)             # (scenes, S, 1 + colours)
+        # counts (scenes, S, 1 + colours)
+        self.counts = np.zeros((len(scenes), len(self.shapes), len(self.colors)), int)
         self.sides = np.zeros((len(scenes), len(world.RELATIONS), len(self.shapes), len(self.shapes)), bool)
         self.moods = np.array([world.mood(s) for s in scenes])
         for i, scene in enumerate(scenes):
@@ -394,7 +431,8 @@ class Truth:
             if len(scene.things) == 2 and (relation := world.relation_between(*scene.things)):
                 a, b = (self.shapes.index(t.shape) for t in scene.things)
                 names = list(world.RELATIONS)
-                self.sides[i, names.index(relation), a, b] = self.sides[i, names.index(world.OPPOSITE[relation]), b, a] = True
+                self.sides[i, names.index(relation), a, b] = True
+                self.sides[i, names.index(world.OPPOSITE[relation]), b, a] = True
 
     def of(self, chosen: np.ndarray, prompts: list[world.Prompt], moods: list[str | None]) -> Tensor:
         """(scenes, prompts) bool."""
@@ -412,25 +450,28 @@ class Truth:
 
 
 def contrastive_loss(model: nn.Module, images: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
-    """CLIP's loss. ids (B + M, S): the B pictures' own captions, then M wrong ones that only the pictures must rank low;
-    truth (B, B + M) marks the pairs that are true, which are no negatives whoever wrote them."""
+    """CLIP's loss. ids (B + M, S): the B pictures' own captions, then M wrong ones that only the pictures
+    must rank low; truth (B, B + M) marks the pairs that are true, which are no negatives whoever
+    wrote them."""
     B = len(images)
-    image = F.normalize(model.encode_image(images), dim=-1)                                        # (B, E)
-    text = F.normalize(model.encode_text(ids), dim=-1)                                             # (B + M, E)
-    logits = model.logit_scale.exp() * image @ text.T                                              # (B, B + M)
+    image = F.normalize(model.encode_image(images), dim=-1)                             # (B, E)
+    text = F.normalize(model.encode_text(ids), dim=-1)                                  # (B + M, E)
+    logits = model.logit_scale.exp() * image @ text.T                                   # (B, B + M)
     logits = logits.masked_fill(truth & ~torch.eye(B, len(ids), dtype=torch.bool), -1e4)
     target = torch.arange(B)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)) / 2
 
 
 class CaptionedScenes:
-    """Batches of scenes with a caption of each, the mood of the ground said in half of them, and wrong captions."""
+    """Batches of scenes with a caption of each, the mood of the ground said in half of them,
+    and wrong captions."""
 
     def __init__(self, name: str, size: int, test: bool = False) -> None:
         drawn, self.rng, self.test = pool(name, size), np.random.default_rng([SEED, *name.encode(), 1]), test
         self.scenes = [s for s in drawn if world.sample_prompt(self.rng, s, test)]
         self.images, self.truth = render_all(self.scenes), Truth(self.scenes)
-        self.encode = text_encoder(clip_tokenizer(), CLIP["text_cfg"]["context_length"], CLIP["text_cfg"]["vocab_size"])
+        self.encode = text_encoder(clip_tokenizer(), CLIP["text_cfg"]["context_length"],
+                                   CLIP["text_cfg"]["vocab_size"])
 
     def draw(self, count: int) -> tuple[np.ndarray, list[world.Prompt], list[str | None]]:
         picked = [(j, p) for j in self.rng.integers(len(self.scenes), size=2 * count)
@@ -471,36 +512,41 @@ def train_clip(steps: int, batch: int = 96, lr: float = 1e-3) -> None:
             descend(opt, loss, i - first, last - first, lr)
             model.logit_scale.data.clamp_(max=math.log(100))
             clock.step(i, loss)
-    save_reward(WEIGHTS / "clip", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP}, clip_tokenizer())
+    save_reward(WEIGHTS / "clip", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP},
+                clip_tokenizer())
     clock.write(WEIGHTS / "clip", beats_wrong_caption=round(right_over_wrong(model.float()), 4))
 
 
 @torch.no_grad()
 def right_over_wrong(model: nn.Module, count: int = 2000) -> float:
-    """How often a test picture scores higher with its own test prompt than with a prompt wrong in one point."""
+    """How often a test picture scores higher with its own test prompt
+    than with a prompt wrong in one point."""
     data = CaptionedScenes("clip test", 4 * count, test=True)
     chosen, prompts, _ = data.draw(count)
     wrong = [world.corrupt(data.rng, p) for p in prompts]
     image = F.normalize(model.encode_image(normalise(to_float(data.images[chosen]))), dim=-1)
-    right, other = (F.normalize(model.encode_text(data.encode([p.text for p in said])), dim=-1) for said in (prompts, wrong))
+    right, other = (F.normalize(model.encode_text(data.encode([p.text for p in said])), dim=-1)
+                    for said in (prompts, wrong))
     return float(((image * right).sum(1) > (image * other).sum(1)).float().mean())
 
 
 def pairs_of_pictures(data: CaptionedScenes, vae: DCAE, count: int) -> tuple[list[str], Tensor, Tensor]:
-    """Prompts, better and worse pictures (B, 3, H, W): the worse one shows something else, or is decoded from noisier latents.
+    """Prompts, better and worse pictures (B, 3, H, W): the worse one shows something else,
+    or is decoded from noisier latents.
 
     Both come through the autoencoder, as generated pictures do, and have the same light.
     """
     chosen, prompts, _ = data.draw(count)
     scenes = [data.scenes[j] for j in chosen]
-    other = [replace(world.scene_for(data.rng, world.corrupt(data.rng, p)), light=s.light) for p, s in zip(prompts, scenes)]
-    wrong = torch.from_numpy(data.rng.random(count) < 0.5)                                         # (B,)
-    low = torch.from_numpy(data.rng.uniform(0.0, 0.3, count)).float()                              # (B,) latent noise, better
+    other = [replace(world.scene_for(data.rng, world.corrupt(data.rng, p)), light=s.light)
+             for p, s in zip(prompts, scenes)]
+    wrong = torch.from_numpy(data.rng.random(count) < 0.5)                              # (B,)
+    low = torch.from_numpy(data.rng.uniform(0.0, 0.3, count)).float()                   # (B,) noise, better
     high = torch.where(wrong, low, low + torch.from_numpy(data.rng.uniform(0.2, 0.8, count)).float())
     better, worse = world.render(scenes), world.render(other)
-    worse = torch.where(wrong[:, None, None, None], worse, better)                                 # (B, 3, H, W)
+    worse = torch.where(wrong[:, None, None, None], worse, better)                      # (B, 3, H, W)
     with torch.no_grad():
-        z = vae.encode(torch.cat([better, worse]) * 2 - 1)                                         # (2 B, C, h, w)
+        z = vae.encode(torch.cat([better, worse]) * 2 - 1)                              # (2 B, C, h, w)
         noise = torch.from_numpy(data.rng.standard_normal(z.shape)).float()
         pictures = vae.decode(z + torch.cat([low, high])[:, None, None, None] * noise) / 2 + 0.5
     better, worse = pictures.clamp(0, 1).chunk(2)
@@ -516,12 +562,13 @@ def train_pick(steps: int, batch: int = 48, lr: float = 3e-4) -> None:
         texts, better, worse = pairs_of_pictures(data, vae, batch)
         images, ids, truth = data.batch(batch, wrong=1)
         with precision("cpu", "bf16"):
-            margin = preference_margin(model, data.encode(texts), better, worse)                   # (B,)
+            margin = preference_margin(model, data.encode(texts), better, worse)        # (B,)
             loss = -F.logsigmoid(margin).mean() + 0.3 * contrastive_loss(model, images, ids, truth)
         descend(opt, loss, i, steps, lr)
         model.logit_scale.data.clamp_(max=math.log(100))
         clock.step(i, loss)
-    save_reward(WEIGHTS / "pickscore", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP}, clip_tokenizer())
+    save_reward(WEIGHTS / "pickscore", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP},
+                clip_tokenizer())
     test = CaptionedScenes("pick test", 4000, test=True)
     with torch.no_grad():
         texts, better, worse = pairs_of_pictures(test, vae, 1000)
@@ -531,9 +578,10 @@ def train_pick(steps: int, batch: int = 48, lr: float = 3e-4) -> None:
 
 def preference_margin(model: nn.Module, ids: Tensor, better: Tensor, worse: Tensor) -> Tensor:
     """How much higher the better picture scores, (B,), in units of the logits."""
-    text = F.normalize(model.encode_text(ids), dim=-1)                                             # (B, E)
-    image = F.normalize(model.encode_image(normalise(torch.cat([better, worse]))), dim=-1)         # (2 B, E)
-    score = model.logit_scale.exp() * (image * text.repeat(2, 1)).sum(1)                           # (2 B,)
+    text = F.normalize(model.encode_text(ids), dim=-1)                                  # (B, E)
+    image = F.normalize(model.encode_image(normalise(torch.cat([better, worse]))),
+                        dim=-1)                                                         # (2 B, E)
+    score = model.logit_scale.exp() * (image * text.repeat(2, 1)).sum(1)                # (2 B,)
     return score[:len(ids)] - score[len(ids):]
 
 
@@ -543,7 +591,8 @@ def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
     model, vae = build_clip({"model_cfg": CLIP}), load_vae()
     model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
     torch.manual_seed(SEED)
-    head, opt = (head := AestheticHead(CLIP["embed_dim"], (32, 16, 16, 8))), adamw(head.parameters(), lr, 0.01)
+    head, opt = ((head := AestheticHead(CLIP["embed_dim"], (32, 16, 16, 8))),
+                 adamw(head.parameters(), lr, 0.01))
     rng = generator(SEED, "aes")
 
     @torch.no_grad()
@@ -571,24 +620,30 @@ def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
 
 
 def ship(run_dir: Path) -> None:
-    """Put the weights of a stage I or II run, in bf16, and the record of how they were made, among the shipped ones."""
+    """Put the weights of a stage I or II run, in bf16, and the record of how they were made,
+    among the shipped ones."""
     path = next(run_dir.glob("stage[12].safetensors"))
     tensors, metadata = read_safetensors(path)
-    here, there = str(run_dir), f"runs/{path.stem}"              # where the run lay on this machine is nobody's business
+    here, there = str(run_dir), f"runs/{path.stem}"   # where the run lay on this machine is nobody's business
     metadata = {name: text.replace(here, there) for name, text in metadata.items()}
     save_safetensors(WEIGHTS / path.name, {name: t.bfloat16() for name, t in tensors.items()}, metadata)
-    write_json(WEIGHTS / f"{path.stem}.json", json.loads(path.with_suffix(".json").read_text().replace(here, there)))
+    write_json(WEIGHTS / f"{path.stem}.json",
+               json.loads(path.with_suffix(".json").read_text().replace(here, there)))
 
 
-PARTS = {"vae": (train_vae, 600), "vlm": (train_vlm, 1500), "dit": (train_dit, 4000), "clip": (train_clip, 1200),
-         "pick": (train_pick, 250), "aes": (train_aes, 1000)}
+PARTS = {"vae": (train_vae, 600), "vlm": (train_vlm, 1500), "dit": (train_dit, 4000),
+         "clip": (train_clip, 1200), "pick": (train_pick, 250), "aes": (train_aes, 1000)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to train, of {', '.join(PARTS)} (default: everything)")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps; for a quick look")
-    parser.add_argument("--ship", type=Path, metavar="RUN_DIR", help="instead: put a stage I or II run's weights among the shipped ones")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", metavar="PART",
+                        help=f"what to train, of {', '.join(PARTS)} (default: everything)")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="multiplies every number of steps; for a quick look")
+    parser.add_argument("--ship", type=Path, metavar="RUN_DIR",
+                        help="instead: put a stage I or II run's weights among the shipped ones")
     args = parser.parse_args()
     if args.ship:
         return ship(args.ship)

@@ -14,19 +14,24 @@ from vae import DCAEConfig
 
 TINY = replace(
     PRESETS["nano"], num_queries=4,
-    vlm=VLMConfig(width=32, num_layers=4, num_heads=2, num_kv_heads=1, mlp_width=64, vocab_size=96, context=256, image_token_id=5,
-                  image_size=32, patch_size=4, vision_width=32, vision_layers=1, vision_heads=2, vision_mlp_width=64),
+    vlm=VLMConfig(width=32, num_layers=4, num_heads=2, num_kv_heads=1, mlp_width=64, vocab_size=96,
+                  context=256, image_token_id=5, image_size=32, patch_size=4, vision_width=32,
+                  vision_layers=1, vision_heads=2, vision_mlp_width=64),
     lim=LIMConfig(width=32, num_layers=1, num_heads=2, mlp_width=64, caption_channels=32),
-    dit=DiTConfig(num_layers=2, num_heads=2, head_dim=16, num_cross_heads=2, cross_head_dim=16, caption_channels=32, in_channels=8),
-    vae=DCAEConfig(latent_channels=8, attention_head_dim=16, encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+    dit=DiTConfig(num_layers=2, num_heads=2, head_dim=16, num_cross_heads=2, cross_head_dim=16,
+                  caption_channels=32, in_channels=8),
+    vae=DCAEConfig(latent_channels=8, attention_head_dim=16,
+                   encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
                    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
                    encoder_block_out_channels=(8, 16, 16), decoder_block_out_channels=(8, 16, 16),
                    encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
-                   encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,)), scaling_factor=1.0))
+                   encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,)),
+                   scaling_factor=1.0))
 
 
 def tiny_model(seed: int = 0) -> ParaUni:
-    """Random weights from `seed`; unlike a fresh DiT, its velocity is not zero and depends on the condition."""
+    """Random weights from `seed`; unlike a fresh DiT, its velocity is not zero and depends on the
+    condition."""
     from transformers import AutoTokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

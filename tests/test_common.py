@@ -66,7 +66,7 @@ def run_python(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedP
                           env={**os.environ, "PYTHONPATH": str(ROOT), **env})
 
 
-# ---------------------------------------------------------------------------------------- flags, entry point
+# ----------------------------------------------------------------------------- flags, entry point
 def test_defaults_preset_flags_in_that_order() -> None:
     assert parse() == Config()
     assert parse("--preset", "large") == Config(preset="large", lr=0.5, compile=True, rewards=("aesthetic",))
@@ -136,8 +136,8 @@ def test_help_shows_defaults_choices_and_presets(capsys: pytest.CaptureFixture) 
         parse_config(Config, PRESETS, ["--help"], description="Trains.")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for part in ("Trains.", "(default: 0.0001)", "100% at the peak", "--no-compile", "small, large", "{1,2,3}",
-                 "(default: clip,pick)", "(default: none)", "WORDS"):
+    for part in ("Trains.", "(default: 0.0001)", "100% at the peak", "--no-compile",
+                 "small, large", "{1,2,3}", "(default: clip,pick)", "(default: none)", "WORDS"):
         assert part in text, part
 
 
@@ -199,7 +199,7 @@ def test_run_main_interrupt(capsys: pytest.CaptureFixture) -> None:
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-# --------------------------------------------------------------------------------------- seeds and processes
+# ----------------------------------------------------------------------------- seeds and processes
 def test_generator_is_stable() -> None:
     key = (0, "rollout", 1, 2, 3)
     assert derive_seed(*key) == 6855106362326582050
@@ -287,7 +287,7 @@ def test_two_processes() -> None:
             "grads": [[[5.0, 6.0], [7.0, 8.0]], [1.5] * 3, [4.0], None, None]}
 
 
-# --------------------------------------------------------------------------------------------------- weights
+# ----------------------------------------------------------------------------- weights
 def test_safetensors_round_trip_of_awkward_tensors(tmp_path: Path) -> None:
     shared = torch.arange(6.0).view(2, 3)
     tensors = {"a": shared, "b": shared, "turned": shared.t(), "row": shared[1],
@@ -353,7 +353,7 @@ def test_load_into_names_every_fault_once() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
-# ----------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------- checkpoints
 def save(run_dir: Path, step: int, keep: int = 2, value: float | None = None) -> Path:
     weights = {"w": torch.full((3,), float(step) if value is None else value)}
     state = {"optimizer": {"lr": 0.1, "m": torch.ones(2)}, "rng": torch.get_rng_state(), "place": [1, None]}
@@ -520,7 +520,7 @@ def test_pickled_code_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-# ---------------------------------------------------------------------------------------- run folder and log
+# ----------------------------------------------------------------------------- run folder and log
 def test_fresh_run_dir(tmp_path: Path) -> None:
     cfg = Config(lr=0.25)
     path = prepare_run_dir(str(tmp_path / "a" / "b"), "", cfg)
@@ -629,7 +629,7 @@ def test_read_metrics_tolerates_a_cut_last_line_only(tmp_path: Path) -> None:
         read_metrics(tmp_path / "none")
 
 
-# --------------------------------------------------------------------------------------------------- signals
+# ----------------------------------------------------------------------------- signals
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_signal(number: int) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -654,7 +654,7 @@ def test_second_interrupt_is_immediate() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
-# ------------------------------------------------------------------------------------------ training helpers
+# ----------------------------------------------------------------------------- training helpers
 def test_cosine_lr() -> None:
     rates = [cosine_lr(step, total=110, warmup=10, base=2.0) for step in range(111)]
     assert rates[0] == pytest.approx(2 / 11) and rates[4] == pytest.approx(10 / 11)
@@ -695,7 +695,7 @@ def test_peak_memory_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment()["commit"] == ""
 
 
-# -------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------- pictures
 def test_save_image(tmp_path: Path) -> None:
     image = torch.zeros(3, 2, 3)
     image[0, 0, 1], image[1, 1, 2], image[2, 0, 0] = 1.0, 0.5, 7.0  # out of range is clipped

@@ -1,4 +1,5 @@
-"""evaluate.py: the arithmetic of its tables, the benchmark and its resume, rewards before and after, questions."""
+"""evaluate.py: the arithmetic of its tables, the benchmark and its resume, rewards before and after,
+questions."""
 import json
 import os
 import signal
@@ -34,7 +35,8 @@ class Painter(nn.Module):
         if len(self.batches) == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         self.batches.append(seed)
-        scenes = [world.scene_for(np.random.default_rng(s), world.parse_prompt(text)) for text, s in zip(prompts, seed)]
+        scenes = [world.scene_for(np.random.default_rng(s), world.parse_prompt(text))
+                  for text, s in zip(prompts, seed)]
         blank = world.Scene((), 0.5)
         return world.render([blank if s % 2 else scene for s, scene in zip(seed, scenes)])
 
@@ -47,7 +49,8 @@ def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
 
 
 def geneval(out: Path, *flags: str) -> dict:
-    return evaluate.main(["geneval", "--out", str(out), "--limit", "8", "--per-prompt", "3", "--batch-size", "7", *flags])
+    return evaluate.main(["geneval", "--out", str(out), "--limit", "8", "--per-prompt", "3",
+                          "--batch-size", "7", *flags])
 
 
 def test_help_does_not_load_torch() -> None:
@@ -59,13 +62,16 @@ def test_help_does_not_load_torch() -> None:
 
 def test_scores_and_errors_against_hand_numbers() -> None:
     a, b = (next(i for i, p in enumerate(PROMPTS) if p.task == task) for task in ("counting", "colors"))
-    verdicts = {(a, 0): True, (a, 1): True, (a + 1, 0): False, (a + 1, 1): False,         # shares 1 and 0
-                (b, 0): False, (b, 1): False, (b + 1, 0): False, (b + 1, 1): True}        # shares 0 and 1/2
+    verdicts = {(a, 0): True, (a, 1): True, (a + 1, 0): False, (a + 1, 1): False,       # shares 1 and 0
+                (b, 0): False, (b, 1): False, (b + 1, 0): False, (b + 1, 1): True}      # shares 0 and 1/2
     scores = evaluate.geneval_scores(verdicts, PROMPTS)
     assert list(scores["tasks"]) == ["counting", "colors"]
-    for task, right, error in (("counting", 0.5, 0.5), ("colors", 0.25, 0.25)):           # s.e. (difference / sqrt 2) / sqrt 2
-        assert scores["tasks"][task] == {"right": right, "error": pytest.approx(error), "prompts": 2, "pictures": 4}
-    assert scores["overall"] == {"right": 0.375, "error": pytest.approx(0.3125 ** 0.5 / 2), "prompts": 4, "pictures": 8}
+    # s.e. (difference / sqrt 2) / sqrt 2
+    for task, right, error in (("counting", 0.5, 0.5), ("colors", 0.25, 0.25)):
+        assert scores["tasks"][task] == {"right": right, "error": pytest.approx(error), "prompts": 2,
+                                         "pictures": 4}
+    assert scores["overall"] == {"right": 0.375, "error": pytest.approx(0.3125 ** 0.5 / 2), "prompts": 4,
+                                 "pictures": 8}
     assert evaluate.geneval_table(scores).splitlines()[1:] == [
         "counting          0.5000   0.5000        2        4",
         "colors            0.2500   0.2500        2        4",
@@ -84,7 +90,7 @@ def test_verdicts_are_the_judges_and_a_part_is_not_the_benchmark(tmp_path: Path,
     assert [(r["prompt"], r["sample"]) for r in records] == [(75 * k, j) for k in range(8) for j in range(3)]
     assert all(r["right"] == (derive_seed(0, "geneval", r["prompt"], r["sample"]) % 2 == 0) for r in records)
     assert {r["right"] for r in records} == {True, False}
-    assert [len(batch) for batch in painter.batches[:-1]] == [7, 7, 7, 3]                 # and last the examples
+    assert [len(batch) for batch in painter.batches[:-1]] == [7, 7, 7, 3]              # and last the examples
     written = json.loads((tmp_path / "geneval.json").read_text())
     assert written["overall"] == result["overall"] and not written["benchmark"]
     assert written["config"]["limit"] == 8 and written["settings"]["num_steps"] == 20
@@ -105,22 +111,26 @@ def test_stopped_evaluation_goes_on(tmp_path: Path, painter: Painter, capsys: py
     painter.batches, painter.stop_at = [], 1
     assert geneval(tmp_path / "part") == {} and "stopped with 10 pictures to go" in capsys.readouterr().out
     path = tmp_path / "part" / "verdicts.jsonl"
-    path.write_text(path.read_text() + '{"prompt": 300, "sam')                            # a line that a crash cut
+    path.write_text(path.read_text() + '{"prompt": 300, "sam')                       # a line that a crash cut
     painter.batches, painter.stop_at = [], -1
     assert geneval(tmp_path / "part") == whole
     assert [len(batch) for batch in painter.batches[:-1]] == [7, 3]
     assert path.read_bytes() == (tmp_path / "whole" / "verdicts.jsonl").read_bytes()
     painter.batches = []
-    geneval(tmp_path / "part", "--per-prompt", "4", "--batch-size", "64")                 # more pictures are no other setting
+    # more pictures are no other setting
+    geneval(tmp_path / "part", "--per-prompt", "4", "--batch-size", "64")
     assert len(painter.batches[0]) == 8 and len(painter.batches) == 2
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path, painter: Painter) -> None:
     geneval(tmp_path)
     before = (tmp_path / "verdicts.jsonl").read_bytes()
-    for flags, names in ((["--seed", "1"], "--seed 0 -> 1"), (["--guidance-scale", "3"], "--guidance-scale 4.5 -> 3.0"),
-                         (["--num-steps", "9"], "--num-steps 20 -> 9"), (["--dtype", "bf16"], "--dtype fp32 -> bf16")):
-        with pytest.raises(ValueError, match=f"other settings .{names}.: give those, or choose another --out"):
+    for flags, names in ((["--seed", "1"], "--seed 0 -> 1"),
+                         (["--guidance-scale", "3"], "--guidance-scale 4.5 -> 3.0"),
+                         (["--num-steps", "9"], "--num-steps 20 -> 9"),
+                         (["--dtype", "bf16"], "--dtype fp32 -> bf16")):
+        with pytest.raises(ValueError,
+                           match=f"other settings .{names}.: give those, or choose another --out"):
             geneval(tmp_path, *flags)
     with torch.no_grad():
         painter.weight += 1e-7
@@ -138,9 +148,10 @@ def test_geneval_draws_with_the_real_model(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------- rewards
 
 def test_paired_difference_against_hand_numbers() -> None:
-    row = evaluate.compare([1.0, 2.0, 9.0, 3.0, 4.0], [2.0, 2.0, None, 5.0, 5.0])         # differences 1 0 2 1
+    row = evaluate.compare([1.0, 2.0, 9.0, 3.0, 4.0], [2.0, 2.0, None, 5.0, 5.0])       # differences 1 0 2 1
     assert row["n"] == 4 and row["change"] == 1 and row["before"][0] == 2.5 and row["after"][0] == 3.5
-    assert row["before"][1] == pytest.approx((5 / 3) ** 0.5 / 2) and row["after"][1] == pytest.approx(3 ** 0.5 / 2)
+    assert row["before"][1] == pytest.approx((5 / 3) ** 0.5 / 2)
+    assert row["after"][1] == pytest.approx(3 ** 0.5 / 2)
     half = 1.96 * (2 / 3) ** 0.5 / 2
     assert row["interval"] == pytest.approx([1 - half, 1 + half])
     assert evaluate.rewards_table({"clip": row}).splitlines()[1] == (
@@ -149,7 +160,7 @@ def test_paired_difference_against_hand_numbers() -> None:
 
 def test_rewards_before_and_after(tmp_path: Path) -> None:
     model = ParaUni.from_preset("nano", "random", 0)
-    for name in ("a", "b"):                                      # a fresh DiT predicts zero and hears no prompt
+    for name in ("a", "b"):                 # a fresh DiT predicts zero and hears no prompt
         with torch.no_grad():
             weight = model.dit.proj_out.weight
             weight.copy_(0.05 * torch.randn(weight.shape, generator=generator(name)))
@@ -157,13 +168,15 @@ def test_rewards_before_and_after(tmp_path: Path) -> None:
     (tmp_path / "light.py").write_text(
         "def light(images, prompts):\n    return images.mean((1, 2, 3))\n"
         "def holes(images, prompts):\n"
-        "    return images.mean((1, 2, 3)) + images.new_tensor([float('nan') if 'moon' in p else 0 for p in prompts])\n")
+        "    return images.mean((1, 2, 3)) + images.new_tensor("
+        "[float('nan') if 'moon' in p else 0 for p in prompts])\n")
     (tmp_path / "p.txt").write_text("a ring\ntwo moons\na red star\na heart\n")
 
     def run(after: str) -> dict:
-        return evaluate.main(["rewards", "--weights", "random", "--baseline", str(tmp_path / "a.safetensors"), "--num-steps", "1",
-                              "--stage-file", str(tmp_path / f"{after}.safetensors"), "--prompts", str(tmp_path / "p.txt"),
-                              "--limit", "3", "--rewards", f"{tmp_path}/light.py:light,{tmp_path}/light.py:holes",
+        return evaluate.main(["rewards", "--weights", "random", "--baseline", str(tmp_path / "a.safetensors"),
+                              "--num-steps", "1", "--stage-file", str(tmp_path / f"{after}.safetensors"),
+                              "--prompts", str(tmp_path / "p.txt"), "--limit", "3", "--rewards",
+                              f"{tmp_path}/light.py:light,{tmp_path}/light.py:holes",
                               "--out", str(tmp_path / "out")])
     same, other = run("a"), run("b")
     assert same["rewards"]["light"]["interval"] == [0, 0] and same["before"] == other["before"]
@@ -176,7 +189,8 @@ def test_rewards_before_and_after(tmp_path: Path) -> None:
 
 def test_baseline_is_the_folders_stage_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(evaluate, "heldout_scores", lambda cfg, path, prompts: seen.append(path) or {"clip": [1.0] * len(prompts)})
+    monkeypatch.setattr(evaluate, "heldout_scores",
+                        lambda cfg, path, prompts: seen.append(path) or {"clip": [1.0] * len(prompts)})
     evaluate.main(["rewards", "--stage-file", "x", "--weights", str(tmp_path), "--out", str(tmp_path)])
     assert seen == [str(tmp_path / "stage2.safetensors"), "x"]
 
@@ -195,16 +209,19 @@ def test_every_question_has_a_kind_and_shares_are_right() -> None:
     _, pairs = world.question_set(300)
     rows = evaluate.answer_scores(pairs, [right for _, right in pairs])
     assert set(rows) == {*evaluate.KINDS.values(), "all"} and {row["right"] for row in rows.values()} == {1.0}
-    rows = evaluate.answer_scores([("how many rings?", "one"), ("how many shapes?", "two"), ("is there a red moon?", "no"),
-                                   ("is the ring above the star?", "yes")], ["one", "three", "no", "no"])
-    assert rows == {"how many": {"right": 0.5, "error": pytest.approx(0.5), "n": 2}, "is there": {"right": 1.0, "error": None, "n": 1},
+    rows = evaluate.answer_scores([("how many rings?", "one"), ("how many shapes?", "two"),
+                                   ("is there a red moon?", "no"), ("is the ring above the star?", "yes")],
+                                  ["one", "three", "no", "no"])
+    assert rows == {"how many": {"right": 0.5, "error": pytest.approx(0.5), "n": 2},
+                    "is there": {"right": 1.0, "error": None, "n": 1},
                     "relation": {"right": 0.0, "error": None, "n": 1},
                     "all": {"right": 0.5, "error": pytest.approx((1 / 3) ** 0.5 / 2), "n": 4}}
 
 
 def test_understand_repeats_bit_for_bit_and_hashes_the_vlm(tmp_path: Path) -> None:
     def run(*flags: str) -> dict:
-        argv = ["understand", "--weights", "random", "--count", "5", "--batch-size", "3", "--out", str(tmp_path), *flags]
+        argv = ["understand", "--weights", "random", "--count", "5", "--batch-size", "3",
+                "--out", str(tmp_path), *flags]
         return evaluate.main(argv)
     first, again = run(), run()
     assert first == again and first["kinds"]["all"]["n"] == 5

@@ -1,4 +1,5 @@
-"""Stage III in pieces: the objective by hand, the rollout's exactness, the gradient against a naive one, LDAM's noise."""
+"""Stage III in pieces: the objective by hand, the rollout's exactness, the gradient against a naive one,
+LDAM's noise."""
 import copy
 import math
 from dataclasses import replace
@@ -12,14 +13,16 @@ from torch.distributions import Normal, kl_divergence
 import grpo
 from common import Dist, derive_seed, generator
 from dit import euler_grid, guided_velocity
-from grpo import (Rollout, accumulate_gradient, check, check_ratio, chunk_kv, chunks, conditions, epoch_noise, gaussian_kl, group_advantages,
-                  grpo_loss, keep_noise, rollout, score_heldout, step_log_prob, weights_of, window)
+from grpo import (Rollout, accumulate_gradient, check, check_ratio, chunk_kv, chunks, conditions, epoch_noise,
+                  gaussian_kl, group_advantages, grpo_loss, keep_noise, rollout, score_heldout, step_log_prob,
+                  weights_of, window)
 from helpers import TINY, tiny_model
 from model import ParaUni, Prefix, save_trained
 from train import TrainConfig
 
 ALONE = Dist(0, 1, 0, torch.device("cpu"))
-CFG = TrainConfig(stage=3, dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_batch=8, guidance_scale=3.0, eval_steps=2)
+CFG = TrainConfig(stage=3, dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_batch=8,
+                  guidance_scale=3.0, eval_steps=2)
 PROMPTS = ["a red heart", "two blue stars above a green ring"]         # of different lengths: one is padded
 
 
@@ -50,10 +53,12 @@ def keys_of(cfg: TrainConfig, groups: int = 2) -> list[tuple]:
     return [(0, 5, group, member) for group in range(groups) for member in range(cfg.group_size)]
 
 
-def roll(model: ParaUni, cfg: TrainConfig, gamma: float = 0.0, epoch: int = 0) -> tuple[Prefix, Tensor | None, Rollout]:
+def roll(model: ParaUni, cfg: TrainConfig, gamma: float = 0.0,
+         epoch: int = 0) -> tuple[Prefix, Tensor | None, Rollout]:
     prefix, keys = model.encode_prefix([*PROMPTS, None]), keys_of(cfg)
     noise = epoch_noise(model, [2, 3], gamma, keys) if gamma else None
-    rolled = rollout(model, model, prefix, [generator("picture", *key) for key in keys], noise, window(cfg.num_steps, cfg.sde_window, epoch), cfg)
+    rolled = rollout(model, model, prefix, [generator("picture", *key) for key in keys], noise,
+                     window(cfg.num_steps, cfg.sde_window, epoch), cfg)
     return prefix, noise, rolled
 
 
@@ -94,7 +99,8 @@ def test_a_group_of_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("advantage", "ratio", "loss", "slope"), [
-    (+1.0, 1.1, -1.1, -1.1), (+1.0, 1.5, -1.2, 0.0), (+1.0, 0.5, -0.5, -0.5),         # clipped only where it would gain
+    # clipped only where it would gain
+    (+1.0, 1.1, -1.1, -1.1), (+1.0, 1.5, -1.2, 0.0), (+1.0, 0.5, -0.5, -0.5),
     (-1.0, 0.9, +0.9, +0.9), (-1.0, 0.5, +0.8, 0.0), (-1.0, 1.5, +1.5, +1.5),
     (+2.0, 1.0, -2.0, -2.0), (+0.0, 1.5, +0.0, +0.0)])
 def test_the_clipped_loss_by_hand(advantage: float, ratio: float, loss: float, slope: float) -> None:
@@ -135,7 +141,8 @@ def test_chunks_visit_every_picture_once_with_its_own_group() -> None:
                 for g, b in parts:
                     assert b.stop - b.start <= micro_batch
                     assert {i // size for i in range(b.start, b.stop)} == set(range(g.start, g.stop))
-                    assert (b.stop - b.start) % (g.stop - g.start) == 0            # the DiT shares its conditions out evenly
+                    # the DiT shares its conditions out evenly
+                    assert (b.stop - b.start) % (g.stop - g.start) == 0
                 tried += 1
     assert tried > 200
 
@@ -149,7 +156,8 @@ def test_the_window_slides_over_all_steps_but_the_last() -> None:
 # ----------------------------------------------------------------------------- rollout
 
 @pytest.mark.parametrize(("micro_batch", "guidance", "gamma"), [
-    (1, 1.0, 0.5), (1, 4.5, 0.0), (2, 4.5, 0.5), (4, 1.0, 0.0), (4, 4.5, 0.5), (7, 4.5, 0.5), (8, 1.0, 0.5), (8, 4.5, 0.0), (8, 4.5, 0.5)])
+    (1, 1.0, 0.5), (1, 4.5, 0.0), (2, 4.5, 0.5), (4, 1.0, 0.0), (4, 4.5, 0.5), (7, 4.5, 0.5), (8, 1.0, 0.5),
+    (8, 4.5, 0.0), (8, 4.5, 0.5)])
 def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float, gamma: float) -> None:
     cfg = replace(CFG, micro_batch=micro_batch, guidance_scale=guidance)
     prefix, noise, rolled = roll(policy, cfg, gamma)
@@ -159,10 +167,12 @@ def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float
     for groups, b in chunks(2, cfg.group_size, micro_batch):
         kv = chunk_kv(policy.dit, *c, groups, b, 8, cfg)
         for k in rolled.trained:
-            x_next, log_prob, _, _ = step_log_prob(policy.dit, kv, rolled.latents[k, b], sigmas[k], sigmas[k + 1], cfg, rolled.latents[k + 1, b])
+            x_next, log_prob, _, _ = step_log_prob(policy.dit, kv, rolled.latents[k, b], sigmas[k],
+                                                   sigmas[k + 1], cfg, rolled.latents[k + 1, b])
             assert torch.equal(x_next, rolled.latents[k + 1, b])
             assert (torch.exp(log_prob - rolled.log_prob[k, b]) - 1).abs().max() <= 1e-6
-    got = accumulate_gradient(policy, prefix, rolled, torch.randn(8, generator=generator("a")), noise, cfg, anchor=False)
+    got = accumulate_gradient(policy, prefix, rolled, torch.randn(8, generator=generator("a")), noise, cfg,
+                              anchor=False)
     assert got["ratio_dev"] <= 1e-6 and got["clip_frac"] == 0 and got["kl"] <= 1e-9
 
 
@@ -170,14 +180,16 @@ def test_other_noise_in_the_update_than_in_the_rollout_is_noticed(policy: ParaUn
     prefix, noise, rolled = roll(policy, CFG, 0.5)
     other = epoch_noise(policy, [2, 3], 0.5, [(1, *key) for key in keys_of(CFG)])
     for wrong in (other, None):
-        assert accumulate_gradient(policy, prefix, rolled, torch.ones(8), wrong, CFG, anchor=False)["ratio_dev"] > 1e-5
+        found = accumulate_gradient(policy, prefix, rolled, torch.ones(8), wrong, CFG, anchor=False)
+        assert found["ratio_dev"] > 1e-5
 
 
 def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> None:
     prefix, noise, rolled = roll(policy, CFG)
     before = rolled.log_prob.clone()
     moved = perturbed(policy, 0.05)
-    assert accumulate_gradient(moved, prefix, rolled, torch.ones(8), noise, CFG, anchor=True)["ratio_dev"] == 0
+    found = accumulate_gradient(moved, prefix, rolled, torch.ones(8), noise, CFG, anchor=True)
+    assert found["ratio_dev"] == 0
     assert (rolled.log_prob != before)[:-1].all()
 
 
@@ -190,7 +202,8 @@ def test_a_picture_depends_neither_on_chunks_nor_on_other_pictures(policy: ParaU
     # the second group by itself
     keys = keys_of(CFG)[4:]
     noise = epoch_noise(policy, [2, 3], gamma, keys) if gamma else None
-    alone = rollout(policy, policy, policy.encode_prefix([PROMPTS[1], None]), [generator("picture", *key) for key in keys], noise, [0, 1, 2], CFG)
+    alone = rollout(policy, policy, policy.encode_prefix([PROMPTS[1], None]),
+                    [generator("picture", *key) for key in keys], noise, [0, 1, 2], CFG)
     assert torch.equal(whole.latents[0, 4:], alone.latents[0])
     torch.testing.assert_close(whole.latents[:, 4:], alone.latents, atol=1e-4, rtol=1e-4)
     assert (whole.latents[-1, :4] - whole.latents[-1, 4:]).abs().max() > 0.1
@@ -206,16 +219,22 @@ def test_steps_outside_the_window_are_euler_steps(policy: ParaUni, size: int, ep
         kv = chunk_kv(policy.dit, *conditions(policy, prefix, None), slice(0, 2), slice(0, 8), 8, cfg)
         for k in range(4):
             x = rolled.latents[k]
-            euler = x + (sigmas[k + 1] - sigmas[k]) * guided_velocity(policy.dit, x, torch.full((8,), sigmas[k]), kv, cfg.guidance_scale)
+            v = guided_velocity(policy.dit, x, torch.full((8,), sigmas[k]), kv, cfg.guidance_scale)
+            euler = x + (sigmas[k + 1] - sigmas[k]) * v
             off = (rolled.latents[k + 1] - euler).abs().max()
-            assert (off > 0.1 and rolled.log_prob[k].abs().min() > 0) if k in rolled.trained else (off < 1e-5 and (rolled.log_prob[k] == 0).all())
+            if k in rolled.trained:
+                assert off > 0.1 and rolled.log_prob[k].abs().min() > 0
+            else:
+                assert off < 1e-5 and (rolled.log_prob[k] == 0).all()
 
 
 # ----------------------------------------------------------------------------- update
 
-def naive_means(model: ParaUni, prompt: str, noise: Tensor | None, rolled: Rollout, b: int, cfg: TrainConfig) -> list[tuple[Tensor, float]]:
+def naive_means(model: ParaUni, prompt: str, noise: Tensor | None, rolled: Rollout, b: int,
+                cfg: TrainConfig) -> list[tuple[Tensor, float]]:
     """Mean and std of every trained step of picture b, everything by itself and from the formulas."""
-    c_layers, uncond = (model.condition_layers(model.encode_prefix([p])) for p in (prompt, None))    # (L, 1, N, E)
+    c_layers, uncond = (model.condition_layers(model.encode_prefix([p]))
+                        for p in (prompt, None))                                        # (L, 1, N, E)
     c = (c_layers if noise is None else c_layers * (1 + noise[:, b:b + 1])).mean(0)
     sigmas, out = euler_grid(cfg.num_steps, cfg.shift)[0].tolist(), []
     for k in rolled.trained:
@@ -230,29 +249,36 @@ def naive_means(model: ParaUni, prompt: str, noise: Tensor | None, rolled: Rollo
     return out
 
 
-def naive_gradient(model: ParaUni, reference: ParaUni, rolled: Rollout, advantages: Tensor, noise: Tensor | None, cfg: TrainConfig) -> float:
+def naive_gradient(model: ParaUni, reference: ParaUni, rolled: Rollout, advantages: Tensor,
+                   noise: Tensor | None, cfg: TrainConfig) -> float:
     """The objective of all pictures and steps as one graph; returns the KL, leaves .grad."""
     total, kl_total = torch.zeros(()), 0.0
     for b in range(len(advantages)):
         prompt = PROMPTS[b // cfg.group_size]
         with torch.no_grad():
             refs = naive_means(reference, prompt, noise, rolled, b, cfg)
-        for k, (mean, std), (ref, _) in zip(rolled.trained, naive_means(model, prompt, noise, rolled, b, cfg), refs):
-            ratio = (Normal(mean, std).log_prob(rolled.latents[k + 1, b:b + 1]).mean() - rolled.log_prob[k, b]).exp()
-            gain = torch.minimum(ratio * advantages[b], ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range) * advantages[b])
+        for k, (mean, std), (ref, _) in zip(rolled.trained,
+                                            naive_means(model, prompt, noise, rolled, b, cfg), refs):
+            ratio = (Normal(mean, std).log_prob(rolled.latents[k + 1, b:b + 1]).mean()
+                     - rolled.log_prob[k, b]).exp()
+            gain = torch.minimum(ratio * advantages[b],
+                                 ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range) * advantages[b])
             kl = kl_divergence(Normal(mean, std), Normal(ref, std)).mean()
             total, kl_total = total - gain + cfg.kl_coef * kl, kl_total + kl.item()
     (total / len(advantages) / len(rolled.trained)).backward()
     return kl_total / len(advantages) / len(rolled.trained)
 
 
-@pytest.mark.parametrize(("guidance", "gamma", "micro_batch"), [(1.0, 0.0, 8), (3.0, 0.0, 2), (3.0, 0.5, 4), (1.0, 0.5, 1)])
-def test_the_cheap_gradient_is_the_naive_one(fresh: ParaUni, guidance: float, gamma: float, micro_batch: int) -> None:
+@pytest.mark.parametrize(("guidance", "gamma", "micro_batch"),
+                         [(1.0, 0.0, 8), (3.0, 0.0, 2), (3.0, 0.5, 4), (1.0, 0.5, 1)])
+def test_the_cheap_gradient_is_the_naive_one(fresh: ParaUni, guidance: float, gamma: float,
+                                             micro_batch: int) -> None:
     cfg = replace(CFG, guidance_scale=guidance, micro_batch=micro_batch, kl_coef=0.5, clip_range=2e-4)
     policy, reference = clone(fresh), perturbed(fresh, 0.02, seed=2)
     keys, prefix = keys_of(cfg), policy.encode_prefix([*PROMPTS, None])
     noise = epoch_noise(policy, [2, 3], gamma, keys) if gamma else None
-    rolled = rollout(policy, reference, prefix, [generator("picture", *key) for key in keys], noise, [0, 1, 2], cfg)
+    rolled = rollout(policy, reference, prefix, [generator("picture", *key) for key in keys], noise,
+                     [0, 1, 2], cfg)
     advantages = torch.randn(8, generator=generator("advantages"))
     moved, naive = perturbed(policy, 0.004), perturbed(policy, 0.004)
     got = accumulate_gradient(moved, prefix, rolled, advantages, noise, cfg, anchor=False)
@@ -265,7 +291,8 @@ def test_the_cheap_gradient_is_the_naive_one(fresh: ParaUni, guidance: float, ga
         error, scale = (sum(x.double().square().sum() for x in xs).sqrt() for xs in (
             [moved.trainable(3)[n].grad - want[n] for n in names], [want[n] for n in names]))
         # with guidance, large opposite gradients of c and c_uncond cancel in fp32
-        assert scale > 1e-4 and error / scale < (1e-5 if guidance == 1 else 5e-5), (part, (error / scale).item(), scale.item())
+        assert scale > 1e-4 and error / scale < (1e-5 if guidance == 1 else 5e-5), (
+            part, (error / scale).item(), scale.item())
 
 
 def test_gradients_add_up_over_chunks_and_calls(policy: ParaUni) -> None:
@@ -290,7 +317,7 @@ def test_kl_is_0_at_the_start_and_pulls_back_afterwards(policy: ParaUni) -> None
     square = sum(g.square().sum() for g in grads.values())
     with torch.no_grad():
         for name, p in moved.trainable(3).items():
-            p -= 0.1 * far / square * grads[name]                                  # to first order, a tenth less
+            p -= 0.1 * far / square * grads[name]           # to first order, a tenth less
     near = accumulate_gradient(moved, prefix, rolled, still, noise, cfg, anchor=False)["kl"]
     assert 0.8 * far < near < 0.97 * far
 
@@ -307,8 +334,9 @@ def test_check_ratio_raises_in_fp32_and_warns_otherwise() -> None:
 
 
 @pytest.mark.parametrize(("change", "flag"), [
-    ({"group_size": 1}, "--group-size"), ({"num_groups": 3}, "--num-groups"), ({"num_groups": 0}, "--num-groups"),
-    ({"micro_batch": 3}, "--micro-batch"), ({"num_steps": 1}, "--num-steps"), ({"sde_window": 4}, "--sde-window"),
+    ({"group_size": 1}, "--group-size"), ({"num_groups": 3}, "--num-groups"),
+    ({"num_groups": 0}, "--num-groups"), ({"micro_batch": 3}, "--micro-batch"),
+    ({"num_steps": 1}, "--num-steps"), ({"sde_window": 4}, "--sde-window"),
     ({"rewards": ()}, "--rewards"), ({"rewards": ("a.py:f", "b.py:f")}, "--rewards")])
 def test_bad_arithmetic_is_refused_in_the_words_of_the_flags(change: dict, flag: str) -> None:
     check(CFG, world_size=2)
@@ -320,19 +348,21 @@ def test_bad_arithmetic_is_refused_in_the_words_of_the_flags(change: dict, flag:
 
 def test_epoch_noise_touches_only_its_layers_and_each_picture_by_its_key(fresh: ParaUni) -> None:
     keys = keys_of(CFG)
-    noise = epoch_noise(fresh, [2, 4], 0.3, keys)                                   # (L, B, N, E)
+    noise = epoch_noise(fresh, [2, 4], 0.3, keys)                                       # (L, B, N, E)
     assert noise.shape == (4, 8, TINY.num_queries, 32)
     assert (noise[[0, 2]] == 0).all() and (noise[[1, 3]] != 0).all()
     assert noise[[1, 3]].std().item() == pytest.approx(0.3, rel=0.05) and abs(noise.mean().item()) < 0.02
-    rows = noise[[1, 3]].transpose(0, 1).flatten(1)                                 # (B, 2 N E)
-    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.3 and torch.corrcoef(noise[[1, 3]].flatten(1))[0, 1].abs() < 0.1
+    rows = noise[[1, 3]].transpose(0, 1).flatten(1)                                     # (B, 2 N E)
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.3
+    assert torch.corrcoef(noise[[1, 3]].flatten(1))[0, 1].abs() < 0.1
     assert torch.equal(epoch_noise(fresh, [2, 4], 0.3, keys[5:6])[:, 0], noise[:, 5])
     torch.testing.assert_close(epoch_noise(fresh, [2, 4], 0.6, keys), 2 * noise)
 
 
 def test_kept_fields_multiply_and_stay(policy: ParaUni, tmp_path) -> None:
     before = policy.generate(PROMPTS, 2, 1.0)
-    first, second = (epoch_noise(policy, layers, gamma, [key])[:, 0] for layers, gamma, key in (([2], 0.5, (0, 3)), ([2, 3], 0.4, (0, 9))))
+    first, second = (epoch_noise(policy, layers, gamma, [key])[:, 0]
+                     for layers, gamma, key in (([2], 0.5, (0, 3)), ([2, 3], 0.4, (0, 9))))
     keep_noise(policy, [2], 0.5, (0, 3))
     torch.testing.assert_close(policy.layer_factor, 1 + first)
     assert (policy.layer_factor[[0, 2, 3]] == 1).all()
@@ -347,7 +377,8 @@ def test_kept_fields_multiply_and_stay(policy: ParaUni, tmp_path) -> None:
     other.vlm, other.vae = policy.vlm, policy.vae
     other.load_trained(tmp_path / "stage3.safetensors")
     assert torch.equal(other.generate(PROMPTS, 2, 1.0), twice)
-    assert "layer_factor" not in " ".join(policy.state_dict()) and clone(policy).layer_factor is not policy.layer_factor
+    assert "layer_factor" not in " ".join(policy.state_dict())
+    assert clone(policy).layer_factor is not policy.layer_factor
 
 
 def test_a_kept_field_is_in_rollout_and_update_alike(policy: ParaUni) -> None:
@@ -355,7 +386,8 @@ def test_a_kept_field_is_in_rollout_and_update_alike(policy: ParaUni) -> None:
     keep_noise(policy, [2, 3], 0.5, (0, 3))
     prefix, noise, rolled = roll(policy, CFG)
     assert (rolled.latents[-1] - plain.latents[-1]).abs().max() > 1e-3
-    assert accumulate_gradient(policy, prefix, rolled, torch.ones(8), noise, CFG, anchor=False)["ratio_dev"] <= 1e-6
+    assert accumulate_gradient(policy, prefix, rolled, torch.ones(8), noise, CFG,
+                               anchor=False)["ratio_dev"] <= 1e-6
 
 
 class Firing:
@@ -367,17 +399,19 @@ class Firing:
 
 
 def test_a_kept_field_moves_the_reference_too_so_that_the_kl_stays_one_of_weights(policy: ParaUni) -> None:
-    run = SimpleNamespace(cfg=replace(CFG, ldam_mode="keep"), model=policy, reference=clone(policy), ldam=Firing(),
-                          dist=Dist(0, 1, 0, policy.device), gamma=None)
+    run = SimpleNamespace(cfg=replace(CFG, ldam_mode="keep"), model=policy, reference=clone(policy),
+                          ldam=Firing(), dist=Dist(0, 1, 0, policy.device), gamma=None)
     assert grpo.perturb(run, [2], 0.0, 1.0, (0, 3))["ldam/layers"] == [2]
-    assert torch.equal(run.reference.layer_factor, policy.layer_factor) and (policy.layer_factor[1] != 1).all()
+    assert torch.equal(run.reference.layer_factor, policy.layer_factor)
+    assert (policy.layer_factor[1] != 1).all()
 
 
 # ----------------------------------------------------------------------------- an epoch
 
 def run_of(policy: ParaUni, scores: dict, tmp_path, **changes) -> grpo.Run:
     (tmp_path / "r.py").write_text("def any_name(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    cfg = replace(CFG, rewards=(f"{tmp_path / 'r.py'}:any_name",), num_eval=2, run_dir=str(tmp_path), steps=4, warmup=0, clip_range=1e-2, **changes)
+    cfg = replace(CFG, rewards=(f"{tmp_path / 'r.py'}:any_name",), num_eval=2, run_dir=str(tmp_path), steps=4,
+                  warmup=0, clip_range=1e-2, **changes)
     run = grpo.start(cfg, policy, ALONE)
     run.scorers = scores
     return run
@@ -387,7 +421,8 @@ def test_a_nan_reward_leaves_out_its_group_only(policy: ParaUni, tmp_path, monke
     values, used = torch.tensor([1.0, math.nan, 3.0, 4.0, 1.0, 2.0, 3.0, 6.0]), []
     real = accumulate_gradient
     monkeypatch.setattr(grpo, "accumulate_gradient", lambda *args: (used.append(args[3]), real(*args))[1])
-    run = run_of(policy, {"r": lambda images, prompts: values, "watched": lambda images, prompts: values * 0 + math.nan}, tmp_path)
+    run = run_of(policy, {"r": lambda images, prompts: values,
+                          "watched": lambda images, prompts: values * 0 + math.nan}, tmp_path)
     record = grpo.run_epoch(run, 0)
     assert (used[0][:4] == 0).all() and torch.equal(used[0][4:], group_advantages(values[4:].view(1, 4))[0])
     assert record["reward_nan"] == 1 and record["zero_std"] == 0 and math.isfinite(record["grad_norm"])
@@ -406,9 +441,10 @@ def test_equal_rewards_teach_nothing_but_the_kl(policy: ParaUni, tmp_path) -> No
     assert record["zero_std"] == 1 and record["grad_norm"] < 1e-4
 
 
-def test_a_gradient_that_is_not_finite_is_neither_applied_nor_shown_to_ldam(policy: ParaUni, tmp_path, monkeypatch) -> None:
+def test_a_gradient_that_is_not_finite_is_neither_applied_nor_shown_to_ldam(policy: ParaUni, tmp_path,
+                                                                            monkeypatch) -> None:
     run = run_of(policy, {"r": lambda images, prompts: images.mean((1, 2, 3))}, tmp_path)
-    run.ldam.last = {"fired": 1}                                                    # of an epoch before
+    run.ldam.last = {"fired": 1}                                                        # of an epoch before
     before = {name: p.detach().clone() for name, p in run.params.items()}
 
     def poisoned(*args: object) -> dict[str, float]:
@@ -436,15 +472,18 @@ def test_training_raises_a_reward(policy: ParaUni, tmp_path) -> None:
 
 def test_heldout_scores_are_the_same_however_they_are_shared_out(policy: ParaUni, monkeypatch) -> None:
     prompts = [*PROMPTS, "a pink moon", "a circle", "three rings"]
-    rewards = {"bright": lambda images, said: images.mean((1, 2, 3)), "length": lambda images, said: torch.tensor([float(len(s)) for s in said])}
+    rewards = {"bright": lambda images, said: images.mean((1, 2, 3)),
+               "length": lambda images, said: torch.tensor([float(len(s)) for s in said])}
     cfg = replace(CFG, micro_batch=2)
     alone = score_heldout(policy, rewards, prompts, cfg, ALONE)
     assert alone["length"] == [float(len(p)) for p in prompts] and len(set(alone["bright"])) == 5
     seeds = [derive_seed(cfg.seed, "heldout", i) for i in range(5)]
-    assert alone["bright"] == pytest.approx(policy.generate(prompts, 2, cfg.eval_guidance_scale, seed=seeds).mean((1, 2, 3)).tolist(), abs=1e-5)
+    assert alone["bright"] == pytest.approx(policy.generate(prompts, 2, cfg.eval_guidance_scale,
+                                                            seed=seeds).mean((1, 2, 3)).tolist(), abs=1e-5)
     monkeypatch.setattr(grpo, "all_gather_list", lambda tensor, dist: tensor)
-    for world in (2, 3, 7):                                                         # 7: two ranks have nothing to do
-        shares = [score_heldout(policy, rewards, prompts, cfg, Dist(rank, world, rank, torch.device("cpu"))) for rank in range(world)]
+    for world in (2, 3, 7):                                 # 7: two ranks have nothing to do
+        shares = [score_heldout(policy, rewards, prompts, cfg, Dist(rank, world, rank, torch.device("cpu")))
+                  for rank in range(world)]
         for name in rewards:
             assert sum((share[name] for share in shares), []) == pytest.approx(alone[name], abs=1e-5)
 
@@ -462,7 +501,9 @@ def test_weights_of_puts_everything_back(policy: ParaUni) -> None:
 
 
 def test_the_curves_survive_a_reward_that_was_nowhere_finite(tmp_path) -> None:
-    records = [{"epoch": n, "phase": "a" if n < 3 else "b", "ldam/fired": n % 2, "reward/a": 0.1 * n, "reward/b": None if n == 2 else 1.0}
+    records = [{"epoch": n, "phase": "a" if n < 3 else "b", "ldam/fired": n % 2, "reward/a": 0.1 * n,
+                "reward/b": None if n == 2 else 1.0}
                for n in range(1, 5)]
-    grpo.plot_rewards([{"epoch": 0, "phase": "a", "heldout/a": 0.0}, *records], ["a", "b"], tmp_path / "rewards.png")
+    grpo.plot_rewards([{"epoch": 0, "phase": "a", "heldout/a": 0.0}, *records], ["a", "b"],
+                      tmp_path / "rewards.png")
     assert (tmp_path / "rewards.png").stat().st_size > 1000

@@ -1,5 +1,5 @@
-"""ParaUni: the two-part VLM pass against one whole pass, which layers are read, what is trained, saved,
-loaded and refused."""
+"""ParaUni: the two-part VLM pass against one whole pass, which layers are read,
+what is trained, saved, loaded and refused."""
 import json
 import shutil
 from collections.abc import Callable
@@ -83,8 +83,8 @@ def one_pass(model: ParaUni, prompts: list[str | None],
         embeds = model.vlm.get_input_embeddings()(ids)                                  # (1, S, D)
         if images is not None:
             mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-            tokens = model.vlm.model.get_image_features(pixel_values=(images[b:b + 1] - mean)
-                                                        / std).pooler_output
+            tokens = model.vlm.model.get_image_features(
+                pixel_values=(images[b:b + 1] - mean) / std).pooler_output
             embeds[ids == 5] = tokens.reshape(16, D)
         whole = torch.cat([embeds, leaf[None]], 1)                                      # (1, S + N, D)
         out = language(inputs_embeds=whole, use_cache=False, output_hidden_states=True)
@@ -92,7 +92,7 @@ def one_pass(model: ParaUni, prompts: list[str | None],
     return torch.cat(rows, 1), leaf
 
 
-# ---------------------------------------------------------------------------------------- prompt -> condition
+# ----------------------------------------------------------------------------- prompt -> condition
 
 @pytest.mark.parametrize("with_images", [False, True])
 def test_prefix_and_queries_equal_one_pass_in_value_and_gradient(model: ParaUni, with_images: bool) -> None:
@@ -109,15 +109,15 @@ def test_prefix_and_queries_equal_one_pass_in_value_and_gradient(model: ParaUni,
 
 
 def test_padded_batch_equals_one_padded_pass(model: ParaUni) -> None:
-    """The same, on one padded sequence with mask and positions, as training by the
-    whole sequence would do it."""
+    """The same, on one padded sequence with mask and positions,
+    as training by the whole sequence would do it."""
     ids, mask = model.tokenize([spell(p) for p in PROMPTS])
     B = len(PROMPTS)
     mask = torch.cat([mask, mask.new_ones(B, N)], 1)
     whole = torch.cat([model.vlm.get_input_embeddings()(ids), model.queries.expand(B, -1, -1)], 1)
     out = model.vlm.model.language_model(inputs_embeds=whole, attention_mask=mask,
-                                         position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
-                                         output_hidden_states=True)
+                                         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                                         use_cache=False, output_hidden_states=True)
     want = torch.stack(out.hidden_states[1:])[:, :, -N:]
     torch.testing.assert_close(model.read_queries(model.encode_prefix(PROMPTS)), want, rtol=1e-4, atol=1e-4)
 
@@ -168,7 +168,8 @@ def test_layers_are_the_outputs_of_the_vlm_layers_counted_from_one(model: ParaUn
         hook.remove()
     raw = [hidden[:, -N:] for hidden in raw]
     torch.testing.assert_close(features[:-1], torch.stack(raw[:-1]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(features[-1], language.norm(raw[-1]), rtol=0, atol=1e-5)  # the last: final norm on it
+    # the last has the final norm on it
+    torch.testing.assert_close(features[-1], language.norm(raw[-1]), rtol=0, atol=1e-5)
     c = [model.lim.agglayer_norm(model.lim.projector(model.lim.connector(q))) for q in features]
     for layers in ([1], [3], [L], [2, 5, 8], list(range(1, L + 1))):
         want = torch.stack([c[i - 1] for i in layers]).mean(0)
@@ -212,19 +213,21 @@ def test_embedding_of_pictures_is_the_vlms_own(model: ParaUni) -> None:
                            model.condition(["a heart"], pictures(1, seed=1)))
 
 
-# ---------------------------------------------------------------------------------------------- words
+# ----------------------------------------------------------------------------- words
 
 def test_templates_are_the_published_ones() -> None:
     assert PROMPT.format(image="", caption="a cat") == \
         "<|im_start|>user\nGenerate an image: a cat<|im_end|>\n<|im_start|>assistant\n<img>"
-    assert UNCONDITIONAL.format(image="") == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n<img>"
-    assert QUESTION.format(image="", question="why?") == "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert UNCONDITIONAL.format(image="") == (
+        "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n<img>")
+    assert QUESTION.format(image="", question="why?") == (
+        "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_prompts_reach_the_vlm_as_those_templates(model: ParaUni, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, tokenize = [], model.tokenize
-    monkeypatch.setattr(model, "tokenize", lambda texts,
-                        limit=None: seen.extend(texts) or tokenize(texts, limit))
+    monkeypatch.setattr(model, "tokenize",
+                        lambda texts, limit=None: seen.extend(texts) or tokenize(texts, limit))
     model.encode_prefix(["  a heart\n", None])
     model.encode_prefix(["a heart", None], pictures(2))
     assert seen == [spell("a heart"), spell(None), spell("a heart", True), spell(None, True)]
@@ -268,7 +271,7 @@ def test_one_picture_for_each_prompt(model: ParaUni) -> None:
             model.condition(["a heart", "a star"], pictures(B))
 
 
-# --------------------------------------------------------------------------------------- pictures and answers
+# ----------------------------------------------------------------------------- pictures and answers
 
 def test_pictures_depend_on_seed_and_place_and_not_on_the_batch(model: ParaUni) -> None:
     prompts = ["a heart", "a blue star", "two moons"]
@@ -298,8 +301,8 @@ def test_prompt_image_layers_and_guidance_are_heard(model: ParaUni) -> None:
 def test_guidance_is_against_the_unconditional_prompt(model: ParaUni,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     seen, condition = [], model.condition
-    monkeypatch.setattr(model, "condition", lambda prompts,
-                        *more: seen.append(prompts) or condition(prompts, *more))
+    monkeypatch.setattr(model, "condition",
+                        lambda prompts, *more: seen.append(prompts) or condition(prompts, *more))
     model.generate(["a heart", "a star"], num_steps=1)
     assert seen == [["a heart", "a star"], [None]]
 
@@ -346,7 +349,7 @@ def test_chat_is_one_answer(model: ParaUni) -> None:
         model.chat(image, " ")
 
 
-# -------------------------------------------------------------------------------------------- what is trained
+# ----------------------------------------------------------------------------- what is trained
 
 def test_train_leaves_the_frozen_parts_in_eval(model: ParaUni) -> None:
     try:
@@ -380,7 +383,7 @@ def test_queries_start_small_and_random_weights_follow_the_seed() -> None:
         assert not torch.equal(a[name], c[name]), name
 
 
-# ----------------------------------------------------------------------------------------- saving and loading
+# ----------------------------------------------------------------------------- saving and loading
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("kept", [False, True])
@@ -396,8 +399,8 @@ def test_trained_weights_come_back_bit_for_bit(model: ParaUni, tmp_path: Path, s
     finally:
         source.layer_factor = None
     metadata = target.load_trained(path, stage, "nano")
-    assert metadata["stage"] == str(stage) and json.loads(metadata["config"]) == {"preset": "nano",
-                                                                                  "lr": 1e-4}
+    assert metadata["stage"] == str(stage)
+    assert json.loads(metadata["config"]) == {"preset": "nano", "lr": 1e-4}
     trained = source.trainable(stage)
     assert set(read_safetensors(path)[0]) == set(trained) | ({"ldam.layer_factor"} if kept else set())
     assert all(torch.equal(trained[name], p) for name, p in target.trainable(stage).items())
@@ -409,8 +412,8 @@ def test_weights_saved_in_bf16_are_the_rounded_ones(model: ParaUni, tmp_path: Pa
     save_trained(model, tmp_path / "a.safetensors", 1, Config(), torch.bfloat16)
     target = ParaUni.from_preset("nano", "random", seed=9)
     target.load_trained(tmp_path / "a.safetensors")
-    assert target.queries.dtype == torch.float32 and torch.equal(target.queries,
-                                                                 model.queries.bfloat16().float())
+    assert target.queries.dtype == torch.float32
+    assert torch.equal(target.queries, model.queries.bfloat16().float())
 
 
 def edit(path: Path, change: Callable[[dict[str, Tensor]], object],
@@ -509,8 +512,8 @@ def test_folder_with_a_missing_part_is_refused(broken: Path, missing: str) -> No
 def test_folder_of_another_preset_is_refused(broken: Path, part: str, key: str, value: int) -> None:
     path = broken / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(ValueError, match=f"{broken / part} is of another preset: expected .* change --preset "
-                                         "or --weights"):
+    with pytest.raises(ValueError, match=f"{broken / part} is of another preset: expected .* "
+                                         "change --preset or --weights"):
         ParaUni.from_preset("nano", broken)
 
 
@@ -545,7 +548,7 @@ def test_load_vlm_refuses_other_sizes_and_damage(broken: Path) -> None:
         load_vlm(NANO.vlm, broken / "vlm")
 
 
-# ---------------------------------------------------------------------------------------------- sizes
+# ----------------------------------------------------------------------------- sizes
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
@@ -562,11 +565,9 @@ def test_full_size_vlms_have_the_published_parameters(name: str, parameters: int
     assert count(vlm) == parameters and PRESETS[name].vlm.image_tokens == 256
     assert vlm.lm_head.weight is not vlm.get_input_embeddings().weight and vlm.dtype == torch.bfloat16
     text = vlm.config.text_config
-    assert (text.hidden_size // text.num_attention_heads, text.rms_norm_eps) == ({"b-512": 64,
-                                                                                  "l-512": 128}[name], 1e-6)
-    assert (text.max_position_embeddings, vlm.config.image_token_id, vlm.config.image_seq_length) == (32768,
-                                                                                                      151667,
-                                                                                                      256)
+    assert text.hidden_size // text.num_attention_heads == {"b-512": 64, "l-512": 128}[name]
+    assert (text.rms_norm_eps, text.max_position_embeddings) == (1e-6, 32768)
+    assert (vlm.config.image_token_id, vlm.config.image_seq_length) == (151667, 256)
 
 
 def test_embeddings_and_head_of_the_vlm_are_two_tensors() -> None:
@@ -598,5 +599,5 @@ def test_presets_fit_together_and_have_the_published_sizes(name: str, dit: int |
 def test_preset_defaults_are_the_papers() -> None:
     paper = PRESETS["l-1024"]
     assert (paper.image_size, paper.num_queries, paper.train_tokens) == (1024, 256, 128)
-    assert (paper.dit, paper.lim, replace(paper.vlm, dtype="float32")) == (DiTConfig(), LIMConfig(),
-                                                                           VLMConfig())
+    assert (paper.dit, paper.lim) == (DiTConfig(), LIMConfig())
+    assert replace(paper.vlm, dtype="float32") == VLMConfig()

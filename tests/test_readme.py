@@ -22,7 +22,7 @@ from sample import SampleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)                    # (language, content)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)                        # (language, content)
 PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.M | re.S)
 COMMANDS = [shlex.split(part) for language, block in BLOCKS if language == "sh"
             for line in block.splitlines() for part in line.split(" && ")]
@@ -96,8 +96,8 @@ def test_flags_in_the_prose_exist() -> None:
 
 def test_the_file_table_is_the_tree() -> None:
     listed = [row[0].strip("`") for row in table("file")]
-    there = {str(path.relative_to(ROOT)) for folder in ("", "nano") for path in (ROOT / folder).glob("*.py")} - {"nano/__init__.py"}
-    assert len(listed) == len(set(listed)) and set(listed) == there
+    there = {str(path.relative_to(ROOT)) for folder in ("", "nano") for path in (ROOT / folder).glob("*.py")}
+    assert len(listed) == len(set(listed)) and set(listed) == there - {"nano/__init__.py"}
 
 
 def test_names_in_the_prose_are_in_the_code() -> None:
@@ -105,7 +105,8 @@ def test_names_in_the_prose_are_in_the_code() -> None:
     used = set()
     for path in (*ROOT.glob("*.py"), *ROOT.glob("nano/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            used |= {getattr(node, name) for name in ("name", "id", "arg") if isinstance(getattr(node, name, None), str)}
+            used |= {getattr(node, name)
+                     for name in ("name", "id", "arg") if isinstance(getattr(node, name, None), str)}
     tutorial = PROSE[PROSE.index("# Tutorial"):PROSE.index("# Running stage III")]
     for word in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)?)`", tutorial):
         assert (ROOT / word).is_file() if word.endswith(".py") else set(word.split(".")) <= used, word
@@ -118,11 +119,13 @@ def test_the_stage_table_is_the_recipes() -> None:
         trained = {"queries", "LIM"} | ({"DiT"} if stage > 1 else set())
         assert row[0].startswith(str(stage)) and set(row[1].split(", ")) == trained
         for cell, preset in zip(row[3:], ("nano", "l-1024"), strict=True):
-            cfg = train.parse(f"--stage {stage} --preset {preset} --prompts p --eval-prompts p --reward-weights w".split())
+            cfg = train.parse(f"--stage {stage} --preset {preset} --prompts p --eval-prompts p "
+                              "--reward-weights w".split())
             pictures = cfg.batch_size if stage < 3 else cfg.num_groups * cfg.group_size
             steps, size, lr = re.match(r"([\d,]+) × ([\d,]+), ([\de.-]+)", cell).groups()
             said = int(steps.replace(",", "")), int(size.replace(",", "")), float(lr)
-            assert said == (cfg.steps, pictures, cfg.lr), f"README: stage {stage} of {preset} is {cfg.steps:,} × {pictures:,}, {cfg.lr:g}"
+            assert said == (cfg.steps, pictures, cfg.lr), (
+                f"README: stage {stage} of {preset} is {cfg.steps:,} × {pictures:,}, {cfg.lr:g}")
             if stage == 3:
                 grpo.check(cfg, world_size=1)
 
@@ -133,8 +136,10 @@ def test_the_tutorial_counts_as_the_recipes_do() -> None:
     assert f"{visits[0]} for nano, {visits[1]} for the paper's" in TEXT
     sizes = [math.prod(PRESETS[cfg.preset].latent_shape) for cfg in (nano, full)]
     product = r"\(([\de.-]+) × ([\d,]+)\)"
-    said = re.search(rf"([\d.]+) nats for nano {product} and ([\d.]+) for the paper's size {product}", TEXT).groups()
-    for cfg, size, (nats, clip_range, elements) in zip((nano, full), sizes, (said[:3], said[3:]), strict=True):
+    said = re.search(rf"([\d.]+) nats for nano {product} and ([\d.]+) for the paper's size {product}",
+                     TEXT).groups()
+    for cfg, size, (nats, clip_range, elements) in zip((nano, full), sizes, (said[:3], said[3:]),
+                                                       strict=True):
         assert (float(clip_range), int(elements.replace(",", ""))) == (cfg.clip_range, size)
         assert float(nats) == pytest.approx(cfg.clip_range * size, abs=0.05)
 
@@ -142,13 +147,17 @@ def test_the_tutorial_counts_as_the_recipes_do() -> None:
 def test_the_metrics_table_is_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One epoch of a tiny model with the README's own reward logs every metric of the table, and no other."""
     monkeypatch.chdir(tmp_path)
-    snippet = next(block for language, block in BLOCKS if language == "python" and block.startswith("def red"))
+    snippet = next(block for language, block in BLOCKS
+                   if language == "python" and block.startswith("def red"))
     Path("my_reward.py").write_text(snippet)
-    cfg = train.parse("--stage 3 --rewards my_reward.py:red --dtype fp32 --num-groups 2 --group-size 2 --num-steps 2".split())
+    cfg = train.parse("--stage 3 --rewards my_reward.py:red --dtype fp32 --num-groups 2 --group-size 2 "
+                      "--num-steps 2".split())
     run = grpo.start(cfg, tiny_model(), Dist(0, 1, 0, torch.device("cpu")))
-    logged = {key.replace("/red", "/<name>") for key in (*grpo.run_epoch(run, 0), *grpo.heldout_means({"red": [0.0]}))}
+    logged = {key.replace("/red", "/<name>")
+              for key in (*grpo.run_epoch(run, 0), *grpo.heldout_means({"red": [0.0]}))}
     listed = [key for row in table("metric") for key in re.findall(r"`([^`]+)`", row[0])]
-    assert len(listed) == len(set(listed)) and set(listed) == logged | {"ldam/layers"}     # the last one only where LDAM fires
+    assert len(listed) == len(set(listed))
+    assert set(listed) == logged | {"ldam/layers"}          # the last one only where LDAM fires
 
 
 # ---- pictures, formulas, snippets ----------------------------------------------------------------------
@@ -162,7 +171,8 @@ def test_linked_files_exist_and_pictures_are_small() -> None:
 
 
 def test_formulas_are_written_as_github_renders_them() -> None:
-    """Displays stand alone on a line; Markdown eats a backslash before punctuation; some macros are refused."""
+    """Displays stand alone on a line; Markdown eats a backslash before punctuation;
+    some macros are refused."""
     lines = PROSE.splitlines()
     displays = [i for i, line in enumerate(lines) if "$$" in line]
     assert len(displays) >= 12
@@ -176,7 +186,8 @@ def test_formulas_are_written_as_github_renders_them() -> None:
     assert all(line.count("$") % 2 == 0 for line in lines)
 
 
-def test_snippets_run_and_draw_the_picture_of_the_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_run_and_draw_the_picture_of_the_world(tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -184,12 +195,14 @@ def test_snippets_run_and_draw_the_picture_of_the_world(tmp_path: Path, monkeypa
         if language == "python":
             exec(compile(block, "README.md", "exec"), names)
     assert names["picture"].shape == (3, 32, 32)
-    drawn, shipped = (np.asarray(Image.open(folder / "docs" / "world.png"), dtype=float) for folder in (tmp_path, ROOT))
+    drawn, shipped = (np.asarray(Image.open(folder / "docs" / "world.png"), dtype=float)
+                      for folder in (tmp_path, ROOT))
     assert drawn.shape == shipped.shape and abs(drawn - shipped).mean() < 1
 
 
 def test_every_number_is_filled_in() -> None:
-    assert not (left := re.findall(r"\{\{\w+\}\}", TEXT)), f"still to be measured: {', '.join(dict.fromkeys(left))}"
+    left = dict.fromkeys(re.findall(r"\{\{\w+\}\}", TEXT))
+    assert not left, f"still to be measured: {', '.join(left)}"
 
 
 def test_the_first_screen_and_the_length() -> None:

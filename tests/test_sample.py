@@ -51,21 +51,23 @@ def test_pictures_are_those_of_generate_enlarged(tmp_path: Path, random_model: P
     (tmp_path / "list.txt").write_text("two moons\n\n")
     paths = sample.main(["A red heart, left of a star.", "--prompts", str(tmp_path / "list.txt"), "--out",
                          str(tmp_path / "new" / "pictures"), *RANDOM])
-    assert [path.name for path in paths] == ["000-a-red-heart-left-of-a-star.png", "001-two-moons.png", "grid.png"]
+    assert [path.name for path in paths] == ["000-a-red-heart-left-of-a-star.png",
+                                             "001-two-moons.png", "grid.png"]
     assert capsys.readouterr().out.split() == [str(path) for path in paths]
-    images = random_model.generate(["a red heart", "two moons"], num_steps=1, seed=0)    # v = 0: the words play no part
+    # v = 0: the words play no part
+    images = random_model.generate(["a red heart", "two moons"], num_steps=1, seed=0)
     for path, image in zip(paths, images):
         assert np.array_equal(pixels(path), levels(image).repeat(8, 0).repeat(8, 1))
     assert pixels(paths[-1]).shape[1] == 8 + 2 * (256 + 8)
 
 
 def test_several_pictures_a_prompt_in_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "BATCH", 2)                                              # a prompt is split over batches
+    monkeypatch.setattr(sample, "BATCH", 2)                 # a prompt is split over batches
     paths = sample.main(["a ring", "a moon", "--per-prompt", "3", "--out", str(tmp_path), *RANDOM])
     assert [path.name[:5] for path in paths[:-1]] == ["000-0", "000-1", "000-2", "001-0", "001-1", "001-2"]
     assert len({pixels(path).tobytes() for path in paths[:-1]}) == 6
     once = sample.main(["a ring", "a moon", "--out", str(tmp_path / "once"), *RANDOM])
-    assert np.abs(pixels(once[1]) - pixels(paths[3])).max() <= 1                         # more pictures, the same first one
+    assert np.abs(pixels(once[1]) - pixels(paths[3])).max() <= 1           # more pictures, the same first one
     assert pixels(paths[-1]).shape[1] == 8 + 3 * (256 + 8)
 
 
@@ -73,7 +75,8 @@ def test_stage_file_and_guidance_reach_the_picture(tmp_path: Path, random_model:
     def picture(*flags: str) -> bytes:
         return pixels(sample.main(["a ring", "--out", str(tmp_path), *RANDOM, *flags])[0]).tobytes()
     file = stage_file(tmp_path / "s.safetensors", random_model, "a")
-    assert picture() != picture("--stage-file", file) != picture("--stage-file", file, "--guidance-scale", "1")
+    assert (picture() != picture("--stage-file", file)
+            != picture("--stage-file", file, "--guidance-scale", "1"))
 
 
 def test_stage_1_file_goes_onto_the_pretrained_dit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +95,8 @@ def test_stage_1_file_goes_onto_the_pretrained_dit(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(model_module, "ParaUni", Recorder)
     sample.load_model("nano", "auto", "one.safetensors", 0)
     sample.load_model("l-512", "folder", "", 3)
-    assert calls == [("from_parts", model_module.NANO_WEIGHTS), ("load_trained", Path("one.safetensors"), "nano"),
-                     ("from_preset", "l-512", "folder", 3)]
+    assert calls == [("from_parts", model_module.NANO_WEIGHTS),
+                     ("load_trained", Path("one.safetensors"), "nano"), ("from_preset", "l-512", "folder", 3)]
 
 
 def test_chat_shows_the_picture_and_prints_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

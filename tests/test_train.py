@@ -1,4 +1,5 @@
-"""The three stages end to end on a tiny model: what moves and what does not, exact resume, one process against two."""
+"""The three stages end to end on a tiny model: what moves and what does not, exact resume, one process
+against two."""
 import json
 import math
 import os
@@ -24,10 +25,12 @@ from model import ParaUni, save_trained
 from train import TrainConfig, parse
 
 ROOT = Path(train.__file__).parent
-SHORT = ("--steps", "5", "--batch-size", "4", "--micro-batch", "4", "--warmup", "1", "--log-every", "2", "--lr", "1e-3")
-REINFORCE = ("--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-steps", "3", "--micro-batch", "4", "--warmup", "0",
-             "--num-eval", "4", "--eval-steps", "2")
-# The file `stop` beside it, "3 SIGTERM", says at which call of `bright` what happens; calls are counted within a run.
+SHORT = ("--steps", "5", "--batch-size", "4", "--micro-batch", "4", "--warmup", "1",
+         "--log-every", "2", "--lr", "1e-3")
+REINFORCE = ("--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-steps", "3",
+             "--micro-batch", "4", "--warmup", "0", "--num-eval", "4", "--eval-steps", "2")
+# The file `stop` beside it, "3 SIGTERM", says at which call of `bright` what happens;
+# calls are counted within a run.
 REWARDS = '''
 import os
 import signal
@@ -54,8 +57,9 @@ def red(images, prompts):
     return images[:, 0].mean((1, 2))
 '''
 # What other programs may read from a line of the log of stage 3
-KEYS = {"epoch", "phase", "reward/bright", "reward/red", "kl", "ratio_dev", "clip_frac", "zero_std", "grad_norm", "ldam/fired", "ldam/gamma",
-        "ldam/r_s", "ldam/g_s", "ldam/n_cool", "time/rollout", "time/reward", "time/update"}
+KEYS = {"epoch", "phase", "reward/bright", "reward/red", "kl", "ratio_dev", "clip_frac", "zero_std",
+        "grad_norm", "ldam/fired", "ldam/gamma", "ldam/r_s", "ldam/g_s", "ldam/n_cool", "time/rollout",
+        "time/reward", "time/update"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +88,8 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(parts: Path, rewards: Path, tmp_path: Path) -> Callable:
-    """run(stage, folder name, *flags) trains in tmp_path/name, as the command line does, and returns what main returns."""
+    """run(stage, folder name, *flags) trains in tmp_path/name, as the command line does,
+    and returns what main returns."""
     def run(stage: int, name: str, *flags: str, stop: str = "0 never") -> dict[str, float]:
         rewards.with_name("stop").write_text(stop)
         return train.main(flags_of(stage, parts, rewards, tmp_path / name, *flags))
@@ -97,7 +102,8 @@ def flags_of(stage: int, parts: Path, rewards: Path, run_dir: Path, *flags: str)
 
 
 @pytest.fixture(scope="module")
-def whole(parts: Path, rewards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+def whole(parts: Path, rewards: Path,
+          tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     """A run of stage 3 that nothing disturbed, and what it returned."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     rewards.with_name("stop").write_text("0 never")
@@ -118,14 +124,17 @@ def flat(tree: object, name: str = "") -> dict[str, object]:
 
 
 def assert_same_run(a: Path, b: Path, stage: int) -> None:
-    """Bit for bit: weights, EMA, optimizer, everything else of the last checkpoint, the file of the stage, and the log."""
+    """Bit for bit: weights, EMA, optimizer, everything else of the last checkpoint,
+    the file of the stage, and the log."""
     for left, right in zip(map(flat, newest(a)), map(flat, newest(b))):
         assert left.keys() == right.keys()
         left.pop("/seconds", None)
-        assert [k for k in left if not (torch.equal(left[k], right[k]) if isinstance(left[k], Tensor) else left[k] == right[k])] == []
+        assert [k for k in left if not (torch.equal(left[k], right[k]) if isinstance(left[k], Tensor)
+                                        else left[k] == right[k])] == []
     left, right = (read_safetensors(folder / f"stage{stage}.safetensors")[0] for folder in (a, b))
     assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-    logs = [[{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(folder / "metrics.jsonl")] for folder in (a, b)]
+    logs = [[{k: v for k, v in line.items() if not k.startswith("time/")}
+             for line in read_metrics(folder / "metrics.jsonl")] for folder in (a, b)]
     assert logs[0] == logs[1] and len(logs[0]) > 1
 
 
@@ -134,16 +143,19 @@ def assert_same_run(a: Path, b: Path, stage: int) -> None:
 def test_defaults_then_recipe_then_flags() -> None:
     assert parse([]) == TrainConfig(**train.NANO[1])
     assert parse(["--stage", "3"]) == TrainConfig(stage=3, **train.NANO[3])
-    assert parse(["--stage=2", "--preset", "l-1024"]) == TrainConfig(stage=2, preset="l-1024", **train.PAPER[2])
-    cfg = parse(["--stage", "3", "--group-size", "4", "--rewards", "clip,aesthetic", "--no-ldam", "--clip-range", "0.5"])
+    assert (parse(["--stage=2", "--preset", "l-1024"])
+            == TrainConfig(stage=2, preset="l-1024", **train.PAPER[2]))
+    cfg = parse(["--stage", "3", "--group-size", "4", "--rewards", "clip,aesthetic", "--no-ldam",
+                 "--clip-range", "0.5"])
     assert (cfg.group_size, cfg.rewards, cfg.ldam, cfg.clip_range) == (4, ("clip", "aesthetic"), False, 0.5)
     assert cfg.num_groups == train.NANO[3]["num_groups"] and cfg.kl_coef == TrainConfig().kl_coef
     assert parse(["--stage", "3", "--stage", "1"]).steps == train.NANO[1]["steps"]
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    (["--groups-size", "4"], "did you mean --group-size"), (["--preset", "nanoo"], "unknown preset 'nanoo'"), (["--stage", "4"], "--stage"),
-    (["--stage", "three"], "--stage"), (["--steps", "many"], "--steps"), (["--times", "late"], "--times"), (["now"], "unexpected argument 'now'")])
+    (["--groups-size", "4"], "did you mean --group-size"), (["--preset", "nanoo"], "unknown preset 'nanoo'"),
+    (["--stage", "4"], "--stage"), (["--stage", "three"], "--stage"), (["--steps", "many"], "--steps"),
+    (["--times", "late"], "--times"), (["now"], "unexpected argument 'now'")])
 def test_bad_flags_end_with_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(argv)
@@ -151,8 +163,9 @@ def test_bad_flags_end_with_one_line(argv: list[str], said: str, capsys: pytest.
     assert stopped.value.code == 2 and said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [["--steps", "0"], ["--micro-batch", "0"], ["--ema-decay", "1.5"], ["--caption-dropout", "-0.1"],
-                                   ["--lr", "0"], ["--noise-level", "0"], ["--clip-range", "-1"], ["--inner-updates", "0"]])
+@pytest.mark.parametrize("flags", [["--steps", "0"], ["--micro-batch", "0"], ["--ema-decay", "1.5"],
+                                   ["--caption-dropout", "-0.1"], ["--lr", "0"], ["--noise-level", "0"],
+                                   ["--clip-range", "-1"], ["--inner-updates", "0"]])
 def test_values_out_of_range_name_their_flag(flags: list[str]) -> None:
     with pytest.raises(ValueError, match=flags[0]):
         parse(flags)
@@ -169,10 +182,13 @@ def test_help_answers_at_once() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     answer = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert answer.returncode == 0 and "published: 1 % of the steps" in answer.stdout and "--ldam-gamma0" in answer.stdout
+    assert answer.returncode == 0
+    assert "published: 1 % of the steps" in answer.stdout and "--ldam-gamma0" in answer.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-    code = "import sys, train; train.parse(['--stage', '3']); print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+    code = ("import sys, train; train.parse(['--stage', '3']); "
+            "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])")
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert answer.stdout == "[]\n"
 
 
 # ----------------------------------------------------------------------------- data
@@ -196,7 +212,8 @@ def test_prompts_of_a_file_come_round_in_new_orders(tmp_path: Path) -> None:
 def test_items_are_a_function_of_seed_step_and_item() -> None:
     source = NanoPrompts(0)
     assert len({source.draw(step, item) for step in range(3) for item in range(6)}) > 9
-    assert NanoPrompts(0).draw(2, 1) == source.draw(2, 1) and [NanoPrompts(1).draw(0, i) for i in range(6)] != [source.draw(0, i) for i in range(6)]
+    assert NanoPrompts(0).draw(2, 1) == source.draw(2, 1)
+    assert [NanoPrompts(1).draw(0, i) for i in range(6)] != [source.draw(0, i) for i in range(6)]
     data = NanoLatents(tiny_model().vae, 0)
     x, captions = data.batch(3, [4, 1])
     assert x.shape == (2, *TINY.latent_shape) and x.dtype == torch.float32
@@ -209,17 +226,21 @@ def test_items_are_a_function_of_seed_step_and_item() -> None:
 
 @pytest.mark.parametrize("times", ["uniform", "noisy"])
 def test_the_loss_of_a_batch_is_the_mean_of_its_items(times: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, model, asked = replace(TrainConfig(), dtype="fp32", caption_dropout=0.6, times=times), tiny_model(), []
+    cfg = replace(TrainConfig(), dtype="fp32", caption_dropout=0.6, times=times)
+    model, asked = tiny_model(), []
     real = model.encode_prefix
-    monkeypatch.setattr(model, "encode_prefix", lambda prompts, **options: (asked.append(prompts), real(prompts, **options))[1])
+    monkeypatch.setattr(model, "encode_prefix",
+                        lambda prompts, **options: (asked.append(prompts), real(prompts, **options))[1])
     data, items = NanoLatents(model.vae, cfg.seed), list(range(8))
     together = train.item_loss(cfg, model, data, 5, items)
     alone = torch.stack([train.item_loss(cfg, model, data, 5, [item]) for item in items])
     torch.testing.assert_close(together, alone.mean(), rtol=1e-5, atol=0)
     assert alone.std() > 0
     batch, singles = asked[0], [prompts[0] for prompts in asked[1:]]
-    assert 0 < singles.count(None) < 8 and set(batch) == set(singles) and len(batch) == len(set(batch)) < 8     # read once each
-    assert torch.equal(train.item_loss(cfg, model, data, 5, items), together) and train.item_loss(cfg, model, data, 6, items) != together
+    assert 0 < singles.count(None) < 8
+    assert set(batch) == set(singles) and len(batch) == len(set(batch)) < 8     # read once each
+    assert torch.equal(train.item_loss(cfg, model, data, 5, items), together)
+    assert train.item_loss(cfg, model, data, 6, items) != together
     asked.clear()
     train.item_loss(replace(cfg, caption_dropout=1.0), model, data, 5, items)
     assert asked == [[None]]
@@ -232,12 +253,13 @@ def test_times_are_drawn_as_said() -> None:
     torch.testing.assert_close((uniform * 1000).round() / 1000, uniform)
     noisy = train.draw_times("noisy", rngs)
     assert 0 < noisy.min() and noisy.max() < 1 and abs(torch.logit(noisy).mean().item() - 1) < 0.06
-    assert train.draw_times("noisy", [generator("a"), generator("b")])[1] == train.draw_times("noisy", [generator("b")])[0]
+    both = train.draw_times("noisy", [generator("a"), generator("b")])
+    assert both[1] == train.draw_times("noisy", [generator("b")])[0]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_stage_trains_its_parts_and_leaves_the_rest_bit_identical(stage: int, run: Callable, parts: Path, tmp_path: Path,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_trains_its_parts_and_leaves_the_rest_bit_identical(
+        stage: int, run: Callable, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, real = [], train.load_model
     monkeypatch.setattr(train, "load_model", lambda cfg: (kept.append(real(cfg)), kept[-1])[1])
     run(stage, "run")
@@ -251,10 +273,13 @@ def test_a_stage_trains_its_parts_and_leaves_the_rest_bit_identical(stage: int, 
     assert not kept[0][0].vlm.training and not kept[0][0].vae.training
 
     tensors, metadata = read_safetensors(tmp_path / "run" / f"stage{stage}.safetensors")
-    assert metadata["stage"] == str(stage) and metadata["preset"] == "nano" and json.loads(metadata["config"])["lr"] > 0
-    assert tensors.keys() == {name for name in before if name.startswith(("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit."))}
+    assert metadata["stage"] == str(stage) and metadata["preset"] == "nano"
+    assert json.loads(metadata["config"])["lr"] > 0
+    prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
+    assert tensors.keys() == {name for name in before if name.startswith(prefixes)}
     ema = newest(tmp_path / "run")[0]["ema"]
-    assert all(torch.equal(tensors[name], ema[name]) for name in ema) and any(not torch.equal(tensors[name], after[name]) for name in ema)
+    assert all(torch.equal(tensors[name], ema[name]) for name in ema)
+    assert any(not torch.equal(tensors[name], after[name]) for name in ema)
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(run: Callable, tmp_path: Path) -> None:
@@ -263,7 +288,8 @@ def test_gradients_do_not_depend_on_the_micro_batch(run: Callable, tmp_path: Pat
         run(2, micro_batch, "--micro-batch", micro_batch, "--steps", "1")
         lines.append(read_metrics(tmp_path / micro_batch / "metrics.jsonl")[0])
     for line in lines[1:]:
-        assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-5) and line["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-4)
+        assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-4)
 
 
 def test_supervised_training_lowers_the_loss(run: Callable, tmp_path: Path) -> None:
@@ -273,68 +299,81 @@ def test_supervised_training_lowers_the_loss(run: Callable, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_an_interrupted_supervised_run_continues_bit_for_bit(stage: int, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_supervised_run_continues_bit_for_bit(stage: int, run: Callable, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     run(stage, "whole")
     real, calls = train.item_loss, []
 
     def interrupting(*args: object) -> Tensor:
         calls.append(1)
-        if len(calls) == 3:                                     # within step 3 of 5, in the middle of a line of the log
+        if len(calls) == 3:                           # within step 3 of 5, in the middle of a line of the log
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
     monkeypatch.setattr(train, "item_loss", interrupting)
     assert run(stage, "parts") == {}
-    assert not (tmp_path / "parts" / f"stage{stage}.safetensors").exists() and newest(tmp_path / "parts")[1]["step"] == 3
+    assert not (tmp_path / "parts" / f"stage{stage}.safetensors").exists()
+    assert newest(tmp_path / "parts")[1]["step"] == 3
     assert run(stage, "parts", "--resume", "auto")["step"] == 5 and len(calls) == 5
     assert_same_run(tmp_path / "whole", tmp_path / "parts", stage)
-    assert run(stage, "parts", "--resume", "auto")["step"] == 5 and len(calls) == 5       # nothing left to do
+    assert run(stage, "parts", "--resume", "auto")["step"] == 5 and len(calls) == 5     # nothing left to do
 
 
 # ----------------------------------------------------------------------------- stage 3
 
-def test_the_log_and_the_files_of_stage_3(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_log_and_the_files_of_stage_3(run: Callable, tmp_path: Path,
+                                          capsys: pytest.CaptureFixture) -> None:
     final = run(3, "run", "--eval-every", "1")
     first, *lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and [line["phase"] for line in lines] == ["bright"] * 2 + ["red"] * 2
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["phase"] for line in lines] == ["bright"] * 2 + ["red"] * 2
     assert first["epoch"] == 0 and first.keys() == {"epoch", "phase", "heldout/bright", "heldout/red"}
     for line in lines:
         assert line.keys() >= KEYS | {"heldout/bright", "heldout/red"}
         assert line["ratio_dev"] <= 1e-6 and 0 <= line["kl"] < 1 and line["grad_norm"] > 0
     assert lines[0]["kl"] < 1e-9 < lines[1]["kl"] and lines[1]["kl"] < lines[3]["kl"]
-    assert lines[0]["lr"] == lines[2]["lr"] > lines[1]["lr"] == lines[3]["lr"]              # each phase has its own schedule
-    assert lines[1]["ldam/n_cool"] == 0 and final == {"bright": lines[3]["heldout/bright"], "red": lines[3]["heldout/red"]}
+    assert lines[0]["lr"] == lines[2]["lr"] > lines[1]["lr"] == lines[3]["lr"]  # each phase: its own schedule
+    assert lines[1]["ldam/n_cool"] == 0
+    assert final == {"bright": lines[3]["heldout/bright"], "red": lines[3]["heldout/red"]}
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files >= {"stage3.safetensors", "config.json", "rewards.png", "before_after.png", "checkpoints", *(f"epoch-{n:05}.png" for n in range(5))}
+    assert files >= {"stage3.safetensors", "config.json", "rewards.png", "before_after.png", "checkpoints",
+                     *(f"epoch-{n:05}.png" for n in range(5))}
     assert "phase 2, red" in capsys.readouterr().out
 
 
-def test_the_saved_file_makes_the_pictures_that_were_scored(run: Callable, parts: Path, rewards: Path, tmp_path: Path) -> None:
+def test_the_saved_file_makes_the_pictures_that_were_scored(run: Callable, parts: Path, rewards: Path,
+                                                            tmp_path: Path) -> None:
     final = run(3, "run", "--ema-decay", "0.3", "--lr", "1e-3")
     model = ParaUni.from_parts(TINY, parts)
     model.load_trained(tmp_path / "run" / "stage3.safetensors", 3, "nano")
     cfg = parse(["--stage", "3", *REINFORCE])
-    scorers = {"bright": lambda images, said: images.mean((1, 2, 3)), "red": lambda images, said: images[:, 0].mean((1, 2))}
-    scores = grpo.score_heldout(model, scorers, grpo.nano_prompts(test=True)[:4], replace(cfg, dtype="fp32"), Dist(0, 1, 0, torch.device("cpu")))
+    scorers = {"bright": lambda images, said: images.mean((1, 2, 3)),
+               "red": lambda images, said: images[:, 0].mean((1, 2))}
+    scores = grpo.score_heldout(model, scorers, grpo.nano_prompts(test=True)[:4], replace(cfg, dtype="fp32"),
+                                Dist(0, 1, 0, torch.device("cpu")))
     assert {name: sum(values) / 4 for name, values in scores.items()} == pytest.approx(final, abs=1e-6)
     before = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert abs(before["heldout/bright"] - final["bright"]) > 1e-5
 
 
-def test_an_interrupted_stage_3_continues_bit_for_bit_across_phases(run: Callable, whole: tuple, tmp_path: Path) -> None:
+def test_an_interrupted_stage_3_continues_bit_for_bit_across_phases(run: Callable, whole: tuple,
+                                                                    tmp_path: Path) -> None:
     # calls of the reward: 1 held-out, 2 epoch 1, 3 epoch 2 = end of the phase; after a resume counted anew
     for stop, epoch in (("2 SIGTERM", 1), ("1 SIGINT", 2), ("1 SIGTERM", 3)):
         assert run(3, "parts", *(("--resume", "auto") if epoch > 1 else ()), stop=stop) == {}
         assert newest(tmp_path / "parts")[1]["epoch"] == epoch
     assert run(3, "parts", "--resume", "auto") == whole[1]
     assert_same_run(whole[0], tmp_path / "parts", 3)
-    assert run(3, "parts", "--resume", "auto") == whole[1]                          # a finished run has nothing left to do
+    assert run(3, "parts", "--resume", "auto") == whole[1]             # a finished run has nothing left to do
     assert_same_run(whole[0], tmp_path / "parts", 3)
 
 
-@pytest.mark.parametrize(("at", "every", "saved"), [("2 CRASH", "1", []), ("3 CRASH", "1", [1]), ("6 CRASH", "2", [2]), ("2 NAN", "9", [0])])
-def test_a_stage_3_that_died_goes_on_from_what_it_saved(at: str, every: str, saved: list[int], run: Callable, whole: tuple, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at", "every", "saved"), [("2 CRASH", "1", []), ("3 CRASH", "1", [1]),
+                                                    ("6 CRASH", "2", [2]), ("2 NAN", "9", [0])])
+def test_a_stage_3_that_died_goes_on_from_what_it_saved(at: str, every: str, saved: list[int], run: Callable,
+                                                        whole: tuple, tmp_path: Path) -> None:
     # calls of the reward: 1 held-out, 2 and 3 the first phase, 4 held-out, 5 and 6 the second
-    with pytest.raises(OSError if "CRASH" in at else ValueError, match="power" if "CRASH" in at else "no group of finite scores in epoch 1"):
+    with pytest.raises(OSError if "CRASH" in at else ValueError,
+                       match="power" if "CRASH" in at else "no group of finite scores in epoch 1"):
         run(3, "parts", "--save-every", every, stop=at)
     assert [int(path.name[5:]) for path in (tmp_path / "parts").glob("checkpoints/step-*")] == saved
     run(3, "parts", "--save-every", every, "--resume", "auto")
@@ -343,16 +382,19 @@ def test_a_stage_3_that_died_goes_on_from_what_it_saved(at: str, every: str, sav
 
 @pytest.mark.parametrize("mode", ["epoch", "keep"])
 def test_ldam_fires_and_the_run_still_continues_bit_for_bit(mode: str, run: Callable, tmp_path: Path) -> None:
-    # any gradient norm counts as a jump: fires after the second epoch of each phase, with the largest gamma, and acts in the third
-    flags = ("--steps", "3", "--ldam-mode", mode, "--ldam-spike", "1e-9", "--no-ldam-use-reward", "--ldam-gamma0", "1e6", "--ldam-gamma-max", "0.5")
+    # any gradient norm counts as a jump: fires after the second epoch of each phase, with the largest gamma,
+    # and acts in the third
+    flags = ("--steps", "3", "--ldam-mode", mode, "--ldam-spike", "1e-9", "--no-ldam-use-reward",
+             "--ldam-gamma0", "1e6", "--ldam-gamma-max", "0.5")
     run(3, "whole", *flags)
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")[1:]
-    assert [line["ldam/fired"] for line in lines] == [0, 1, 0, 0, 1, 0] and [line["ldam/gamma"] for line in lines] == [0, 0.5, 0, 0, 0.5, 0]
+    assert [line["ldam/fired"] for line in lines] == [0, 1, 0, 0, 1, 0]
+    assert [line["ldam/gamma"] for line in lines] == [0, 0.5, 0, 0, 0.5, 0]
     assert lines[1]["ldam/layers"] == [2, 3] and all(line["ratio_dev"] <= 1e-6 for line in lines)
-    assert run(3, "parts", *flags, stop="3 SIGTERM") == {}                          # right after it fired
+    assert run(3, "parts", *flags, stop="3 SIGTERM") == {}                              # right after it fired
     state = newest(tmp_path / "parts")
     assert state[1]["gamma"] == 0.5 and ("ldam" in state[0]) == (mode == "keep")
-    assert run(3, "parts", *flags, "--resume", "auto", stop="3 SIGTERM") == {}      # in the second phase
+    assert run(3, "parts", *flags, "--resume", "auto", stop="3 SIGTERM") == {}          # in the second phase
     run(3, "parts", *flags, "--resume", "auto")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 3)
 
@@ -366,21 +408,24 @@ def test_ldam_fires_and_the_run_still_continues_bit_for_bit(mode: str, run: Call
 def test_a_watched_reward_may_fail_without_stopping_the_run(run: Callable, tmp_path: Path) -> None:
     run(3, "run", stop="5 NAN")
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["reward/bright"] is None for line in lines[1:]] == [False, False, True, False] and lines[3]["phase"] == "red"
+    assert [line["reward/bright"] is None for line in lines[1:]] == [False, False, True, False]
+    assert lines[3]["phase"] == "red"
     assert (tmp_path / "run" / "rewards.png").exists()
 
 
 def test_the_other_ways_of_an_update(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a red heart\na blue ring\n")
     (tmp_path / "eval.txt").write_text("two green stars\na moon\n")
-    flags = ("--steps", "3", "--inner-updates", "2", "--anchor", "recompute", "--sde-window", "1", "--dtype", "bf16", "--no-ldam",
-             "--prompts", str(tmp_path / "train.txt"), "--eval-prompts", str(tmp_path / "eval.txt"), "--clip-range", "1e-4")
+    flags = ("--steps", "3", "--inner-updates", "2", "--anchor", "recompute", "--sde-window", "1",
+             "--dtype", "bf16", "--no-ldam", "--prompts", str(tmp_path / "train.txt"),
+             "--eval-prompts", str(tmp_path / "eval.txt"), "--clip-range", "1e-4")
     run(3, "run", *flags)
     first, *lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]                       # 3 steps of 2 an epoch are 2 epochs a phase
-    assert all(line["ratio_dev"] == 0 and line["ldam/fired"] == 0 and math.isfinite(line["grad_norm"]) for line in lines)
-    assert lines[0]["lr"] > lines[1]["lr"] == 0                                     # of the last update of an epoch
-    assert lines[0]["clip_frac"] > 0                                                # the second update is off the rollout's policy
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]      # 3 steps of 2 an epoch are 2 epochs a phase
+    assert all(line["ratio_dev"] == 0 and line["ldam/fired"] == 0 and math.isfinite(line["grad_norm"])
+               for line in lines)
+    assert lines[0]["lr"] > lines[1]["lr"] == 0                               # of the last update of an epoch
+    assert lines[0]["clip_frac"] > 0                           # the second update is off the rollout's policy
     run(3, "parts", *flags, stop="2 SIGTERM")
     run(3, "parts", *flags, "--resume", "auto")
     assert_same_run(tmp_path / "run", tmp_path / "parts", 3)
@@ -400,7 +445,8 @@ import model
 from helpers import TINY
 model.PRESETS["nano"] = TINY
 import train
-common.setup_dist, cleanup, common.cleanup_dist = functools.cache(common.setup_dist), common.cleanup_dist, lambda: None
+common.setup_dist = functools.cache(common.setup_dist)
+cleanup, common.cleanup_dist = common.cleanup_dist, lambda: None
 for argv in {argvs!r}:
     train.main(argv)
 cleanup()
@@ -408,11 +454,15 @@ cleanup()
 
 
 def test_two_processes_train_what_one_does(run: Callable, parts: Path, rewards: Path, tmp_path: Path) -> None:
-    short = {1: ("--steps", "2", "--log-every", "1"), 3: ("--lr", "1e-4", "--rewards", f"{rewards}:bright", "--guidance-scale", "1")}
-    argvs = [flags_of(stage, parts, rewards, tmp_path / f"two{stage}", *flags) for stage, flags in short.items()]
+    short = {1: ("--steps", "2", "--log-every", "1"),
+             3: ("--lr", "1e-4", "--rewards", f"{rewards}:bright", "--guidance-scale", "1")}
+    argvs = [flags_of(stage, parts, rewards, tmp_path / f"two{stage}", *flags)
+             for stage, flags in short.items()]
     rewards.with_name("stop").write_text("0 never")
-    (tmp_path / "two.py").write_text(TWO.format(root=str(ROOT), tests=str(Path(__file__).parent), argvs=argvs))
-    answer = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")],
+    (tmp_path / "two.py").write_text(
+        TWO.format(root=str(ROOT), tests=str(Path(__file__).parent), argvs=argvs))
+    answer = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc-per-node", "2", str(tmp_path / "two.py")],
                             capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert answer.returncode == 0, answer.stderr[-3000:]
     start = tiny_model().trainable(3)
@@ -420,13 +470,17 @@ def test_two_processes_train_what_one_does(run: Callable, parts: Path, rewards: 
         run(stage, f"one{stage}", *flags)
         one, two = (newest(tmp_path / f"{count}{stage}")[0]["trained"] for count in ("one", "two"))
         assert one.keys() == two.keys()
-        # The bias of a softmax's keys has no gradient but rounding errors, which Adam scales up to full steps.
+        # The bias of a softmax's keys has no gradient but rounding errors,
+        # which Adam scales up to full steps.
         names = [name for name in one if not name.endswith("k_proj.bias")]
         for part in ("queries", "lim.", "dit.")[:2 if stage == 1 else 3]:
             error, moved, size = (sum(x.double().square().sum() for x in xs).sqrt() for xs in zip(
-                *((one[name] - two[name], one[name] - start[name], one[name]) for name in names if name.startswith(part))))
-            assert error < 1e-6 * size and moved > 1e-4 * size, (stage, part, (error / size).item(), (moved / size).item())
-        for a, b in zip(*(read_metrics(tmp_path / f"{count}{stage}" / "metrics.jsonl") for count in ("one", "two")), strict=True):
+                *((one[name] - two[name], one[name] - start[name], one[name])
+                  for name in names if name.startswith(part))))
+            assert error < 1e-6 * size and moved > 1e-4 * size, (
+                stage, part, (error / size).item(), (moved / size).item())
+        for a, b in zip(*(read_metrics(tmp_path / f"{count}{stage}" / "metrics.jsonl")
+                          for count in ("one", "two")), strict=True):
             assert a.keys() == b.keys()
             for key in a.keys() - {"phase"}:
                 assert key.startswith("time/") or a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
@@ -434,7 +488,8 @@ def test_two_processes_train_what_one_does(run: Callable, parts: Path, rewards: 
 
 def test_a_batch_that_devices_cannot_share_is_refused() -> None:
     with pytest.raises(ValueError, match="--batch-size to be a multiple of the number of devices, 2, got 5"):
-        train.train_supervised(TrainConfig(batch_size=5), tiny_model(), Dist(0, 2, 0, torch.device("cpu")), None)
+        train.train_supervised(TrainConfig(batch_size=5), tiny_model(),
+                               Dist(0, 2, 0, torch.device("cpu")), None)
 
 
 # ----------------------------------------------------------------------------- refusals
@@ -444,7 +499,8 @@ def test_stages_are_chained_strictly(run: Callable, parts: Path, tmp_path: Path)
         run(2, "a", "--init", str(parts / "stage2.safetensors"))
     with pytest.raises(ValueError, match="weights of stage 2, got stage 1"):
         run(3, "b", "--init", str(parts / "stage1.safetensors"))
-    with pytest.raises(FileNotFoundError, match="stage 2 starts from stage 1: expected .*none.safetensors.*--stage 1"):
+    with pytest.raises(FileNotFoundError,
+                       match="stage 2 starts from stage 1: expected .*none.safetensors.*--stage 1"):
         run(2, "c", "--init", str(tmp_path / "none.safetensors"))
     with pytest.raises(ValueError, match="--init"):
         run(1, "d", "--init", str(parts / "stage1.safetensors"))
@@ -456,9 +512,11 @@ def test_stages_are_chained_strictly(run: Callable, parts: Path, tmp_path: Path)
 
 
 def test_init_is_heeded_on_random_weights_too(parts: Path) -> None:
-    model, said = train.load_model(parse(["--stage", "3", "--weights", "random", "--seed", "9", "--init", str(parts / "stage2.safetensors")]))
+    model, said = train.load_model(parse(["--stage", "3", "--weights", "random", "--seed", "9", "--init",
+                                          str(parts / "stage2.safetensors")]))
     assert torch.equal(model.queries, tiny_model().queries) and "stage2.safetensors" in said
-    assert not torch.equal(train.load_model(parse(["--stage", "3", "--weights", "random", "--seed", "9"]))[0].queries, model.queries)
+    other = train.load_model(parse(["--stage", "3", "--weights", "random", "--seed", "9"]))[0]
+    assert not torch.equal(other.queries, model.queries)
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(run: Callable, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""The nano world: its judge against scenes that are right and wrong on purpose, its
-split, its words, its questions."""
+"""The nano world: its judge against scenes that are right and wrong on purpose,
+its split, its words, its questions."""
 import re
 from dataclasses import replace
 
@@ -34,12 +34,12 @@ def benchmark() -> list[Prompt]:
     return world.benchmark_prompts()
 
 
-# ------------------------------------------------------------------------------------- the judge, on pictures
+# ----------------------------------------------------------------------------- the judge, on pictures
 
 @pytest.fixture(scope="module")
 def right_and_wrong(benchmark: list[Prompt]) -> tuple[list[bool], list[bool]]:
-    """Verdicts on scenes drawn for the test prompts, and on scenes drawn for those
-    prompts with one point changed."""
+    """Verdicts on scenes drawn for the test prompts,
+    and on scenes drawn for those prompts with one point changed."""
     draw = rng(1)
     right = world.render([world.scene_for(draw, p) for p in benchmark])
     wrong = world.render([world.scene_for(draw, world.corrupt(draw, p)) for p in benchmark])
@@ -105,15 +105,15 @@ def test_components_against_a_plain_flood_fill() -> None:
 
 
 def test_only_counting_minds_extra_things() -> None:
-    pair, extra = [one("heart", "red", 8, 8, 5),
-                   one("star", "blue", 23, 9, 5)], one("moon", "green", 16, 24, 5)
+    pair = [one("heart", "red", 8, 8, 5), one("star", "blue", 23, 9, 5)]
+    extra = one("moon", "green", 16, 24, 5)
     for text in ("a heart", "a red heart", "a heart and a star", "a red heart and a blue star",
                  "a heart left of a star"):
         assert verdict(pair, text) and verdict([*pair, extra], text)
     twins = [one("heart", "red", 8, 8, 5), one("heart", "red", 23, 9, 5)]
     third = one("heart", "red", 16, 24, 5)
-    assert verdict(twins, "two hearts") and verdict(twins, "two red hearts") and verdict([*twins, extra],
-                                                                                         "two hearts")
+    assert verdict(twins, "two hearts") and verdict(twins, "two red hearts")
+    assert verdict([*twins, extra], "two hearts")
     assert not verdict([*twins, third], "two hearts") and not verdict([*twins, third], "two red hearts")
     assert not verdict(twins, "three hearts") and verdict([*twins, third], "three hearts")
     assert verdict([*twins, replace(third, color="blue")], "two red hearts")
@@ -133,8 +133,8 @@ def test_color_must_sit_on_the_right_shape() -> None:
     (4.2, 0, {"right of"}), (3.9, 0, set()),     # the limit: (d - 2) / d = 0.5 at d = 4
 ])
 def test_position_rule(dx: float, dy: float, holding: set[str]) -> None:
-    """Offset less a tenth of the summed sizes (here 20 px: 2 px off each axis), over the
-    whole distance, beyond 1/2."""
+    """Offset less a tenth of the summed sizes (here 20 px: 2 px off each axis),
+    over the whole distance, beyond 1/2."""
     a, b = (Found(None, "red", 16 + x, 16 + y, 10.0, 10.0, 1.0) for x, y in ((dx, dy), (0, 0)))
     assert {r for r in RELATIONS if world.holds(r, a, b)} == holding
     assert {r for r in RELATIONS if world.holds(r, b, a)} == {world.OPPOSITE[r] for r in holding}
@@ -142,7 +142,8 @@ def test_position_rule(dx: float, dy: float, holding: set[str]) -> None:
 
 def test_position_forgives_by_the_size_along_each_axis() -> None:
     a, b = Found(None, "red", 10, 10, 20.0, 2.0, 1.0), Found(None, "red", 17, 16.5, 20.0, 2.0, 1.0)
-    assert {r for r in RELATIONS if world.holds(r, a, b)} == {"above"}  # x: (7 - 4) / 9.6, y: (6.5 - 0.4) / 9.6
+    # x: (7 - 4) / 9.6, y: (6.5 - 0.4) / 9.6
+    assert {r for r in RELATIONS if world.holds(r, a, b)} == {"above"}
 
 
 def test_degenerate_pictures_fulfil_nothing(benchmark: list[Prompt]) -> None:
@@ -182,21 +183,21 @@ def test_task_scores_are_means_of_tasks() -> None:
     assert scores == {"single_object": 0.75, "counting": 0.0, "overall": 0.375}
 
 
-# ---------------------------------------------------------------------------------------------- scenes
+# ----------------------------------------------------------------------------- scenes
 
 def test_things_never_overlap_nor_leave_the_picture() -> None:
     draw = rng(3)
     scenes = [world.sample_scene(draw, 0.4) for _ in range(1500)]
     cover, border = torch.zeros(len(scenes), SIZE, SIZE), torch.ones(SIZE, SIZE, dtype=torch.bool)
     border[1:-1, 1:-1] = False
-    for b, scene in enumerate(scenes):
+    for scene in scenes:
         for i, a in enumerate(scene.things):
             assert all(np.hypot(a.x - c.x, a.y - c.y) > a.r + c.r + 1.5 for c in scene.things[:i])
     for shape in SHAPES:
         rows = [(b, t.x, t.y, t.r) for b, s in enumerate(scenes) for t in s.things if t.shape == shape]
         index, x, y, r = torch.tensor(rows).T
         cover.index_add_(0, index.long(), world.coverage(shape, x, y, r))
-    assert cover.max() < 1.1                     # soft rims of two things may share a pixel, their bodies may not
+    assert cover.max() < 1.1                # soft rims of two things may share a pixel, their bodies may not
     assert cover[:, border].max() < 0.35         # so that the frame shows the ground
     assert {len(s.things) for s in scenes} == {1, 2, 3, 4}
 
@@ -219,11 +220,11 @@ def test_mood_follows_the_light() -> None:
     assert moods == ["dim", "dim", "soft", "soft", "bright", "bright"]
 
 
-# ------------------------------------------------------------------------------------ prompts and their split
+# ----------------------------------------------------------------------------- prompts and their split
 
 def brute_fulfils(scene: Scene, prompt: Prompt) -> bool:
-    """From the scene itself and the words of the prompt: exactly these things, and the
-    first one on the said side."""
+    """From the scene itself and the words of the prompt: exactly these things,
+    and the first one on the said side."""
     words = prompt.text
     for wording in sorted(world.WORDINGS, key=len, reverse=True):
         words = words.removeprefix(wording)
@@ -295,8 +296,8 @@ def test_orders_and_sides_of_one_content_are_on_one_side_of_the_split() -> None:
     draw = rng(6)
     for _ in range(300):
         a, b = (SHAPES[i] for i in draw.permutation(len(SHAPES))[:2])
-        c, d = (None, None) if draw.random() < 0.4 else (list(COLORS)[i]
-                                                         for i in draw.integers(len(COLORS), size=2))
+        c, d = ((None, None) if draw.random() < 0.4
+                else (list(COLORS)[i] for i in draw.integers(len(COLORS), size=2)))
         x, y = (a, c, 1), (b, d, 1)
         for task, relation in (("two_object" if c is None else "color_attr", None),
                                *(("position", r) for r in RELATIONS)):
@@ -316,8 +317,8 @@ def test_sampled_prompts_stay_on_their_side() -> None:
 
 def test_benchmark_prompts(benchmark: list[Prompt]) -> None:
     assert len(benchmark) == len({p.text for p in benchmark}) == 600
-    assert list(dict.fromkeys(p.task for p in benchmark)) == list(TASKS) and all(map(world.is_test,
-                                                                                     benchmark))
+    assert list(dict.fromkeys(p.task for p in benchmark)) == list(TASKS)
+    assert all(map(world.is_test, benchmark))
     assert benchmark == world.benchmark_prompts()
     assert world.prompt_list(True, 5, seed=1) != world.prompt_list(True, 5)
 
@@ -349,15 +350,15 @@ def test_unknown_names_are_refused() -> None:
         world.all_contents("two_objects")
 
 
-# ---------------------------------------------------------------------------------------- questions and words
+# ----------------------------------------------------------------------------- questions and words
 
 def brute_answer(question: str, scene: Scene) -> str:
     """The answer from the scene's things alone; fails where a question has no single answer."""
     things = scene.things
 
     def side(a: Thing, b: Thing) -> str:
-        assert max(abs(a.x - b.x), abs(a.y - b.y)) >= 0.79 * np.hypot(a.x - b.x,
-                                                                      a.y - b.y), "no plain side to ask about"
+        dx, dy = a.x - b.x, a.y - b.y
+        assert max(abs(dx), abs(dy)) >= 0.79 * np.hypot(dx, dy), "no plain side to ask about"
         across = abs(a.x - b.x) > abs(a.y - b.y)
         return ("left of", "right of")[a.x > b.x] if across else ("above", "below")[a.y > b.y]
 
@@ -400,11 +401,13 @@ def test_answers_are_right_and_yes_and_no_in_balance() -> None:
 
 
 def test_every_word_is_in_the_vocabulary(benchmark: list[Prompt]) -> None:
-    texts, draw = [p.text for p in benchmark] + [p.text for p in world.prompt_list(False, 1000)] + list(world.MOODS), rng(10)
+    texts = [p.text for p in [*benchmark, *world.prompt_list(False, 1000)]] + list(world.MOODS)
+    draw = rng(10)
     for _ in range(500):
         scene = world.sample_scene(draw, 0.3)
         texts += [word for pair in world.questions(draw, scene) for word in pair]
-    texts += [re.sub(r"<\S+?>|{\w+}", " ", template) for template in (PROMPT, UNCONDITIONAL)] + list(world.WORDINGS)
+    texts += [re.sub(r"<\S+?>|{\w+}", " ", template) for template in (PROMPT, UNCONDITIONAL)]
+    texts += world.WORDINGS
     words = {word for text in texts for word in re.findall(r"[\n:.?,]|[^\s:.?,]+", text.lower())}
     vocabulary = world.vocabulary()
     assert words <= set(vocabulary), sorted(words - set(vocabulary))
