@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -549,13 +550,15 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 class StopSignal:
-    """SIGINT or SIGTERM sets .stop, so that a loop can save and leave; a second SIGINT interrupts at once.
+    """SIGINT or SIGTERM sets .stop, so that a loop can save and leave; Ctrl-C again later interrupts at once.
 
+    Trap: on one Ctrl-C a process under torchrun gets SIGINT twice, from the terminal and from torchrun. What
+    comes within `grace` seconds of the first signal is that one's echo.
     name is the signal that came last ("SIGTERM"), or "".
     """
 
-    def __init__(self) -> None:
-        self.stop, self.name = False, ""
+    def __init__(self, grace: float = 3.0) -> None:
+        self.stop, self.name, self.grace, self.since = False, "", grace, math.inf
 
     def __enter__(self) -> StopSignal:
         self.previous = {number: signal.signal(number, self._handle)
@@ -567,9 +570,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and time.monotonic() - self.since > self.grace:
+            raise KeyboardInterrupt
         self.stop, self.name = True, signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.since = min(self.since, time.monotonic())
 
 
 # ------------------------------------------------------------------------------------------ training helpers
@@ -618,6 +622,22 @@ def ema_update(ema: dict[str, Tensor], params: dict[str, Tensor], decay: float) 
     assert ema.keys() == params.keys(), f"keys differ: {sorted(ema.keys() ^ params.keys())[:3]}"
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.values()), [params[name] for name in ema], 1 - decay)
+
+
+@contextmanager
+def weights_of(params: dict[str, nn.Parameter], ema: dict[str, Tensor]) -> Iterator[None]:
+    """The model with its EMA weights, for as long as the block lasts."""
+    import torch
+    kept = {name: p.detach().clone() for name, p in params.items()}
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(ema[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(kept[name])
 
 
 def count_params(module: nn.Module) -> tuple[int, int]:

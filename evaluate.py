@@ -286,11 +286,10 @@ def rewards(argv: list[str]) -> dict:
     """Rewards of held-out prompts before and after training, from the same noise, one picture a prompt."""
     cfg = parse(RewardsConfig, argv, rewards)
     from data import nano_prompts, read_prompts
-    from model import NANO_WEIGHTS
+    from model import weights_folder
     prompts = read_prompts(cfg.prompts) if cfg.prompts else nano_prompts(test=True)
     prompts = prompts[:cfg.limit or len(prompts)]
-    nano = (cfg.weights, cfg.preset) == ("auto", "nano")
-    baseline = cfg.baseline or str((NANO_WEIGHTS if nano else Path(cfg.weights)) / "stage2.safetensors")
+    baseline = cfg.baseline or str(weights_folder(cfg.preset, cfg.weights) / "stage2.safetensors")
     out_folder(cfg.out)
     before, after = heldout_scores(cfg, baseline, prompts), heldout_scores(cfg, cfg.stage_file, prompts)
     table = {name: compare(before[name], after[name]) for name in before}

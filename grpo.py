@@ -15,8 +15,8 @@ Rewards come one after another (phases), each with a fresh optimizer, from the w
 
 What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
 update, on the same chunks, so the first ratio is 1; it is measured in every epoch. Noise of every kind is
-drawn from (seed, phase, epoch, group, member): nothing depends on the number of devices, and a resumed run
-repeats an unbroken one bit for bit.
+drawn from (seed, epoch, group, member), epochs counted over all phases: nothing depends on the number of
+devices, and a resumed run repeats an unbroken one bit for bit.
 What makes it cheap. The condition of a prompt is shared by its group. In the update it is encoded once with
 gradient and detached to a leaf; the leaf's gradient is summed over all pictures and steps and sent back
 through LIM, VLM and queries once.
@@ -32,7 +32,6 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
@@ -44,7 +43,8 @@ from tqdm import tqdm
 
 from common import (Dist, RunLog, StopSignal, adamw, all_gather_list, all_reduce_mean, average_gradients,
                     cosine_lr, derive_seed, ema_update, generator, image_grid, load_checkpoint, load_into,
-                    precision, read_metrics, save_checkpoint, save_png)
+                    precision, read_metrics, save_checkpoint, save_png,
+                    weights_of)
 from data import FilePrompts, NanoPrompts, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -117,7 +117,7 @@ def window(num_steps: int, size: int, epoch: int) -> list[int]:
     return list(range(start, start + size))
 
 
-def step_log_prob(dit: nn.Module, kv: list, x: Tensor, t: float, t_next: float, cfg,
+def step_log_prob(dit: nn.Module, kv: list, x: Tensor, t: float, t_next: float, cfg: "TrainConfig",
                   x_next: Tensor | None = None, generators: list[torch.Generator] | None = None
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One stochastic step of one chunk: the only place where a log-probability is computed.
@@ -143,7 +143,7 @@ def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple
 
 
 def chunk_kv(dit: DiT, c: Tensor, c_uncond: Tensor, groups: slice, pictures: slice,
-             num_pictures: int, cfg) -> list:
+             num_pictures: int, cfg: "TrainConfig") -> list:
     """Cross-attention keys and values of a chunk.
     c has a row a group, or a row a picture where LDAM perturbs each."""
     c = c[pictures if len(c) == num_pictures else groups]
@@ -168,7 +168,7 @@ def conditions(model: ParaUni, prefix: Prefix, noise: Tensor | None) -> tuple[Te
 
 @torch.no_grad()
 def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, generators: list[torch.Generator],
-            noise: Tensor | None, trained: list[int], cfg) -> Rollout:
+            noise: Tensor | None, trained: list[int], cfg: "TrainConfig") -> Rollout:
     """Sample the pictures of the P prompts of a prefix; `generators`, one a picture,
     draw its x_0 and then its steps."""
     P, B, device = len(prefix.mask) - 1, len(generators), policy.device
@@ -201,7 +201,7 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, generators: lis
 # ----------------------------------------------------------------------------- update
 
 def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor,
-                        noise: Tensor | None, cfg, anchor: bool) -> dict[str, float]:
+                        noise: Tensor | None, cfg: "TrainConfig", anchor: bool) -> dict[str, float]:
     """Add the gradient of the objective over this rank's pictures to .grad;
     returns kl, ratio_dev and clip_frac.
 
@@ -238,7 +238,7 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
             "clip_frac": (off > cfg.clip_range).float().mean().item()}
 
 
-def check_ratio(deviation: float, cfg) -> str | None:
+def check_ratio(deviation: float, cfg: "TrainConfig") -> str | None:
     """On the first update the policy is the one that drew the pictures:
     any deviation is an error of the machinery."""
     if deviation <= 0.1 * cfg.clip_range:
@@ -274,23 +274,8 @@ def keep_noise(model: ParaUni, layers: list[int], gamma: float, key: tuple) -> N
 
 # ----------------------------------------------------------------------------- looking at a model
 
-@contextmanager
-def weights_of(params: dict[str, nn.Parameter], ema: dict[str, Tensor]) -> Iterator[None]:
-    """The model with its EMA weights, for as long as the block lasts."""
-    kept = {name: p.detach().clone() for name, p in params.items()}
-    with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(ema[name])
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(kept[name])
-
-
 @torch.no_grad()
-def score_heldout(model: ParaUni, rewards: dict[str, Reward], prompts: list[str], cfg,
+def score_heldout(model: ParaUni, rewards: dict[str, Reward], prompts: list[str], cfg: "TrainConfig",
                   dist: Dist) -> dict[str, list[float]]:
     """Every reward of one picture of each held-out prompt, always from the same noise,
     by the sampler of `generate`."""
@@ -377,7 +362,7 @@ class Run:
         return -(-self.cfg.steps // self.cfg.inner_updates)
 
 
-def check(cfg, world_size: int) -> None:
+def check(cfg: "TrainConfig", world_size: int) -> None:
     """The arithmetic of groups, in the flags' own names."""
     if cfg.group_size < 2:
         raise ValueError(f"expected --group-size of at least 2, got {cfg.group_size}: "
@@ -400,7 +385,7 @@ def check(cfg, world_size: int) -> None:
                          f"got {','.join(cfg.rewards) or 'nothing'}")
 
 
-def start(cfg, model: ParaUni, dist: Dist) -> Run:
+def start(cfg: "TrainConfig", model: ParaUni, dist: Dist) -> Run:
     """A run before its first epoch."""
     check(cfg, dist.world_size)
     scorers = {name.rpartition(":")[2]: build_reward(name, model.device, weights=cfg.reward_weights or None)
@@ -419,7 +404,7 @@ def start(cfg, model: ParaUni, dist: Dist) -> Run:
                *new_phase(cfg, params), None, [])
 
 
-def new_phase(cfg, params: dict[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, LDAM]:
+def new_phase(cfg: "TrainConfig", params: dict[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, LDAM]:
     ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
                 use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
                 gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
@@ -466,7 +451,8 @@ def run_epoch(run: Run, epoch: int) -> dict:
     norms, counted = [], []
     for update in range(cfg.inner_updates):
         for group in run.opt.param_groups:
-            group["lr"] = cosine_lr(step * cfg.inner_updates + update, cfg.steps, cfg.warmup, cfg.lr)
+            group["lr"] = cosine_lr(step * cfg.inner_updates + update,
+                                    run.per_phase * cfg.inner_updates, cfg.warmup, cfg.lr)
         run.opt.zero_grad(set_to_none=True)
         counted.append(accumulate_gradient(model, prefix, rolled, advantages, noise, cfg,
                                            cfg.anchor == "recompute" and update == 0))
@@ -556,7 +542,7 @@ def restore(run: Run, checkpoint: Path) -> int:
     return state["epoch"]
 
 
-def train(cfg, model: ParaUni, dist: Dist, checkpoint: Path | None) -> dict[str, float]:
+def train(cfg: "TrainConfig", model: ParaUni, dist: Dist, checkpoint: Path | None) -> dict[str, float]:
     """Stage III from a stage II model. Returns the held-out means after the last phase,
     {} if it was stopped before."""
     run, lead = start(cfg, model, dist), dist.rank == 0

@@ -129,6 +129,17 @@ PRESETS = {
 }
 
 
+def weights_folder(name: str, weights: str | Path | None) -> Path:
+    """The folder that --weights means for a preset; None and "auto" are the weights that come with nano."""
+    if weights not in (None, "auto"):
+        return Path(weights)
+    if name == "nano":
+        return NANO_WEIGHTS
+    raise FileNotFoundError("expected --weights to name a folder with vlm/, transformer/ and vae/ for preset "
+                            f"{name} (published as {', '.join(PRESETS[name].sources.values())}), or random, "
+                            "got nothing")
+
+
 def build_vlm(c: VLMConfig) -> InternVLForConditionalGeneration:
     """InternVL3 of the given size, random weights.
     Embeddings and lm_head are separate tensors, as in the published ones."""
@@ -200,11 +211,7 @@ class ParaUni(nn.Module):
         preset = PRESETS[name]
         if weights == "random":
             return cls._random(preset, seed)
-        folder = Path(NANO_WEIGHTS if weights in (None, "auto") and name == "nano" else weights or "auto")
-        if str(folder) == "auto":
-            repos = ", ".join(preset.sources.values())
-            raise FileNotFoundError("expected --weights to name a folder with vlm/, transformer/ and vae/ "
-                                    f"for preset {name} (published as {repos}), or random, got nothing")
+        folder = weights_folder(name, weights)
         model = cls.from_parts(preset, folder)
         for stage in (2, 1):
             if (path := folder / f"stage{stage}.safetensors").exists():

@@ -55,14 +55,13 @@ def load_model(preset: str, weights: str, stage_file: str, seed: int) -> "ParaUn
     """A preset with the weights of a stage, or with the newest in its folder;
     on the GPU where there is one."""
     import torch
-    from model import NANO_WEIGHTS, PRESETS, ParaUni
+    from model import PRESETS, ParaUni, weights_folder
     if weights == "random" and preset != "nano":
         raise ValueError(f"random weights of {preset} have no vocabulary: name a folder with --weights")
     if weights == "random" or not stage_file:
         model = ParaUni.from_preset(preset, weights, seed)
     else:                       # a stage 1 file belongs on the pre-trained DiT, not on the newest stage
-        folder = NANO_WEIGHTS if (weights, preset) == ("auto", "nano") else Path(weights)
-        model = ParaUni.from_parts(PRESETS[preset], folder)
+        model = ParaUni.from_parts(PRESETS[preset], weights_folder(preset, weights))
     if stage_file:
         model.load_trained(Path(stage_file), preset=preset)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -167,10 +167,10 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
     import torch
     from tqdm import tqdm
     from common import (RunLog, StopSignal, adamw, all_reduce_mean, average_gradients, cosine_lr, ema_update,
-                        environment, load_checkpoint, load_into, read_metrics, save_checkpoint, write_json)
+                        environment, load_checkpoint, load_into, read_metrics, save_checkpoint,
+                        weights_of, write_json)
     from data import NanoLatents
     from model import save_trained
-    from grpo import weights_of
 
     if cfg.batch_size % dist.world_size:
         raise ValueError("expected --batch-size to be a multiple of the number of devices, "
@@ -256,10 +256,10 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
 
 def load_model(cfg: TrainConfig):
     """The preset with its frozen parts, and the weights of the stage before, strictly."""
-    from model import NANO_WEIGHTS, PRESETS, ParaUni
+    from model import PRESETS, ParaUni, weights_folder
     if cfg.stage == 1 and cfg.init != "auto":
         raise ValueError(f"expected no --init with --stage 1, which no stage precedes, got {cfg.init}")
-    folder = NANO_WEIGHTS if cfg.weights == "auto" and cfg.preset == "nano" else Path(cfg.weights)
+    folder = weights_folder(cfg.preset, cfg.weights)
     if cfg.weights == "random":
         model = ParaUni.from_preset(cfg.preset, "random", cfg.seed)
         if cfg.init == "auto":

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from common import (adamw, cosine_lr, ema_update, generator, precision, read_safetensors, save_safetensors,
                     write_json)
-from dit import DiT, guided_velocity, randn
+from dit import DiT, guided_velocity, randn, shift_time
 from model import PRESETS, QUESTION, ParaUni, build_vlm
 from nano import world
 from rewards import AestheticHead, build_clip, preprocess, save_aesthetic_head, save_reward, text_encoder
@@ -182,13 +182,18 @@ class Seeing(nn.Module):
 
 # ----------------------------------------------------------------------------- InternVL
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, with InternVL's special tokens; unknown words are <unk>, which the model refuses."""
-    words = {word: i for i, word in enumerate([*SPECIAL, *world.vocabulary()])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+def word_tokenizer(words: list[str]) -> Tokenizer:
+    """One token a word or sign of the list, in its order; anything else is <unk>."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:.?,]"), "isolated"),
                                                        pre_tokenizers.Split(" ", "removed")])
+    return tokenizer
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, with InternVL's special tokens; unknown words are <unk>, which the model refuses."""
+    tokenizer = word_tokenizer([*SPECIAL, *world.vocabulary()])
     tokenizer.add_special_tokens(SPECIAL[:-1])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token=SPECIAL[0],
                                    eos_token=SPECIAL[2])
@@ -267,9 +272,8 @@ def encode_dialogue(model: ParaUni, pairs: list[tuple[str, str]],
 
 
 def answer_score(model: ParaUni, count: int = 2000) -> float:
-    """Share of right answers to single questions about scenes of the test stream."""
-    scenes, rng = pool("vlm test", count, 0.4), np.random.default_rng([SEED, 2])
-    images, pairs = to_float(render_all(scenes)), [world.questions(rng, s)[0] for s in scenes]
+    """Share of right answers to single questions about held-out pictures."""
+    images, pairs = world.question_set(count, SEED)
     said = [a for i in range(0, count, 250)
             for a in model.answer(images[i:i + 250], [q for q, _ in pairs[i:i + 250]], 4)]
     return float(np.mean([a == right for a, (_, right) in zip(said, pairs)]))
@@ -385,8 +389,7 @@ def text_sample(dit: DiT, noise: Tensor, c: Tensor, mask: Tensor, steps: int = 2
                 shift: float = 3.0) -> Tensor:
     """Euler sampling under masked text of unequal length, guidance 4.5;
     c (2 B, S, E), unconditional half first."""
-    u = torch.linspace(1, 0, steps + 1)
-    times, x, kv = shift * u / (1 + (shift - 1) * u), noise, dit.cross_kv(c, mask)
+    times, x, kv = shift_time(torch.linspace(1, 0, steps + 1), shift), noise, dit.cross_kv(c, mask)
     for t, t_next in zip(times[:-1], times[1:]):
         x = x + (t_next - t) * guided_velocity(dit, x, t.expand(len(x)), kv, 4.5)
     return x
@@ -405,11 +408,7 @@ def clip_tokenizer() -> Tokenizer:
     """The words of the world, <unk>, and the end token, which must have the highest id:
     open_clip pools there."""
     names = ["<pad>", "<unk>", *world.vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*names, "<end>"])},
-                                           unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:.?,]"), "isolated"),
-                                                       pre_tokenizers.Split(" ", "removed")])
+    tokenizer = word_tokenizer([*names, "<end>"])
     tokenizer.post_processor = processors.TemplateProcessing("$A <end>",
                                                              special_tokens=[("<end>", len(names))])
     return tokenizer
@@ -620,15 +619,19 @@ def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
 
 
 def ship(run_dir: Path) -> None:
-    """Put the weights of a stage I or II run, in bf16, and the record of how they were made,
-    among the shipped ones."""
+    """Put the weights of a stage I or II run, in bf16, among the shipped ones, with the record of how they
+    were made; if `evaluate.py geneval --out RUN_DIR` has judged them, with its scores."""
     path = next(run_dir.glob("stage[12].safetensors"))
     tensors, metadata = read_safetensors(path)
     here, there = str(run_dir), f"runs/{path.stem}"   # where the run lay on this machine is nobody's business
     metadata = {name: text.replace(here, there) for name, text in metadata.items()}
     save_safetensors(WEIGHTS / path.name, {name: t.bfloat16() for name, t in tensors.items()}, metadata)
-    write_json(WEIGHTS / f"{path.stem}.json",
-               json.loads(path.with_suffix(".json").read_text().replace(here, there)))
+    record = json.loads(path.with_suffix(".json").read_text().replace(here, there))
+    if (judged := run_dir / "geneval.json").is_file():
+        scores = json.loads(judged.read_text())
+        record["judge"] = {"name": scores["name"], "settings": scores["settings"], **scores["tasks"],
+                           "overall": scores["overall"]}
+    write_json(WEIGHTS / f"{path.stem}.json", record)
 
 
 PARTS = {"vae": (train_vae, 600), "vlm": (train_vlm, 1500), "dit": (train_dit, 4000),

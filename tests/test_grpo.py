@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 import grpo
-from common import Dist, derive_seed, generator
+from common import Dist, derive_seed, generator, weights_of
 from dit import euler_grid, guided_velocity
 from grpo import (Rollout, accumulate_gradient, check, check_ratio, chunk_kv, chunks, conditions, epoch_noise,
-                  gaussian_kl, group_advantages, grpo_loss, keep_noise, rollout, score_heldout, step_log_prob,
-                  weights_of, window)
+                  gaussian_kl, group_advantages, grpo_loss, keep_noise, rollout, score_heldout,
+                  step_log_prob, window)
 from helpers import TINY, tiny_model
 from model import ParaUni, Prefix, save_trained
 from train import TrainConfig
