@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import grpo
 import train
 from common import Dist
@@ -85,7 +86,8 @@ def test_prompts_in_commands_are_held_out_prompts_of_the_nano_world() -> None:
 
 def test_flags_in_the_prose_exist() -> None:
     known = {"--help"}
-    for field in (*fields(train.TrainConfig), *fields(SampleConfig)):
+    for field in (*fields(train.TrainConfig), *fields(SampleConfig), *fields(evaluate.GenevalConfig),
+                  *fields(evaluate.RewardsConfig)):
         name = field.name.replace("_", "-")
         known |= {f"--{name}", f"--no-{name}"} if field.type is bool else {f"--{name}"}
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", PROSE))
