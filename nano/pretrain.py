@@ -269,8 +269,8 @@ def sines(side: int, width: int) -> Tensor:
 
 
 def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
-    """Three lessons: the vision tower sees (a fifth of the steps), the language model reads (a fifth),
-    then both answer together."""
+    """Three lessons: the vision tower learns to see (a sixth of the steps) and is left alone from then on,
+    the language model to read (a sixth), then the two to answer together."""
     clock = Clock("vlm", steps, batch=batch, lr=lr)
     tokenizer = build_tokenizer()
     assert len(tokenizer) <= NANO.vlm.vocab_size, (
@@ -283,23 +283,22 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
     told = np.flatnonzero([len(world.prompts_of(scene)) > 0 for scene in scenes])       # a sentence fits
     images, seeing = render_all(scenes), Seeing(NANO.vlm.vision_width, scenes)
     rng, taught = np.random.default_rng([SEED, 1]), nn.ModuleList([vlm, seeing])
-    done, fifth = 0, max(1, steps // 5)
-    for lesson, count in (("see", fifth), ("read", fifth), ("answer", max(1, steps - 2 * fifth))):
+    done, sixth = 0, max(1, steps // 6)
+    for lesson, count in (("see", sixth), ("read", sixth), ("answer", max(1, steps - 2 * sixth))):
+        vlm.model.vision_tower.requires_grad_(lesson == "see")
         descent = Descent(taught, count, lr)
         for i in range(count):
-            chosen = rng.integers(len(scenes), size=batch * (3 if lesson == "see" else 1))
-            if lesson == "read":
-                chosen = rng.choice(told, batch)
             with precision("cpu", "bf16"):
-                loss = torch.zeros(())
-                if lesson != "read":
+                if lesson == "see":
+                    chosen = rng.integers(len(scenes), size=3 * batch)
                     pixels = model.pixels(to_float(images[chosen]))
                     tokens = vlm.model.vision_tower(pixels).last_hidden_state[:, 1:]    # (B, patches, width)
-                    loss = (1.0 if lesson == "see" else 0.3) * seeing.loss(tokens, chosen)
-                if lesson != "see":
-                    reading = 1.0 if lesson == "read" else 0.3
+                    loss = seeing.loss(tokens, chosen)
+                else:
+                    reading, of = (1.0, told) if lesson == "read" else (0.4, np.arange(len(scenes)))
+                    chosen = rng.choice(of, batch)
                     rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 4, reading)) for j in chosen]
-                    loss = loss + answer_loss(model, rows, images[chosen])
+                    loss = answer_loss(model, rows, images[chosen])
             descent.step(i, loss)
             clock.step(done + i, loss)
             if (done + i + 1) % 500 == 0:
@@ -698,7 +697,7 @@ def ship(run_dir: Path) -> None:
     write_json(WEIGHTS / f"{path.stem}.json", record)
 
 
-PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 3000), "dit": (train_dit, 3600),
+PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 4800), "dit": (train_dit, 3600),
          "clip": (train_clip, 1200), "pick": (train_pick, 250), "aes": (train_aes, 1000)}
 
 
