@@ -118,18 +118,23 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The right side needs one d x d matrix per head for all tokens: O(P), where softmax pays O(P^2).
     q, k, v and the result are (B, P, h, d) fp32.
     """
-    kv = torch.einsum("bphd,bphe->bhde", k, v)                           # (B, h, d, d)
-    numerator = torch.einsum("bphd,bhde->bphe", q, kv)                   # (B, P, h, d)
-    denominator = torch.einsum("bphd,bhd->bph", q, k.sum(1))             # (B, P, h)
-    return numerator / (denominator + 1e-15)[..., None]                  # (B, P, h, d)
+    # a column of ones beside v: the same two products give numerator and denominator
+    kv = k.permute(0, 2, 3, 1) @ F.pad(v, (0, 1), value=1.0).transpose(1, 2)     # (B, h, d, d + 1)
+    out = q.transpose(1, 2) @ kv                                         # (B, h, P, d + 1)
+    return (out[..., :-1] / (out[..., -1:] + 1e-15)).transpose(1, 2)     # (B, P, h, d)
 
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm in the dtype of its input: under autocast the weight's differs, and torch would leave its
-    fused kernel."""
+    fused kernel. CUDA has one; elsewhere torch composes the norm of more steps than the lines below, and
+    keeps an fp32 copy of x for the gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        y = x * torch.rsqrt(norm.square() / x.shape[-1] + self.eps)      # (..., M) fp32
+        return y.to(x.dtype) * self.weight.to(x.dtype)                   # (..., M)
 
 
 class MLP(nn.Module):
@@ -207,7 +212,11 @@ class CrossAttention(Attention):
 
 
 class MixFFN(nn.Module):
-    """Gated feed-forward with a 3x3 depthwise convolution: all that a token ever learns of its position."""
+    """Gated feed-forward with a 3x3 depthwise convolution: all that a token ever learns of its position.
+
+    recompute = True keeps one wide tensor for the backward pass and computes the others from it again, which
+    takes no matrix product: a third of a block's activations for one more pass over these tensors.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -215,11 +224,17 @@ class MixFFN(nn.Module):
         self.conv_inverted = nn.Conv2d(M, 2 * R, 1)
         self.conv_depth = nn.Conv2d(2 * R, 2 * R, 3, padding=1, groups=2 * R)
         self.conv_point = nn.Conv2d(R, M, 1, bias=False)
+        self.recompute = M >= 1024      # narrow models have memory to spare
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        y = F.silu(pointwise(self.conv_inverted, x))                     # (B, P, 2R)
+        y = pointwise(self.conv_inverted, x)                             # (B, P, 2R)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.gated, y, grid, use_reentrant=False, preserve_rng_state=False)
+        return self.gated(y, grid)
+
+    def gated(self, y: Tensor, grid: tuple[int, int]) -> Tensor:
         # read as an image in channels-last memory format, the tokens need no copy
-        y = y.unflatten(1, grid).permute(0, 3, 1, 2)                     # (B, 2R, H/p, W/p), a view
+        y = F.silu(y).unflatten(1, grid).permute(0, 3, 1, 2)             # (B, 2R, H/p, W/p), a view
         y = self.conv_depth(y).permute(0, 2, 3, 1).flatten(1, 2)         # (B, P, 2R), channels-last as was
         value, gate = y.chunk(2, dim=2)                                  # (B, P, R) each
         return pointwise(self.conv_point, value * F.silu(gate))          # (B, P, M)

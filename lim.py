@@ -69,13 +69,23 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """recompute = True keeps one of the two wide tensors for the backward pass and makes the other from it
+    again: no matrix product, and a fifth of the layer's memory."""
+
     def __init__(self, config: LIMConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.recompute = config.mlp_width >= 1024       # narrow models have memory to spare
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))                        # (R, N, D)
+        wide = self.fc1(x)                                                              # (R, N, mlp)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.down, wide, use_reentrant=False, preserve_rng_state=False)
+        return self.down(wide)
+
+    def down(self, wide: Tensor) -> Tensor:
+        return self.fc2(F.gelu(wide, approximate="tanh"))                               # (R, N, D)
 
 
 class EncoderLayer(nn.Module):
@@ -161,6 +171,9 @@ class LIM(nn.Module):
                 nn.init.zeros_(linear.bias)
             nn.init.normal_(layer.mlp.fc1.bias, std=1e-6, generator=generator)
             nn.init.normal_(layer.mlp.fc2.bias, std=1e-6, generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
         bound = 1 / math.sqrt(self.config.width)
         nn.init.uniform_(self.projector.weight, -bound, bound, generator=generator)
         nn.init.uniform_(self.projector.bias, -bound, bound, generator=generator)

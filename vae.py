@@ -143,10 +143,12 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(C))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-5)              # (B, C, H, W) fp32
+        pixels = x.movedim(1, -1)                                                 # (B, H, W, C)
+        # the norm in one pass over the picture: squares in a tensor of their own would double the time
+        norm = torch.linalg.vector_norm(pixels, dim=-1, keepdim=True, dtype=torch.float32)
+        y = pixels * torch.rsqrt(norm.square() / x.shape[1] + 1e-5)               # (B, H, W, C) fp32
         y = y.to(self.weight.dtype)     # bf16 rounds here, before the weight, in the published model
-        return y * self.weight[:, None, None] + self.bias[:, None, None]          # (B, C, H, W)
+        return torch.addcmul(self.bias, y, self.weight).movedim(-1, 1)            # (B, C, H, W)
 
 
 class ResBlock(nn.Module):
@@ -191,8 +193,8 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         pixels = x.movedim(1, -1)                                                 # (B, H, W, C)
-        qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)
-        qkv = qkv.movedim(-1, 1)                                                  # (B, 3C, H, W)
+        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])      # smaller than outputs
+        qkv = F.linear(pixels, weight).movedim(-1, 1)                             # (B, 3C, H, W)
         qkv = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], dim=1)    # (B, 3dG, H, W)
         # Trap: to_q, to_k, to_v are not query, key and value. They are thirds of one matrix whose outputs are
         # cut into consecutive chunks of 3d channels, and each chunk is one head: its query, key and value.
@@ -264,6 +266,18 @@ class Down(nn.Module):
         return y + group_mean(F.pixel_unshuffle(x, 2), self.Co)                   # (B, Co, H/2, W/2)
 
 
+def doubling_kernel(weight: Tensor) -> Tensor:
+    """Of a 3x3 convolution that follows a doubling of every pixel: the same as one transposed convolution of
+    stride 2, with 4 products for 9 and without the large picture between.
+
+    Output pixel o reads u[o + i] with weight w[i], i = -1 .. 1, of u[p] = x[p // 2]; so x[h] meets the sum of
+    those w[i] with o + i in {2h, 2h + 1}. weight (Co, Ci, 3, 3); returns (Ci, Co, 4, 4).
+    """
+    w = F.pad(weight.float().flip(2, 3), (1, 1, 1, 1))                            # (Co, Ci, 5, 5)
+    w = w[:, :, :-1] + w[:, :, 1:]                                                # (Co, Ci, 4, 5)
+    return (w[..., :-1] + w[..., 1:]).transpose(0, 1).to(weight.dtype)            # (Ci, Co, 4, 4)
+
+
 class Up(nn.Module):
     """Twice the resolution: a convolution, plus each channel repeated 4 Co / Ci times, as 2x2 patches."""
 
@@ -277,7 +291,8 @@ class Up(nn.Module):
         if self.shuffle:
             y = F.pixel_shuffle(self.conv(x), 2)                                  # (B, Co, 2H, 2W)
         else:
-            y = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))       # (B, Co, 2H, 2W)
+            kernel = doubling_kernel(self.conv.weight)                            # (Ci, Co, 4, 4)
+            y = F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)         # (B, Co, 2H, 2W)
         return y + F.pixel_shuffle(x.repeat_interleave(self.repeats, dim=1), 2)   # (B, Co, 2H, 2W)
 
 

@@ -231,8 +231,27 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
     assert calls == [False, True, True]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_feed_forward_recomputes_its_wide_tensors_and_changes_nothing(checkpointing):
+    x, t, c = inputs()
+    grads, calls = [], []
+    for recompute in (False, True):
+        dit = build()
+        dit.gradient_checkpointing = checkpointing
+        ff = dit.transformer_blocks[0].ff
+        ff.recompute = recompute
+        ff.conv_depth.register_forward_pre_hook(lambda *_, r=recompute: calls.append(r))
+        dit(x, t, c).square().mean().backward()
+        grads.append([p.grad for p in dit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert calls.count(False) == 1 + checkpointing and calls.count(True) == 2 + checkpointing
+    with torch.device("meta"):
+        assert DiT(dataclasses.replace(DiTConfig(), num_layers=1)).transformer_blocks[0].ff.recompute
+
+
 def test_compiles_without_a_graph_break():
     dit, (x, t, c) = build(), inputs()
+    dit.transformer_blocks[0].ff.recompute = True
     compiled = torch.compile(dit, fullgraph=True, backend="eager")
     mask, kv = torch.ones(3, 7), dit.cross_kv(c)
     assert error(compiled(x, t, c, mask), dit(x, t, c)) < 1e-6

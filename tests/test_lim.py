@@ -129,6 +129,22 @@ def test_layer_chunks_and_checkpointing_change_rows_at_a_time_but_no_value_and_n
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_the_mlp_recomputes_its_wide_tensor_and_changes_nothing() -> None:
+    results, calls = [], []
+    for recompute in (False, True):
+        lim = random_lim()
+        mlp = lim.connector.layers[0].mlp
+        mlp.recompute = recompute
+        mlp.fc2.register_forward_pre_hook(lambda *_, r=recompute: calls.append(r))
+        results.append(value_and_grads(lim, queries()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert calls == [False, True, True]
+    with torch.device("meta"):
+        assert LIM(LIMConfig()).connector.layers[0].mlp.recompute
+    assert not random_lim().connector.layers[0].mlp.recompute
+
+
 def test_init_is_siglips_and_follows_the_generator() -> None:
     config = LIMConfig(width=64, num_layers=1, num_heads=4, mlp_width=128, caption_channels=96)
     lim, twin = LIM(config), LIM(config)

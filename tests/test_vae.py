@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import vae
 from vae import DCAE, DCAEConfig, relu_attention
@@ -193,6 +194,24 @@ def test_init_weights_sets_every_parameter_from_the_generator() -> None:
         assert a.ndim == 1 or not torch.equal(a, c)
     images = first.decode(first.encode(draw((1, 4, 16, 16), 4)))
     assert 0.01 < images.std() < 100
+
+
+def test_doubling_and_convolving_is_one_transposed_convolution_of_four_ninths_the_work() -> None:
+    up, x = vae.Up(8, 4, shuffle=False), draw((2, 8, 3, 5), 1)
+    up.conv.weight.data, up.conv.bias.data = draw((4, 8, 3, 3), 2), draw((4,), 3)
+
+    def plain(x: Tensor) -> Tensor:
+        doubled = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        shortcut = torch.nn.functional.pixel_shuffle(x.repeat_interleave(up.repeats, dim=1), 2)
+        return up.conv(doubled) + shortcut
+    flops = []
+    for function in (up, plain):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(x)
+        flops.append(counter.get_total_flops())
+    assert 9 * flops[0] == 4 * flops[1]
+    (y, gradient), (want, want_gradient) = value_and_grad(up, x), value_and_grad(plain, x)
+    assert error(y, want) < 1e-6 and error(gradient, want_gradient) < 1e-6
 
 
 def test_compiles_into_one_graph() -> None:
