@@ -46,6 +46,13 @@ MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 BPE_VOCAB_SIZE = 49408                                      # of open_clip's own tokenizer
 LAION_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 DIVISORS = {"clip": 30.0, "pickscore": 26.0}                # bring the logits near 1, see the table
+FETCH = {                                                   # how the full-size weights come into a folder
+    "clip": "hf download openai/clip-vit-large-patch14 config.json preprocessor_config.json "
+            "model.safetensors --local-dir {folder}",
+    "pickscore": "hf download yuvalkirstain/PickScore_v1 config.json preprocessor_config.json "
+                 "model.safetensors --local-dir {folder}",
+    "aesthetic": "curl -L --create-dirs -O --output-dir {folder} https://github.com/christophschuhmann/"
+                 f"improved-aesthetic-predictor/raw/main/{LAION_HEAD}"}
 
 ScoreFn = Callable[[Tensor, list[str]], Tensor]             # images (B, 3, H, W), B prompts -> (B,)
 EncodeFn = Callable[[list[str]], Tensor]                    # U texts -> (U, S)
@@ -326,9 +333,11 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 def existing(path: Path) -> Path:
     if not path.is_file():
+        how = FETCH.get(path.parent.name, "").format(folder=path.parent)
         raise FileNotFoundError(f"reward weights: {path} does not exist; weights= must name a folder with "
                                 "clip/, pickscore/ and aesthetic/ (which needs clip/ too), "
-                                "laid out as the head of rewards.py says")
+                                "laid out as the head of rewards.py says"
+                                + (f"; the published ones come by: {how}" if how else ""))
     return path
 
 

@@ -27,9 +27,9 @@ class SampleConfig:
     prompts: str = knob("", "file with one prompt a line, drawn after those of the command line")
     chat: str = knob("", "picture file to ask about")
     preset: str = knob("nano", "size of everything")
-    weights: str = knob("auto", "auto (weights/nano), random (from --seed), "
+    weights: str = knob("auto", "auto (weights/nano), hub (fetch the published parts), random (from --seed), "
                                 "or a folder with vlm/, transformer/, vae/")
-    stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors; "
+    stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors, or an OpenUni .pth; "
                                "empty: the newest in --weights")
     out: str = knob("samples", "folder for the pictures")
     seed: int = knob(0, "all randomness is derived from it")
@@ -56,15 +56,15 @@ def load_model(preset: str, weights: str, stage_file: str, seed: int) -> "ParaUn
     on the GPU where there is one."""
     import torch
     from model import PRESETS, ParaUni, weights_folder
-    if weights == "random" and preset != "nano":
-        raise ValueError(f"random weights of {preset} have no vocabulary: name a folder with --weights")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if preset == "nano" else torch.bfloat16      # SANA's own precision
     if weights == "random" or not stage_file:
-        model = ParaUni.from_preset(preset, weights, seed)
+        model = ParaUni.from_preset(preset, weights, seed, device, dtype)
     else:                       # a stage 1 file belongs on the pre-trained DiT, not on the newest stage
-        model = ParaUni.from_parts(PRESETS[preset], weights_folder(preset, weights))
+        model = ParaUni.from_parts(PRESETS[preset], weights_folder(preset, weights), 0, device, dtype)
     if stage_file:
         model.load_trained(Path(stage_file), preset=preset)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
 def out_folder(name: str) -> Path:

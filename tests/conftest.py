@@ -7,6 +7,12 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"  # before any Hugging Face library is imported: they read it once
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the tests of the full-size models too: 12 GB")
+    parser.addoption("--qwen", default="", help="folder with InternVL3's, or Qwen2.5's, tokenizer.json")

@@ -15,7 +15,7 @@ from dit import DiT, DiTConfig
 from helpers import save_parts
 from lim import LIM, LIMConfig
 from model import (IMAGENET_MEAN, IMAGENET_STD, PRESETS, PROMPT, QUESTION, UNCONDITIONAL, ParaUni, VLMConfig,
-                   build_vlm, load_vlm, save_trained)
+                   build_vlm, save_trained)
 
 NANO = PRESETS["nano"]
 L, N, D = NANO.vlm.num_layers, NANO.num_queries, NANO.vlm.width
@@ -480,17 +480,18 @@ def test_frozen_weights_are_held_in_the_presets_precision(broken: Path) -> None:
     edit(broken / "vlm" / "model.safetensors",
          lambda t: t.update({name: p.bfloat16() for name, p in t.items()}), {"format": "pt"})
     assert ParaUni.from_preset("nano", broken).vlm.dtype == torch.float32
-    assert load_vlm(replace(NANO.vlm, dtype="bfloat16"), broken / "vlm").dtype == torch.bfloat16
-    assert [PRESETS[name].vlm.dtype for name in PRESETS] == ["float32"] + ["bfloat16"] * 3
+    half = replace(NANO, vlm=replace(NANO.vlm, dtype="bfloat16"))
+    assert ParaUni.from_parts(half, broken).vlm.dtype == torch.bfloat16
+    assert [PRESETS[name].vlm.dtype for name in PRESETS] == ["float32"] + ["bfloat16"] * 6
 
 
 def test_presets_without_weights_are_refused() -> None:
     with pytest.raises(ValueError,
-                       match="expected --preset to be one of nano, b-512, l-512, l-1024, got 'xl'"):
+                       match="expected --preset to be one of nano, b-512, .*openuni-l-1024, got 'xl'"):
         ParaUni.from_preset("xl")
     for weights in (None, "auto"):
-        with pytest.raises(FileNotFoundError, match="expected --weights to name a folder .* preset l-512 "
-                                                    ".*Sana_1600M_512px_diffusers"):
+        with pytest.raises(FileNotFoundError, match="expected --weights to name a folder .* preset l-512, "
+                                                    "or hub .*Sana_1600M_512px_diffusers"):
             ParaUni.from_preset("l-512", weights)
     with pytest.raises(FileNotFoundError,
                        match="nowhere.vlm.config.json, found none; --weights must name a folder"):
@@ -520,7 +521,7 @@ def test_folder_of_another_preset_is_refused(broken: Path, part: str, key: str, 
 def test_folder_whose_weights_do_not_fit_is_refused(broken: Path) -> None:
     path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
     edit(path, lambda t: t.pop("proj_out.bias"))
-    with pytest.raises(ValueError, match=f"{path} does not fit DiT .1 missing: proj_out.bias.: "
+    with pytest.raises(ValueError, match=f"{path.parent} does not fit the model .1 missing: proj_out.bias.: "
                                          "change --preset or --weights"):
         ParaUni.from_preset("nano", broken)
 
@@ -530,22 +531,22 @@ def test_folder_whose_weights_do_not_fit_is_refused(broken: Path) -> None:
     (lambda t: t.update(extra=torch.zeros(1)), "1 unknown: extra"),
     (lambda t: t.update({"language_model.lm_head.weight": torch.zeros(95, D)}),
      "1 of another shape: .*lm_head.weight")])
-def test_load_vlm_refuses_what_does_not_fit(broken: Path, change: Callable, sentence: str) -> None:
+def test_a_vlm_that_does_not_fit_is_refused(broken: Path, change: Callable, sentence: str) -> None:
     edit(broken / "vlm" / "model.safetensors", change)
-    with pytest.raises(ValueError, match=f"{broken / 'vlm'} is not the expected VLM .{sentence}.*: "
-                                         "change --weights or --preset"):
-        load_vlm(NANO.vlm, broken / "vlm")
+    with pytest.raises(ValueError, match=f"{broken / 'vlm'} does not fit the model .{sentence}.*: "
+                                         "change --preset or --weights"):
+        ParaUni.from_parts(NANO, broken)
 
 
-def test_load_vlm_refuses_other_sizes_and_damage(broken: Path) -> None:
+def test_a_vlm_of_another_size_or_damaged_is_refused(broken: Path) -> None:
+    large = replace(NANO, vlm=VLMConfig())
     with pytest.raises(ValueError, match="another preset: expected 28 layers of width 1536, got 8 of 128; "
                                          "change --preset or --weights"):
-        load_vlm(VLMConfig(), broken / "vlm")
+        ParaUni.from_parts(large, broken)
     path = broken / "vlm" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError,
-                       match=f"the weights in {broken / 'vlm'} are truncated .*; change --weights"):
-        load_vlm(NANO.vlm, broken / "vlm")
+    with pytest.raises(ValueError, match=f"{path} is truncated .*: fetch it again"):
+        ParaUni.from_parts(NANO, broken)
 
 
 # ----------------------------------------------------------------------------- sizes

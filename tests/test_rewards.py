@@ -110,8 +110,8 @@ def hf_processor(size: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def torchvision_pixels(images: Tensor) -> Tensor:
-    return transforms.Compose([transforms.Resize(T), transforms.CenterCrop(T),
+def torchvision_pixels(images: Tensor, size: int = T) -> Tensor:
+    return transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size),
                                transforms.Normalize(rewards.MEAN, rewards.STD)])(images)    # (B, 3, T, T)
 
 
@@ -209,6 +209,49 @@ def test_full_size_tensors_fit(tmp_path: Path, act: str, vision: tuple[int, int,
     assert sum(p.numel() for p in clip.parameters()) == params
     assert clip.visual.transformer.resblocks[0].attn.num_heads == vision[2]
     assert clip.transformer.resblocks[0].attn.num_heads == text[2]
+
+
+TOWERS = {"clip": ("quick_gelu", (1024, 24, 16), (768, 12, 12)),           # openai/clip-vit-large-patch14
+          "pickscore": ("gelu", (1280, 32, 16), (1024, 24, 16))}             # PickScore_v1, a CLIP-H
+
+
+def check_true_widths(name: str, layers: int, folder: Path, hf_tokenizer: CLIPTokenizer) -> None:
+    """A reward on random weights of the published widths, from a folder in Hugging Face's layout, against
+    CLIPModel, on photographs of the tower's size, and of another, where rounding to grey levels comes in."""
+    act, *towers = TOWERS[name]
+    vision, text = ({"hidden_size": width, "intermediate_size": 4 * width, "hidden_act": act,
+                     "num_hidden_layers": min(depth, layers), "num_attention_heads": heads}
+                    for width, depth, heads in towers)
+    model = CLIPModel(CLIPConfig(text_config=text | {"eos_token_id": 2}, projection_dim=towers[1][0],
+                                 vision_config=vision | {"image_size": 224, "patch_size": 14},
+                                 logit_scale_init_value=math.log(100))).eval()
+    model.save_pretrained(folder / name)
+    wanted = []
+    small = [photo().rotate(angle).resize((224, 224)) for angle in (0, 90, 180)]
+    large = [photo().rotate(angle) for angle in (0, 90, 180)]
+    for pictures in (small, large):
+        pixels = (hf_processor(224)(pictures, return_tensors="pt")["pixel_values"] if name == "pickscore" else
+                  torchvision_pixels(to_tensor(*pictures), 224))
+        wanted.append(hf_scores(model, hf_tokenizer, pixels, PROMPTS[:3]) / rewards.DIVISORS[name])
+    del model
+    reward = build_reward(name, "cpu", weights=folder)
+    off = [(reward(to_tensor(*pictures), PROMPTS[:3]) - want).abs().max().item()
+           for pictures, want in zip((small, large), wanted, strict=True)]
+    print(f"\n{name}, true widths, {layers} layers: off by {off[0]:.1e} and, resized, {off[1]:.1e}")
+    assert off[0] <= 1e-5 and off[1] <= (1e-3 if name == "pickscore" else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore"])
+def test_true_widths_match_transformers(name: str, tmp_path: Path, hf_tokenizer: CLIPTokenizer) -> None:
+    check_true_widths(name, 1, tmp_path, hf_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore"])
+def test_full_size_matches_transformers(name: str, tmp_path: Path, hf_tokenizer: CLIPTokenizer,
+                                        request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("all layers: pytest --full, 8 GB of memory")
+    check_true_widths(name, 32, tmp_path, hf_tokenizer)
 
 
 def test_hf_tokenizer_and_open_clips_agree(hf_tokenizer: CLIPTokenizer) -> None:
