@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -120,11 +121,14 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
     """
     try:
         main() if argv is None else main(argv)
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as error:
+    except (ValueError, OSError) as error:
         if not _raised_by_us(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except PeerLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -190,6 +194,41 @@ def setup_dist() -> Dist:
     return Dist(rank, world_size, local_rank, device)
 
 
+class PeerLost(RuntimeError):
+    """Another process of this job has died."""
+
+
+@contextmanager
+def peer_lost_sentence(dist: Dist) -> Iterator[None]:
+    """Turn what a collective raises when another process is gone into one clear PeerLost.
+
+    Without it every surviving process ends in its own traceback of sockets. The launcher ends the job.
+    """
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        from_network = isinstance(error, torch.distributed.DistError) or re.search(
+            r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.IGNORECASE)
+        if dist.world_size == 1 or not from_network:
+            raise
+        raise PeerLost(f"process {dist.rank} of {dist.world_size} lost the others: one of them died; its own "
+                       "message stands above, or none if it was killed. The last checkpoint is whole: go on "
+                       "with --resume auto (torchrun --max-restarts N does so by itself)") from error
+
+
+def broadcast(value: Any, dist: Dist) -> Any:
+    """Rank 0's value (plain types) on all ranks."""
+    import torch
+
+    if dist.world_size == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=dist.device)
+    return box[0]
+
+
 def cleanup_dist() -> None:
     import torch
 
@@ -228,12 +267,15 @@ def average_gradients(params: Iterable[nn.Parameter], dist: Dist) -> None:
     """Replace every .grad by its mean over ranks, a missing one counting as zero; no change at world size 1.
 
     A parameter that no rank used keeps grad None, so that weight decay skips it as in a run of one process.
+    Once a step, after all backward passes: what DistributedDataParallel does, which wraps a forward() and so
+    fits neither the leaf in the middle of stage III nor modules called by other names. What `shard` has
+    split is averaged already.
     """
     import torch
 
     if dist.world_size == 1:
         return
-    params = [param for param in params if param.requires_grad]
+    params = [param for param in params if param.requires_grad and not is_sharded(param)]
     used = torch.tensor([float(param.grad is not None) for param in params], device=dist.device)
     torch.distributed.all_reduce(used)
     for bucket in _buckets([param for param, count in zip(params, used.tolist()) if count]):
@@ -259,6 +301,98 @@ def _buckets(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
+# --------------------------------------------------------------------------------- weights split over devices
+def shard(model: nn.Module, dist: Dist) -> None:
+    """Split the weights of `lim` and `dit` over all ranks (FSDP2), block by block; with them their gradients,
+    optimizer state and EMA. Blocks are gathered when they run; the frozen parts stay whole on every rank.
+
+    Call it when requires_grad is as it will be, before an optimizer or an EMA is made.
+    """
+    import warnings
+
+    import torch
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)     # no output is changed in place
+    mesh = torch.distributed.device_mesh.init_device_mesh(dist.device.type, (dist.world_size,))
+    for layer in model.lim.connector.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.lim, mesh=mesh)
+    for block in model.dit.transformer_blocks:
+        fully_shard(block.attn2, mesh=mesh)
+        register_fsdp_forward_method(block.attn2, "kv")     # runs outside of its block, and so gathers alone
+        fully_shard(block, mesh=mesh)
+    fully_shard(model.dit, mesh=mesh)
+    register_fsdp_forward_method(model.dit, "cross_kv")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")              # a DTensor, known without importing its package
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; all of it where it is not split."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tree: Any) -> Any:
+    """The same nested dicts and lists with split tensors put together on the CPU. All ranks must call it."""
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value) for value in tree]
+    return tree.detach().full_tensor().cpu() if hasattr(tree, "to_local") else tree
+
+
+def split_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor split as `like` is; the tensor itself where that is whole."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Drop gathered weights. Trap: the outermost ones stay gathered after a forward pass without gradient,
+    and the next pass would not see that the split ones have changed."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in () if model is None else model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """The model with whole weights, for as long as the block lasts. All ranks must enter it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    try:
+        yield
+    finally:
+        reshard(model)
+
+
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, dist: Dist) -> float:
+    """Scale all gradients down to a joint norm of at most max_norm; returns the norm before."""
+    import torch
+
+    params = [param for param in params if param.grad is not None]
+    split = [local(param.grad) for param in params if is_sharded(param)]
+    if not split:
+        return torch.nn.utils.clip_grad_norm_(params, max_norm).item()
+    squares = sum(part.square().sum() for part in split)
+    torch.distributed.all_reduce(squares)
+    squares += sum(param.grad.square().sum() for param in params if not is_sharded(param))
+    norm = squares.sqrt()
+    torch._foreach_mul_([local(param.grad) for param in params], (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm.item()
+
+
 # --------------------------------------------------------------------------------------------- durable files
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -268,7 +402,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """write(temporary sibling), then rename it onto path; folders on the way are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -284,7 +418,7 @@ def _write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(path: str | Path, data: Any) -> None:
     text = json.dumps(data, indent=2) + "\n"
-    _write_atomic(Path(path), lambda temporary: temporary.write_text(text))
+    write_atomic(Path(path), lambda temporary: temporary.write_text(text))
 
 
 @contextmanager
@@ -317,7 +451,7 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
         plain[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     with _full_disk_sentence(path):
-        _write_atomic(path, lambda temporary: save_file(plain, temporary, metadata))
+        write_atomic(path, lambda temporary: save_file(plain, temporary, metadata))
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -335,24 +469,29 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 def load_into(target: nn.Module | dict[str, Tensor], tensors: dict[str, Tensor], what: str,
               hint: str = "") -> None:
-    """Copy tensors into a module, or into named parameters, strictly;
-    its ValueError is one sentence: what does not fit, the first keys, the hint."""
+    """Copy tensors into a module, or into named parameters, strictly; ValueError as refuse_misfit says."""
     import torch
 
     own = target if isinstance(target, dict) else target.state_dict()
-    wrong = [f"{name} is {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-             for name, tensor in own.items() if name in tensors and tensors[name].shape != tensor.shape]
-    faults = {"missing": sorted(own.keys() - tensors.keys()), "unknown": sorted(tensors.keys() - own.keys()),
+    refuse_misfit(own, {name: tensor.shape for name, tensor in tensors.items()}, what, hint,
+                  "the model" if own is target else type(target).__name__)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(split_like(tensors[name], tensor))
+
+
+def refuse_misfit(own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], what: str, hint: str = "",
+                  model: str = "the model") -> None:
+    """ValueError in one sentence, unless a file holds what a model has, by name and shape: what does not fit,
+    the first keys, the hint."""
+    wrong = [f"{name} is {tuple(shapes[name])} instead of {tuple(tensor.shape)}"
+             for name, tensor in own.items() if name in shapes and tuple(shapes[name]) != tuple(tensor.shape)]
+    faults = {"missing": sorted(own.keys() - shapes.keys()), "unknown": sorted(shapes.keys() - own.keys()),
               "of another shape": wrong}
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
                            for fault, keys in faults.items() if keys)
-        raise ValueError(f"{what} does not fit "
-                         f"{'the model' if own is target else type(target).__name__} ({listed})"
-                         + (f": {hint}" if hint else ""))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        raise ValueError(f"{what} does not fit {model} ({listed})" + (f": {hint}" if hint else ""))
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
@@ -385,6 +524,8 @@ def save_checkpoint(run_dir: str | Path, step: int, tensors: dict[str, dict[str,
                 _remove(aside)
             os.replace(final, aside)
         os.replace(temporary, final)
+        if aside.exists():
+            _remove(aside)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _fsync(folder)
@@ -515,7 +656,7 @@ class RunLog:
         if resume_step is not None and self.path.exists():
             kept = [entry for entry in read_metrics(self.path) if entry.get(key, -math.inf) < resume_step]
             text = "".join(json.dumps(entry) + "\n" for entry in kept)
-            _write_atomic(self.path, lambda temporary: temporary.write_text(text))
+            write_atomic(self.path, lambda temporary: temporary.write_text(text))
         self.file = open(self.path, "a")
 
     def write(self, record: dict) -> None:
@@ -584,7 +725,16 @@ def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float,
     params = list(params)
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    split = any(is_sharded(p) for p in params)     # whole and split tensors cannot share a fused loop
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=False if split else None)
+
+
+def load_optimizer(opt: torch.optim.Optimizer, state: dict) -> None:
+    """Load a state of whole tensors into an optimizer whose parameters may be split."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    entries = {i: {key: split_like(value, params[i]) if value.ndim else value for key, value in entry.items()}
+               for i, entry in state["state"].items()}
+    opt.load_state_dict({**state, "state": entries})
 
 
 @contextmanager
@@ -601,6 +751,15 @@ def precision(device: str | torch.device, dtype: str) -> Iterator[None]:
                 else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with torch.autocast(kind, torch.bfloat16), sdpa_kernel(backends):
         yield
+
+
+def check_skips(in_a_row: int, most: int, where: str) -> None:
+    """Stop a run that no longer learns: ValueError says what to look at."""
+    if in_a_row >= most:
+        raise ValueError(f"{in_a_row} updates in a row were skipped up to {where}: no finite loss and "
+                         "gradient, or no finite reward. The weights before them are saved. Look at loss, "
+                         "grad_norm and reward_nan in metrics.jsonl: if a norm rose before, lower --lr; if "
+                         "not, an input or a reward is bad, or --dtype fp32 is needed")
 
 
 def cosine_lr(step: int, total: int, warmup: int, base: float) -> float:
@@ -621,23 +780,37 @@ def ema_update(ema: dict[str, Tensor], params: dict[str, Tensor], decay: float) 
 
     assert ema.keys() == params.keys(), f"keys differ: {sorted(ema.keys() ^ params.keys())[:3]}"
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.values()), [params[name] for name in ema], 1 - decay)
+        torch._foreach_lerp_([local(e) for e in ema.values()], [local(params[name]) for name in ema],
+                             1 - decay)
 
 
 @contextmanager
-def weights_of(params: dict[str, nn.Parameter], ema: dict[str, Tensor]) -> Iterator[None]:
-    """The model with its EMA weights, for as long as the block lasts."""
+def weights_of(params: dict[str, nn.Parameter], ema: dict[str, Tensor],
+               model: nn.Module | None = None) -> Iterator[None]:
+    """The model with its EMA weights, for as long as the block lasts; `model`: needed if they are split."""
     import torch
     kept = {name: p.detach().clone() for name, p in params.items()}
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(ema[name])
+            local(p).copy_(local(ema[name]))
+    reshard(model)
     try:
         yield
     finally:
         with torch.no_grad():
             for name, p in params.items():
-                p.copy_(kept[name])
+                local(p).copy_(local(kept[name]))
+        reshard(model)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of every parameter and buffer, names included: equal only where all bits are."""
+    import torch
+    digest = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def count_params(module: nn.Module) -> tuple[int, int]:
@@ -679,7 +852,7 @@ def environment() -> dict[str, str]:
 
 # -------------------------------------------------------------------------------------------------- pictures
 def save_png(path: str | Path, picture: Image.Image) -> None:
-    _write_atomic(Path(path), lambda temporary: picture.save(temporary, format="PNG"))
+    write_atomic(Path(path), lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def save_image(path: str | Path, image: Tensor, scale: int = 1) -> None:

@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import (Dist, RunLog, StopSignal, adamw, all_gather_list, all_reduce_mean, average_gradients,
-                    cosine_lr, derive_seed, ema_update, generator, image_grid, load_checkpoint, load_into,
-                    precision, read_metrics, save_checkpoint, save_png,
-                    weights_of)
+                    check_skips, clip_gradients, cosine_lr, derive_seed, ema_update, gathered, generator,
+                    image_grid, load_checkpoint, load_into, load_optimizer, precision, read_metrics,
+                    save_checkpoint, save_png, shard, weights_of, whole)
 from data import FilePrompts, NanoPrompts, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 RATIO_CAUSES = ("the rollout and the update run in different precision or compile modes; "
                 "a layer behaves differently in train mode; LDAM's noise differs between the two; "
                 "the chunks differ in size")
+# What a reward may raise without ending a run of days: its group is masked, counted and named
+REWARD_FAILS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 # ----------------------------------------------------------------------------- the objective
@@ -282,14 +284,15 @@ def score_heldout(model: ParaUni, rewards: dict[str, Reward], prompts: list[str]
     mine = [i for i in range(len(prompts))
             if i * dist.world_size // len(prompts) == dist.rank]                        # contiguous shares
     columns = []
-    for first in range(0, len(mine), cfg.micro_batch):
-        items = mine[first:first + cfg.micro_batch]
+    for first in range(0, -(-len(prompts) // dist.world_size), cfg.micro_batch):
+        items = mine[first:first + cfg.micro_batch] or [0]      # all ranks go round equally often (FSDP)
         said = [prompts[i] for i in items]
         with precision(model.device, cfg.dtype):
             images = model.generate(said, cfg.eval_steps, cfg.eval_guidance_scale,
                                     seed=[derive_seed(cfg.seed, "heldout", i) for i in items])
-        columns.append(torch.stack([score(images, said)
-                                    for score in rewards.values()], 1))                 # (b, rewards)
+        if first < len(mine):
+            columns.append(torch.stack([score(images, said)
+                                        for score in rewards.values()], 1))             # (b, rewards)
     scores = all_gather_list(torch.cat(columns) if columns
                              else torch.zeros(0, len(rewards), device=model.device), dist)
     return {name: scores[:, k].tolist() for k, name in enumerate(rewards)}
@@ -336,7 +339,7 @@ def plot_rewards(records: list[dict], names: list[str], path: Path) -> None:
 
 @dataclass
 class Run:
-    """What an epoch needs; the last four change."""
+    """What an epoch needs; the last six change."""
     cfg: "TrainConfig"                      # of train.py
     model: ParaUni
     reference: ParaUni                      # the stage II model, frozen: the KL refers to it
@@ -350,6 +353,8 @@ class Run:
     ldam: LDAM
     gamma: float | None                     # set where LDAM fired in the last epoch
     evals: list[dict[str, list[float]]]     # held-out scores before the first phase, and after each
+    skipped: int = 0                        # updates left out: no finite gradient, or no group to learn from
+    in_a_row: int = 0                       # of them
 
     @property
     def names(self) -> list[str]:
@@ -392,9 +397,13 @@ def start(cfg: "TrainConfig", model: ParaUni, dist: Dist) -> Run:
                for name in cfg.rewards}
     reference = copy.deepcopy(model, {id(model.vlm): model.vlm,                         # shares these two
                                       id(model.vae): model.vae}).requires_grad_(False)
-    for part in (model.dit, reference.dit):
+    model.lim.gradient_checkpointing = model.dit.gradient_checkpointing = cfg.gradient_checkpointing
+    for each in (model, reference):
+        if cfg.fsdp:
+            shard(each, dist)
         if cfg.compile:
-            part.compile()
+            each.lim.compile()
+            each.dit.compile()
     heldout = (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else nano_prompts(test=True))[:cfg.num_eval]
     source = (FilePrompts(read_prompts(cfg.prompts), cfg.num_groups, cfg.seed) if cfg.prompts
               else NanoPrompts(cfg.seed))
@@ -414,8 +423,21 @@ def new_phase(cfg: "TrainConfig", params: dict[str, nn.Parameter]) -> tuple[torc
 def score_all(run: Run, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     """Every reward of this rank's pictures (b, 3, H, W), gathered from all ranks: name -> (P, G)."""
     G = run.cfg.group_size
-    return {name: all_gather_list(scorer(images, prompts), run.dist).view(-1, G)
+    return {name: all_gather_list(score_groups(name, scorer, images, prompts, G), run.dist).view(-1, G)
             for name, scorer in run.scorers.items()}
+
+
+def score_groups(name: str, scorer: Reward, images: Tensor, prompts: list[str], group_size: int) -> Tensor:
+    """The scores of whole groups, (b,); NaN for each group on which the reward fails."""
+    try:
+        return scorer(images, prompts)                                                  # (b,)
+    except REWARD_FAILS as error:
+        if len(images) == group_size:
+            tqdm.write(f"reward {name} failed on {prompts[0]!r}, its group is masked: {error}")
+            return images.new_full((group_size,), math.nan)
+    parts = zip(images.split(group_size), range(0, len(images), group_size))
+    return torch.cat([score_groups(name, scorer, part, prompts[i:i + group_size], group_size)
+                      for part, i in parts])
 
 
 def run_epoch(run: Run, epoch: int) -> dict:
@@ -440,9 +462,6 @@ def run_epoch(run: Run, epoch: int) -> dict:
     scores = score_all(run, model.decode(rolled.latents[-1]),
                        [p for p in prompts for _ in range(cfg.group_size)])
     usable = scores[name].isfinite().all(1)                                             # (P,)
-    if not usable.any():
-        raise ValueError(f"reward {name} returned no group of finite scores in epoch {epoch + 1}; "
-                         "expected numbers, check that reward")
     advantages = group_advantages(scores[name])                                         # (P, G)
     zero_std = (advantages[usable] == 0).all(1).float().mean().item()
     advantages = advantages[mine.start:mine.stop].flatten()                             # (B,)
@@ -459,10 +478,14 @@ def run_epoch(run: Run, epoch: int) -> dict:
         if update == 0 and (warning := check_ratio(counted[0]["ratio_dev"], cfg)) and epoch == dist.rank == 0:
             print(f"warning: {warning}", flush=True)
         average_gradients(run.params.values(), dist)
-        norms.append(nn.utils.clip_grad_norm_(run.params.values(), cfg.clip_norm).item())
-        if math.isfinite(norms[-1]):
+        norms.append(clip_gradients(run.params.values(), cfg.clip_norm, dist))
+        if math.isfinite(norms[-1]) and usable.any():                           # the same on all ranks
             run.opt.step()
-    ema_update(run.ema, run.params, cfg.ema_decay)
+            run.in_a_row = 0
+        else:
+            run.skipped, run.in_a_row = run.skipped + 1, run.in_a_row + 1
+    if run.in_a_row < cfg.inner_updates:                                        # some update was made
+        ema_update(run.ema, run.params, cfg.ema_decay)
     clock.append(time.perf_counter())
 
     record = {"epoch": epoch + 1, "phase": name, **{f"reward/{n}": finite_mean(s) for n, s in scores.items()},
@@ -471,7 +494,7 @@ def run_epoch(run: Run, epoch: int) -> dict:
               "ratio_dev": all_gather_list(torch.tensor([counted[0]["ratio_dev"]], device=model.device),
                                            dist).max().item(),
               "zero_std": zero_std, "reward_nan": int((~usable).sum()), "grad_norm": norms[0],
-              "lr": run.opt.param_groups[0]["lr"]}
+              "skipped": run.skipped, "lr": run.opt.param_groups[0]["lr"]}
     record |= perturb(run, layers, record[f"reward/{name}"], norms[0], (cfg.seed, epoch))
     spent = dict(zip(("time/rollout", "time/reward", "time/update"),
                      [b - a for a, b in zip(clock, clock[1:])]))
@@ -482,7 +505,7 @@ def perturb(run: Run, layers: list[int], reward: float, grad_norm: float, key: t
     """Step 6: LDAM sees the epoch; sets the gamma of the next one, or multiplies its field in (`keep`)."""
     if not run.cfg.ldam:
         return {"ldam/fired": 0}
-    usable = math.isfinite(grad_norm)
+    usable = math.isfinite(grad_norm) and math.isfinite(reward)
     run.gamma = run.ldam.update(grad_norm, reward) if usable else None
     last = run.ldam.last if usable else {"fired": 0}
     if run.gamma is not None:
@@ -502,9 +525,11 @@ def finite_mean(values: Tensor) -> float:
 
 def evaluate(run: Run, epoch: int) -> dict[str, list[float]]:
     """Step 7's look at the EMA weights: held-out scores, and the grid of the same prompts as always."""
-    with weights_of(run.params, run.ema):
+    with weights_of(run.params, run.ema, run.model):
+        if run.dist.rank == 0 or run.cfg.fsdp:                  # split weights need all ranks to run at all
+            grid = picture_grid(run, [run.model], 8)
         if run.dist.rank == 0:
-            save_png(Path(run.cfg.run_dir) / f"epoch-{epoch:05}.png", picture_grid(run, [run.model], 8))
+            save_png(Path(run.cfg.run_dir) / f"epoch-{epoch:05}.png", grid)
         return score_heldout(run.model, run.scorers, run.heldout, run.cfg, run.dist)
 
 
@@ -520,12 +545,13 @@ def picture_grid(run: Run, models: list[ParaUni], columns: int,
 
 
 def save(run: Run, epoch: int) -> None:
+    """A checkpoint of all that changes; all ranks must call it."""
+    kept = {} if run.model.layer_factor is None else {"ldam": {"layer_factor": run.model.layer_factor}}
+    tensors = whole({"trained": run.params, "ema": run.ema})
+    state = {"epoch": epoch, "evals": run.evals, "gamma": run.gamma, "optimizer": whole(run.opt.state_dict()),
+             "ldam": run.ldam.state_dict(), "skipped": run.skipped, "in_a_row": run.in_a_row}
     if run.dist.rank == 0:
-        kept = {} if run.model.layer_factor is None else {"ldam": {"layer_factor": run.model.layer_factor}}
-        state = {"epoch": epoch, "evals": run.evals, "gamma": run.gamma, "optimizer": run.opt.state_dict(),
-                 "ldam": run.ldam.state_dict()}
-        save_checkpoint(run.cfg.run_dir, epoch, {"trained": run.params, "ema": run.ema, **kept},
-                        state, run.cfg.keep)
+        save_checkpoint(run.cfg.run_dir, epoch, {**tensors, **kept}, state, run.cfg.keep)
 
 
 def restore(run: Run, checkpoint: Path) -> int:
@@ -536,9 +562,10 @@ def restore(run: Run, checkpoint: Path) -> int:
     if "ldam" in tensors:
         field = tensors["ldam"]["layer_factor"].to(run.model.device)                    # (L, N, E)
         run.model.layer_factor = run.reference.layer_factor = field
-    run.opt.load_state_dict(state["optimizer"])
+    load_optimizer(run.opt, state["optimizer"])
     run.ldam.load_state_dict(state["ldam"])
     run.evals, run.gamma = state["evals"], state["gamma"]
+    run.skipped, run.in_a_row = state["skipped"], state["in_a_row"]
     return state["epoch"]
 
 
@@ -559,11 +586,7 @@ def train(cfg: "TrainConfig", model: ParaUni, dist: Dist, checkpoint: Path | Non
         for epoch in range(done, total):
             if epoch % run.per_phase == 0:
                 (run.opt, run.ldam), run.gamma = new_phase(cfg, run.params), None
-            try:
-                record = run_epoch(run, epoch)
-            except ValueError:              # a reward that fails: the update was not begun, nothing is lost
-                save(run, epoch)
-                raise
+            record = run_epoch(run, epoch)
             last = (epoch + 1) % run.per_phase == 0
             if last or (epoch + 1) % cfg.eval_every == 0:
                 scores = evaluate(run, epoch + 1)
@@ -576,8 +599,9 @@ def train(cfg: "TrainConfig", model: ParaUni, dist: Dist, checkpoint: Path | Non
                                     f"kl {record['kl']:.1e}, |ratio-1| {record['ratio_dev']:.0e}, "
                                     f"fired {record['ldam/fired']}")
                 bar.update()
-            if last or stop or (epoch + 1) % cfg.save_every == 0:
+            if last or stop or (epoch + 1) % cfg.save_every == 0 or run.in_a_row >= cfg.max_skipped:
                 save(run, epoch + 1)
+            check_skips(run.in_a_row, cfg.max_skipped, f"epoch {epoch + 1}")
             if stop and epoch + 1 < total:
                 bar.close()
                 if lead:
@@ -587,7 +611,7 @@ def train(cfg: "TrainConfig", model: ParaUni, dist: Dist, checkpoint: Path | Non
     bar.close()
     if lead:
         log.close()
-        finish(run)
+    finish(run)
     return {name: mean(values) for name, values in run.evals[-1].items()}
 
 
@@ -599,9 +623,14 @@ def finish(run: Run) -> None:
     """The weights, the curves, the pictures before and after, and a table of what each phase did."""
     cfg, folder = run.cfg, Path(run.cfg.run_dir)
     run.reference.layer_factor = None                         # stage II as it was, for the picture before
-    with weights_of(run.params, run.ema):
-        save_trained(run.model, folder / "stage3.safetensors", 3, cfg)
-        grid = picture_grid(run, [run.reference, run.model], 8, ["before", "after"])
+    with weights_of(run.params, run.ema, run.model):
+        with gathered(run.model):
+            if run.dist.rank == 0:
+                save_trained(run.model, folder / "stage3.safetensors", 3, cfg)
+        if run.dist.rank == 0 or cfg.fsdp:
+            grid = picture_grid(run, [run.reference, run.model], 8, ["before", "after"])
+    if run.dist.rank > 0:
+        return
     save_png(folder / "before_after.png", grid)
     plot_rewards(read_metrics(folder / "metrics.jsonl"), run.names, folder / "rewards.png")
     for phase, name in enumerate(run.names):

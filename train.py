@@ -10,6 +10,7 @@ not scale them to nano.
 
 Letters: B items of a batch, N queries, E condition width, C h w latent.
 """
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -28,13 +29,22 @@ class TrainConfig:
     # what
     stage: int = knob(1, "1 align, 2 fine-tune, 3 reinforce", choices=(1, 2, 3))
     preset: str = knob("nano", "size of everything; see PRESETS in model.py")
-    weights: str = knob("auto", "auto (weights/nano), random (true size, from --seed), "
+    weights: str = knob("auto", "auto (weights/nano), hub (fetch the published parts), random (from --seed), "
                                 "or a folder with vlm/, transformer/, vae/")
     init: str = knob("auto", "weights of the stage before: a stage{N-1}.safetensors; "
                              "auto looks into --weights")
     run_dir: str = knob("auto", "folder for log, checkpoints, pictures and weights; auto: runs/stage{N}")
     resume: str = knob("", "go on from a checkpoint: auto (the newest in --run-dir) or a folder")
     seed: int = knob(0, "all randomness is derived from it")
+    layers: tuple[str, ...] = knob((), "stage 1: VLM layers to fuse, as 1,2,8; empty: all. "
+                                       "Later stages go on with those of --init")
+    norm: bool = knob(True, "stage 1: the LN of Eq. 4; later stages go on as --init")
+    # pictures with captions
+    data: tuple[str, ...] = knob((), "stages 1, 2: tar shards (a glob), folders, JSON lists, or latents of "
+                                     "data.py encode, each with =WEIGHT behind it or none; "
+                                     "empty: the nano world's")
+    workers: int = knob(4, "processes that decode --data, on one device; 0: none")
+    max_bad: float = knob(0.05, "share of bad samples in --data above which the run stops")
     # optimisation
     steps: int = knob(2000, "optimizer steps; in stage 3, of each reward's phase")
     batch_size: int = knob(512, "stages 1, 2: pictures a step, over all devices")
@@ -48,7 +58,12 @@ class TrainConfig:
     times: str = knob("uniform", "stages 1, 2: distribution of t; noisy: sigmoid of N(1, 1)",
                       choices=("uniform", "noisy"))
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
-    compile: bool = knob(False, "torch.compile the DiT; on by default on CUDA")
+    compile: bool = knob(False, "torch.compile LIM and DiT; on by default on CUDA, but for --fsdp")
+    fsdp: bool = knob(False, "split LIM and DiT, gradients and optimizer state over the devices (FSDP2)")
+    gradient_checkpointing: bool = knob(False, "compute activations of LIM and DiT again in backward: "
+                                               "less memory, more time")
+    max_skipped: int = knob(10, "steps in a row with a non-finite loss or gradient, which are skipped, "
+                                "after which the run stops")
     log_every: int = knob(10, "stages 1, 2: steps between lines of the log")
     save_every: int = knob(200, "steps (stage 3: epochs) between checkpoints")
     keep: int = knob(2, "checkpoints kept")
@@ -92,17 +107,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch", "log_every", "save_every", "keep", "inner_updates",
-                     "num_eval", "eval_every"):
+                     "num_eval", "eval_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, "
                                  f"got {getattr(self, name)}")
-        for name in ("caption_dropout", "ema_decay"):
+        for name in ("caption_dropout", "ema_decay", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected --{name.replace('_', '-')} between 0 and 1, "
                                  f"got {getattr(self, name)}")
         for name in ("lr", "clip_norm", "noise_level", "clip_range"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"expected --{name.replace('_', '-')} above 0, got {getattr(self, name)}")
+        if self.stage > 1 and (self.layers or not self.norm):
+            raise ValueError("expected --layers and --no-norm with --stage 1 only, "
+                             f"got --stage {self.stage}: it goes on with those of --init")
+        if not all(layer.isdecimal() for layer in self.layers):
+            raise ValueError(f"expected --layers as numbers, such as 1,2,8, got {','.join(self.layers)}")
         if not (self.ldam_use_grad_norm or self.ldam_use_reward):
             raise ValueError("LDAM needs a signal: keep --ldam-use-grad-norm or --ldam-use-reward, "
                              "or turn it off with --no-ldam")
@@ -118,7 +138,10 @@ NANO = {1: {"steps": 300, "warmup": 30, "batch_size": 64, "micro_batch": 64,
             "lr": 1e-3, "times": "noisy", "ema_decay": 0.998},
         3: {"steps": 24, "warmup": 2, "lr": 3e-4, "micro_batch": 32, "num_groups": 4, "group_size": 8,
             "num_steps": 6, "clip_range": 2e-3, "ema_decay": 0.7, "save_every": 8}}
-RECIPES = {"nano": NANO, "b-512": PAPER, "l-512": PAPER, "l-1024": PAPER}
+# What a run that goes on may be given anew: none of it changes a single weight
+MAY_CHANGE = ("run_dir", "resume", "workers", "max_bad", "max_skipped", "save_every", "keep")
+RECIPES = {"nano": NANO, **{f"{kind}{size}": PAPER for kind in ("", "openuni-")
+                            for size in ("b-512", "l-512", "l-1024")}}
 
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
@@ -143,12 +166,12 @@ def draw_times(kind: str, generators: list) -> "Tensor":
 
 
 def item_loss(cfg: TrainConfig, model, data, step: int, items: list[int]) -> "Tensor":
-    """The mean flow-matching loss of some items of a step.
+    """The mean flow-matching loss of some items of a step, where a bad sample counts as 0.
     All draws of an item come from (seed, step, item)."""
     import torch
     from common import generator, precision
     from dit import flow_matching_loss, randn
-    x0, captions = data.batch(step, items)                                              # (B, C, h, w)
+    x0, captions, weights = data.batch(step, items)                                     # (B, C, h, w)
     rngs = [generator(cfg.seed, "item", step, item) for item in items]
     prompts = [None if torch.rand((), generator=g) < cfg.caption_dropout else c
                for g, c in zip(rngs, captions)]
@@ -159,43 +182,78 @@ def item_loss(cfg: TrainConfig, model, data, step: int, items: list[int]) -> "Te
     with precision(model.device, cfg.dtype):
         c = model.fuse(model.condition_layers(prefix))                                  # (distinct, N, E)
         c = c[torch.tensor([distinct.index(p) for p in prompts], device=c.device)]      # (B, N, E)
-        return flow_matching_loss(model.dit, x0, c, t, noise)
+        if weights is None:
+            return flow_matching_loss(model.dit, x0, c, t, noise)
+        data.dropped += int((weights == 0).sum())
+        return masked_loss(model.dit, x0, c, t, noise, weights)
+
+
+def masked_loss(dit, x0: "Tensor", c: "Tensor", t: "Tensor", noise: "Tensor", weights: "Tensor") -> "Tensor":
+    """flow_matching_loss with a weight (B,) an item: the weighted sum of the items' losses over B."""
+    s = t[:, None, None, None]
+    v = dit((1 - s) * x0 + s * noise, t, c).float()                                     # (B, C, h, w)
+    return ((v - (noise - x0)).square().mean((1, 2, 3)) * weights).mean()
+
+
+def open_data(cfg: TrainConfig, model, dist, mine: range):
+    """What the steps are fed: the nano world, or the corpus of --data."""
+    from data import BadList, NanoLatents, Pairs, open_corpus, stamp_of
+    if not cfg.data:
+        if cfg.preset != "nano":
+            raise ValueError(f"stages 1 and 2 of --preset {cfg.preset} need --data, pictures with captions: "
+                             "only the nano world's are built in")
+        return NanoLatents(model.vae, cfg.seed)
+    preset, folder = model.preset, Path(cfg.run_dir)
+    bad = BadList(folder / "bad-samples" / f"rank-{dist.rank:05}.jsonl", cfg.max_bad)
+    corpus = open_corpus(cfg.data, cfg.seed, cfg.workers, folder / "corpus.json", bad,
+                         lambda: stamp_of(model.vae, preset.image_size, preset.latent_shape), dist)
+    shape = preset.latent_shape if corpus.stamp else (preset.image_size, preset.image_size, 3)
+    chunks = [list(mine[i:i + cfg.micro_batch]) for i in range(0, len(mine), cfg.micro_batch)]
+    return Pairs(corpus, model.vae, shape, cfg.batch_size, chunks, cfg.workers, bad)
+
+
+def rescale(cfg: TrainConfig, params: dict, data, dist) -> float:
+    """Make the mean over a step's items one over its good ones; returns the factor, 0 if there are none."""
+    import torch
+    from common import all_reduce_mean, local
+    if not cfg.data:
+        return 1.0
+    dropped = round(all_reduce_mean(torch.tensor(float(data.dropped)), dist).item() * dist.world_size)
+    data.dropped = 0
+    if dropped == 0:
+        return 1.0
+    factor = cfg.batch_size / (cfg.batch_size - dropped) if dropped < cfg.batch_size else 0.0
+    for p in params.values():
+        if p.grad is not None:
+            local(p.grad).mul_(factor)
+    return factor
 
 
 def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> dict[str, float]:
     """Stages 1 and 2. Returns the last logged loss."""
     import torch
     from tqdm import tqdm
-    from common import (RunLog, StopSignal, adamw, all_reduce_mean, average_gradients, cosine_lr, ema_update,
-                        environment, load_checkpoint, load_into, read_metrics, save_checkpoint,
-                        weights_of, write_json)
-    from data import NanoLatents
-    from model import save_trained
+    from common import (RunLog, StopSignal, adamw, all_reduce_mean, average_gradients, check_skips,
+                        clip_gradients, cosine_lr, ema_update, load_checkpoint, load_into, load_optimizer,
+                        read_metrics, save_checkpoint, whole)
 
     if cfg.batch_size % dist.world_size:
         raise ValueError("expected --batch-size to be a multiple of the number of devices, "
                          f"{dist.world_size}, got {cfg.batch_size}")
-    if cfg.preset != "nano":
-        raise ValueError(f"stages 1 and 2 of --preset {cfg.preset} need pictures with captions, "
-                         "and only the nano world's are built in; train --preset nano, "
-                         "or start stage 3 from given weights")
-    params = model.trainable(cfg.stage)
-    model.requires_grad_(False)
-    for p in params.values():
-        p.requires_grad_(True)
-    if cfg.compile:
-        model.dit.compile()
+    mine = range(cfg.batch_size)[dist.rank::dist.world_size]
+    data = open_data(cfg, model, dist, mine)
+    params = prepare(cfg, model, dist)
     ema = {name: p.detach().clone() for name, p in params.items()}
     opt = adamw(params.values(), cfg.lr, cfg.weight_decay)
     done, total, seconds = 0, 0.0, 0.0    # total: the sum of the losses since the last line of the log
+    skipped = in_a_row = quiet = 0        # steps without an update: all, in a row, since the last log line
     if checkpoint:
         tensors, state, _ = load_checkpoint(checkpoint)
         load_into(params, tensors["trained"], str(checkpoint))
         load_into(ema, tensors["ema"], str(checkpoint))
-        opt.load_state_dict(state["optimizer"])
+        load_optimizer(opt, state["optimizer"])
         done, total, seconds = state["step"], state["loss_sum"], state["seconds"]
-    data = NanoLatents(model.vae, cfg.seed)
-    mine = range(cfg.batch_size)[dist.rank::dist.world_size]
+        skipped, in_a_row, quiet = state["skipped"], state["in_a_row"], state["quiet"]
     lead, timed, began, started = dist.rank == 0, done, time.perf_counter(), time.perf_counter()
     log = RunLog(cfg.run_dir, resume_step=done + 1 if cfg.resume else None) if lead else None
     record: dict[str, float] = {}
@@ -208,30 +266,44 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.zero_grad(set_to_none=True)
+            before = total
             for first in range(0, len(mine), cfg.micro_batch):
                 items = list(mine[first:first + cfg.micro_batch])
                 loss = item_loss(cfg, model, data, step, items) * (len(items) / len(mine))
                 loss.backward()
                 total += loss.item()
+            if not math.isfinite(total):                   # a loss may overflow where its gradient does not
+                params["queries"].grad.fill_(math.nan)
             average_gradients(params.values(), dist)
-            grad_norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.clip_norm).item()
-            opt.step()
-            ema_update(ema, params, min(cfg.ema_decay, (step + 1) / (step + 10)))
+            factor = rescale(cfg, params, data, dist)
+            grad_norm = clip_gradients(params.values(), cfg.clip_norm, dist)
+            total = before + (total - before) * factor if factor != 1 else total
+            if math.isfinite(grad_norm) and factor:                             # the same on all ranks
+                opt.step()
+                ema_update(ema, params, min(cfg.ema_decay, (step + 1) / (step + 10)))
+                in_a_row = 0
+            else:
+                total, skipped, in_a_row, quiet = before, skipped + 1, in_a_row + 1, quiet + 1
             flags = all_reduce_mean(torch.tensor([total, signal.stop], dtype=torch.float64,
                                                  device=model.device), dist).tolist()
             stop, last = flags[1] > 0, step + 1 == cfg.steps
             if lead and ((step + 1) % cfg.log_every == 0 or last):
-                count = (step % cfg.log_every) + 1
-                record = {"step": step + 1, "loss": flags[0] / count, "lr": lr, "grad_norm": grad_norm,
+                count = (step % cfg.log_every) + 1 - quiet
+                record = {"step": step + 1, "loss": flags[0] / count if count else math.nan, "lr": lr,
+                          "grad_norm": grad_norm, "skipped": skipped,
                           "time/step": (time.perf_counter() - began) / (step + 1 - timed)}
                 log.write(record)
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, |g| {grad_norm:.2f}")
             if (step + 1) % cfg.log_every == 0:
-                total, flags[0], timed, began = 0.0, 0.0, step + 1, time.perf_counter()
-            if lead and (last or stop or (step + 1) % cfg.save_every == 0):
-                state = {"step": step + 1, "loss_sum": flags[0], "optimizer": opt.state_dict(),
+                total, flags[0], quiet, timed, began = 0.0, 0.0, 0, step + 1, time.perf_counter()
+            if last or stop or (step + 1) % cfg.save_every == 0 or in_a_row >= cfg.max_skipped:
+                state = {"step": step + 1, "loss_sum": flags[0], "optimizer": whole(opt.state_dict()),
+                         "skipped": skipped, "in_a_row": in_a_row, "quiet": quiet,
                          "seconds": seconds + time.perf_counter() - started}
-                save_checkpoint(cfg.run_dir, step + 1, {"trained": params, "ema": ema}, state, cfg.keep)
+                tensors = {"trained": whole(params), "ema": whole(ema)}
+                if lead:
+                    save_checkpoint(cfg.run_dir, step + 1, tensors, state, cfg.keep)
+            check_skips(in_a_row, cfg.max_skipped, f"step {step + 1}")
             if stop and not last:
                 bar.close()
                 if lead:
@@ -241,31 +313,62 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
     if lead:
         log.close()
         record = read_metrics(log.path)[-1]               # a finished run that is resumed has made no step
-        path = Path(cfg.run_dir) / f"stage{cfg.stage}.safetensors"
-        with weights_of(params, ema):
-            save_trained(model, path, cfg.stage, cfg)
-        write_json(path.with_suffix(".json"),
-                   {"command": "python " + " ".join(sys.argv), "seed": cfg.seed, "steps": cfg.steps,
-                    "devices": dist.world_size, "seconds": round(seconds + time.perf_counter() - started),
-                    "loss": record["loss"], **environment()})
-        print(f"weights {path}")
+    finish(cfg, model, params, ema, dist, {"seconds": round(seconds + time.perf_counter() - started)}
+           | {key: record[key] for key in ("loss", "skipped") if lead})
     return record
+
+
+def prepare(cfg: TrainConfig, model, dist) -> dict:
+    """What the stage trains, by name, with the model ready to train it; everything else is frozen."""
+    from common import shard
+    model.requires_grad_(False)
+    for p in model.trainable(cfg.stage).values():
+        p.requires_grad_(True)
+    model.lim.gradient_checkpointing = model.dit.gradient_checkpointing = cfg.gradient_checkpointing
+    if cfg.fsdp:
+        shard(model, dist)
+    if cfg.compile:
+        model.lim.compile()
+        model.dit.compile()
+    return model.trainable(cfg.stage)
+
+
+def finish(cfg: TrainConfig, model, params: dict, ema: dict, dist, made: dict) -> None:
+    """The weights of a stage (the EMA's), and beside them how they were made."""
+    from common import environment, gathered, weights_of, write_json
+    from model import save_trained
+    path = Path(cfg.run_dir) / f"stage{cfg.stage}.safetensors"
+    with weights_of(params, ema, model), gathered(model):
+        if dist.rank == 0:
+            save_trained(model, path, cfg.stage, cfg)
+            write_json(path.with_suffix(".json"),
+                       {"command": "python " + " ".join(sys.argv), "seed": cfg.seed, "steps": cfg.steps,
+                        "devices": dist.world_size, **made, **environment()})
+            print(f"weights {path}")
 
 
 # ----------------------------------------------------------------------------- entry
 
 def load_model(cfg: TrainConfig):
     """The preset with its frozen parts, and the weights of the stage before, strictly."""
+    import torch
     from model import PRESETS, ParaUni, weights_folder
-    if cfg.stage == 1 and cfg.init != "auto":
-        raise ValueError(f"expected no --init with --stage 1, which no stage precedes, got {cfg.init}")
+    openuni = cfg.init.endswith(".pth")
+    if cfg.stage == 1 and cfg.init != "auto" and not openuni:
+        raise ValueError("expected no --init with --stage 1, which no stage precedes, but an OpenUni .pth, "
+                         f"got {cfg.init}")
     folder = weights_folder(cfg.preset, cfg.weights)
     if cfg.weights == "random":
         model = ParaUni.from_preset(cfg.preset, "random", cfg.seed)
-        if cfg.init == "auto":
-            return model, "random weights"
-    else:
-        model = ParaUni.from_parts(PRESETS[cfg.preset], folder, cfg.seed)
+    else:                                     # straight onto the GPU that setup_dist chose
+        model = ParaUni.from_parts(PRESETS[cfg.preset], folder, cfg.seed,
+                                   "cuda" if torch.cuda.is_available() else "cpu")
+    model.fuse_as([int(layer) for layer in cfg.layers], cfg.norm)
+    if openuni:
+        model.load_trained(Path(cfg.init))
+        return model, f"{cfg.init}, an OpenUni checkpoint"
+    if cfg.weights == "random" and cfg.init == "auto":
+        return model, "random weights"
     if cfg.stage == 1:
         return model, f"{folder}: VLM, DiT and autoencoder; queries and LIM start afresh"
     path = folder / f"stage{cfg.stage - 1}.safetensors" if cfg.init == "auto" else Path(cfg.init)
@@ -280,28 +383,35 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     cfg = parse(argv)
     import json
     from dataclasses import replace
-    from common import cleanup_dist, config_dict, environment, find_checkpoint, prepare_run_dir, setup_dist
+    from common import (broadcast, cleanup_dist, config_dict, environment, find_checkpoint,
+                        peer_lost_sentence, prepare_run_dir, setup_dist)
     dist = setup_dist()
     cuda = dist.device.type == "cuda"
     chosen = any(flag in ("--compile", "--no-compile") for flag in (sys.argv[1:] if argv is None else argv))
-    cfg = replace(cfg, compile=cfg.compile if chosen else cuda,
+    if cfg.fsdp and dist.world_size == 1:
+        raise ValueError("--fsdp splits the model over devices and finds one: start several, "
+                         "torchrun --nproc-per-node N, or leave it out")
+    cfg = replace(cfg, compile=cfg.compile if chosen else cuda and not cfg.fsdp,
                   run_dir=f"runs/stage{cfg.stage}" if cfg.run_dir == "auto" else cfg.run_dir,
                   dtype=("bf16" if cuda else "fp32") if cfg.dtype == "auto" else cfg.dtype)
-    checkpoint = find_checkpoint(cfg.resume, cfg.run_dir)
-    if dist.rank == 0:
-        prepare_run_dir(cfg.run_dir, cfg.resume, cfg)
-        print(json.dumps(config_dict(cfg)), json.dumps(environment()), sep="\n", flush=True)
-    model, loaded = load_model(cfg)
-    model.to(dist.device)
-    if dist.rank == 0:
-        trained = sum(p.numel() for p in model.trainable(cfg.stage).values())
-        print(f"loaded {loaded}\n{trained:,} parameters are trained, "
-              f"{sum(p.numel() for p in model.parameters()) - trained:,} are frozen", flush=True)
     try:
-        if cfg.stage == 3:
-            import grpo
-            return grpo.train(cfg, model, dist, checkpoint)
-        return train_supervised(cfg, model, dist, checkpoint)
+        with peer_lost_sentence(dist):
+            checkpoint = None
+            if dist.rank == 0:
+                checkpoint = find_checkpoint(cfg.resume, cfg.run_dir)
+                prepare_run_dir(cfg.run_dir, cfg.resume, cfg, MAY_CHANGE)
+                print(json.dumps(config_dict(cfg)), json.dumps(environment()), sep="\n", flush=True)
+            checkpoint = broadcast(checkpoint, dist)
+            model, loaded = load_model(cfg)
+            model.to(dist.device)
+            if dist.rank == 0:
+                trained = sum(p.numel() for p in model.trainable(cfg.stage).values())
+                print(f"loaded {loaded}\n{trained:,} parameters are trained, "
+                      f"{sum(p.numel() for p in model.parameters()) - trained:,} are frozen", flush=True)
+            if cfg.stage == 3:
+                import grpo
+                return grpo.train(cfg, model, dist, checkpoint)
+            return train_supervised(cfg, model, dist, checkpoint)
     finally:
         cleanup_dist()
 

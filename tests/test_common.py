@@ -287,6 +287,39 @@ def test_two_processes() -> None:
             "grads": [[[5.0, 6.0], [7.0, 8.0]], [1.5] * 3, [4.0], None, None]}
 
 
+def test_a_lost_peer_is_one_sentence() -> None:
+    two, alone = (common.Dist(1, world, 1, torch.device("cpu")) for world in (2, 1))
+    for error in (RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+                  RuntimeError("NCCL error: remote process exited"),
+                  torch.distributed.DistNetworkError("gone")):
+        with pytest.raises(common.PeerLost, match="process 1 of 2 lost the others.*--resume auto"):
+            with common.peer_lost_sentence(two):
+                raise error
+        with pytest.raises(RuntimeError) as caught, common.peer_lost_sentence(alone):
+            raise error
+        assert caught.value is error
+    with pytest.raises(RuntimeError, match="shapes differ"), common.peer_lost_sentence(two):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_lost_peer_ends_a_script_with_one_line(capsys: pytest.CaptureFixture) -> None:
+    def lost() -> None:
+        raise common.PeerLost("process 1 of 2 lost the others")
+    with pytest.raises(SystemExit) as stop:
+        run_main(lost)
+    assert stop.value.code == 1 and capsys.readouterr().err == "error: process 1 of 2 lost the others\n"
+
+
+def test_clipping_is_torchs_own_where_nothing_is_split() -> None:
+    alone = common.Dist(0, 1, 0, torch.device("cpu"))
+    weights = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert common.clip_gradients(weights, 1.0, alone) == 5 and weights[2].grad is None
+    torch.testing.assert_close(weights[0].grad, torch.tensor([0.6, 0.0]))
+    assert common.whole({"a": [weights[0], 3]})["a"][0] is weights[0]
+    assert common.split_like(weights[0], weights[1]) is weights[0]
+
+
 # ----------------------------------------------------------------------------- weights
 def test_safetensors_round_trip_of_awkward_tensors(tmp_path: Path) -> None:
     shared = torch.arange(6.0).view(2, 3)
@@ -644,7 +677,7 @@ def test_stop_signal(number: int) -> None:
 def test_an_echo_of_the_interrupt_is_passed_over_and_a_later_one_is_immediate() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopSignal(grace=0.2) as stopping:
-        for _ in range(2):                                     # the terminal's, and torchrun's right behind it
+        for _ in range(2):                                    # the terminal's, and torchrun's right behind it
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
         assert stopping.stop and stopping.name == "SIGINT"

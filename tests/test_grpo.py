@@ -430,10 +430,13 @@ def test_a_nan_reward_leaves_out_its_group_only(policy: ParaUni, tmp_path, monke
     assert all(p.isfinite().all() for p in run.params.values())
 
 
-def test_no_finite_group_stops_with_a_sentence(policy: ParaUni, tmp_path) -> None:
+def test_an_epoch_without_a_finite_group_changes_nothing_and_is_counted(policy: ParaUni, tmp_path) -> None:
     run = run_of(policy, {"r": lambda images, prompts: torch.full((8,), math.nan)}, tmp_path)
-    with pytest.raises(ValueError, match="reward r returned no group of finite scores in epoch 1"):
-        grpo.run_epoch(run, 0)
+    before = {name: p.detach().clone() for name, p in run.params.items()}
+    record = grpo.run_epoch(run, 0)
+    assert all(torch.equal(before[name], p) and torch.equal(before[name], run.ema[name])
+               for name, p in run.params.items())
+    assert record["reward_nan"] == 2 and record["skipped"] == run.in_a_row == 1
 
 
 def test_equal_rewards_teach_nothing_but_the_kl(policy: ParaUni, tmp_path) -> None:
