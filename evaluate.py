@@ -1,38 +1,49 @@
-"""Measure a model: `python evaluate.py geneval`, `rewards` or `understand`; each has a --help.
+"""Measure a model: `python evaluate.py COMMAND`; each has a --help.
 
-    geneval     does it draw what is asked for? the nano benchmark's prompts through the exact judge of
-                nano/world.py
-    rewards     what did stage III gain? the reward models on held-out prompts, before and after
-    understand  does the vision-language model still see? held-out questions about pictures of the nano world
+    geneval      does it draw what is asked for? GenEval's prompts, detector and rules (benchmarks.py);
+                 nano: held-out prompts of the nano world and its exact judge
+    dpg          the same for long prompts: DPG-Bench's questions, a model that answers them (benchmarks.py)
+    rewards      what did training gain? the reward models on held-out prompts, before and after
+    reconstruct  "Keep the image as it is.": what of a picture survives the way through the condition?
+    understand   does the vision-language model still see? the nano world's questions, or those of POPE, MME,
+                 MMBench, SEED-Bench, MMMU, RealWorldQA, TextVQA, MM-Vet
+    layers       what does each layer carry? (analyse.py)
+    ablate       what is each part worth? (analyse.py)
+    report       a run, or several, as one HTML file (report.py)
 
-Each prints a table and writes it, with its settings, as JSON into --out. Standard errors (s.e.) are over
-prompts, or over questions: sample standard deviation / sqrt(n). Letters: B pictures, H W pixels.
+Each prints a table and writes it, with its settings, as JSON into --out. What was cut short goes on with the
+same command; `torchrun --nproc-per-node N` shares geneval and dpg of full size between N processes. Rules
+stand in scoring.py and questions.py, learned judges in judges.py. Standard errors (s.e.) are over prompts, or
+over questions: sample standard deviation / sqrt(n). Letters: B pictures, H W pixels.
 """
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from common import config_dict, derive_seed, knob, parse_config, read_metrics, run_main
+from common import config_dict, derive_seed, fingerprint, knob, parse_config, read_metrics, run_main
 from sample import load_model, out_folder
+from scoring import PER_PROMPT, mean_and_error, task_table
 from train import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor, nn
+    from torch import Tensor
     from model import ParaUni
+    from questions import Question
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Flags of every command."""
     preset: str = knob("nano", "size of everything")
-    weights: str = knob("auto", "auto (weights/nano), random (from --seed), "
+    weights: str = knob("auto", "auto (weights/nano), hub (fetch the published parts), random (from --seed), "
                                 "or a folder with vlm/, transformer/, vae/")
     stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors; "
                                "empty: the newest in --weights")
@@ -50,10 +61,6 @@ class ModelConfig:
 
 # ----------------------------------------------------------------------------- shared
 
-def parse(cls: type, argv: list[str], command: Callable) -> ModelConfig:
-    return parse_config(cls, {name: {} for name in RECIPES}, argv, command.__doc__.split("\n")[0])
-
-
 def load(cfg: ModelConfig, stage_file: str) -> tuple["ParaUni", str]:
     """A model and the precision that --dtype means on its device."""
     model = load_model(cfg.preset, cfg.weights, stage_file, cfg.seed)
@@ -61,24 +68,8 @@ def load(cfg: ModelConfig, stage_file: str) -> tuple["ParaUni", str]:
     return model, auto if cfg.dtype == "auto" else cfg.dtype
 
 
-def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and its standard error; None where there are too few values."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return (fmean(values) if values else None), error
-
-
 def number(value: float | None, width: int = 8, sign: str = "") -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{sign}{width}.4f}"
-
-
-def fingerprint(module: "nn.Module") -> str:
-    """SHA-256 of every parameter and buffer, names included: equal only where all bits are."""
-    import torch
-    digest = hashlib.sha256()
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def finish(cfg: ModelConfig, name: str, result: dict, table: str) -> dict:
@@ -90,10 +81,56 @@ def finish(cfg: ModelConfig, name: str, result: dict, table: str) -> dict:
     return result
 
 
+def spread(limit: int, total: int) -> list[int]:
+    """`limit` places evenly over `total`; 0: all of them."""
+    if limit > total:
+        raise ValueError(f"expected --limit of at most {total}, the benchmark's prompts, got {limit}")
+    return [k * total // (limit or total) for k in range(limit or total)]
+
+
+def same_settings(was: dict, settings: dict, where: Path) -> None:
+    """ValueError names the settings in which earlier work, which would be gone on with, differs."""
+    changed = [f"--{name.replace('_', '-')} {was.get(name, '(absent)')} -> {value}"
+               for name, value in settings.items() if was.get(name) != value]
+    if changed:
+        raise ValueError(f"{where} is of other settings ({', '.join(changed)}): give those, "
+                         "or choose another --out")
+
+
+def resume_lines(path: Path, settings: dict) -> list[dict]:
+    """The records of an earlier run with the same settings; they stand in the file's first line.
+    A last line that was cut is taken off."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    records = read_metrics(path)
+    if not records:
+        path.write_text(json.dumps({"settings": settings}) + "\n")
+        return []
+    same_settings(records[0].get("settings", {}), settings, path)
+    return records[1:]
+
+
+def open_picture(path: Path) -> "Image.Image":
+    """An RGB picture, turned as its camera says. ValueError if it cannot be read to the end."""
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"expected a picture {path}, found none") from error
+    except (OSError, SyntaxError) as error:                  # PIL says the one or the other of a damaged PNG
+        raise ValueError(f"{path} cannot be read as a picture ({error}): remove it and run again") from error
+
+
+def to_tensor(picture: "Image.Image") -> "Tensor":
+    """(3, H, W) fp32 in [0, 1]."""
+    import numpy as np
+    import torch
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
 # ----------------------------------------------------------------------------- geneval
-
-PER_PROMPT = 4                  # pictures of each prompt that make the benchmark, as in GenEval
-
 
 @dataclass(frozen=True)
 class GenevalConfig(ModelConfig):
@@ -103,65 +140,57 @@ class GenevalConfig(ModelConfig):
     limit: int = knob(0, "prompts, evenly spread over the benchmark's, for a quick look; 0: all of them")
     num_steps: int = knob(20, "sampling steps")
     guidance_scale: float = knob(4.5, "classifier-free guidance; 1 turns it off")
+    metadata: str = knob("", "GenEval's evaluation_metadata.jsonl; empty: fetch it; nano has its own prompts")
+    images: str = knob("", "score a folder of any model's pictures in GenEval's layout; empty: draw them")
+    detections: str = knob("", "ready detections, a JSON file or a folder of them, in place of --detector")
+    detector: str = knob("facebook/mask2former-swin-small-coco-instance",
+                         "Mask2Former: a folder, or a repository of the hub")
+    clip: str = knob("openai/clip-vit-large-patch14", "the CLIP that names colours: a folder, or on the hub")
+    score: bool = knob(True, "score the pictures; --no-score only draws them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset != "nano":
-            raise ValueError(f"only --preset nano is judged so far, got {self.preset}: "
-                             "the judge knows the nano world only")
+        if self.images and not self.score:
+            raise ValueError("expected --images to be scored: leave out --no-score, or --images to draw some")
 
 
-def geneval(argv: list[str]) -> dict:
-    """The nano benchmark: pictures of held-out prompts through the exact judge, in GenEval's six tasks."""
-    cfg = parse(GenevalConfig, argv, geneval)
+def geneval(cfg: GenevalConfig) -> dict:
+    """GenEval, six tasks: pictures of its prompts through a detector; for nano, through the exact judge."""
+    if cfg.preset == "nano" and not (cfg.images or cfg.metadata):
+        return nano_geneval(cfg)
+    import benchmarks
+    return benchmarks.in_group(benchmarks.full_geneval, cfg)
+
+
+def nano_geneval(cfg: GenevalConfig) -> dict:
+    """Held-out prompts of the nano world through its exact judge."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("the nano benchmark is a matter of minutes for one process: "
+                         "start it with python, or with torchrun --nproc-per-node 1")
     from common import save_png
     from nano import world
     prompts = world.benchmark_prompts()
-    if cfg.limit > len(prompts):
-        raise ValueError(f"expected --limit of at most {len(prompts)}, the benchmark's prompts, "
-                         f"got {cfg.limit}")
+    chosen = spread(cfg.limit, len(prompts))
     folder = out_folder(cfg.out)
     model, dtype = load(cfg, cfg.stage_file)
     settings = {"weights": f"sha256:{fingerprint(model)[:16]}", "seed": cfg.seed, "num_steps": cfg.num_steps,
                 "guidance_scale": cfg.guidance_scale, "dtype": dtype}          # all that a verdict depends on
-    verdicts = read_verdicts(folder / "verdicts.jsonl", settings)
-    count = cfg.limit or len(prompts)
-    wanted = [(i * len(prompts) // count, j) for i in range(count) for j in range(cfg.per_prompt)]
+    verdicts = {(record["prompt"], record["sample"]): record["right"]
+                for record in resume_lines(folder / "verdicts.jsonl", settings)}
+    wanted = [(i, j) for i in chosen for j in range(cfg.per_prompt)]
     if not judge_pictures(cfg, model, dtype, prompts,
                           [key for key in wanted if key not in verdicts], verdicts):
         return {}
     verdicts = {key: verdicts[key] for key in wanted}
     save_png(folder / "examples.png", example_grid(cfg, model, dtype, prompts, verdicts))
-    whole = count == len(prompts) and cfg.per_prompt == PER_PROMPT
+    whole = len(chosen) == len(prompts) and cfg.per_prompt == PER_PROMPT
     name = ("nano GenEval" if whole else
-            f"part of nano GenEval, not the benchmark ({count} of {len(prompts)} prompts, "
+            f"part of nano GenEval, not the benchmark ({len(chosen)} of {len(prompts)} prompts, "
             f"{cfg.per_prompt} of {PER_PROMPT} pictures each)")
-    scores = geneval_scores(verdicts, prompts)
+    scores = task_table(verdicts, [prompt.task for prompt in prompts])
     result = {"name": name, "benchmark": whole, "settings": settings, **scores}
     return finish(cfg, "geneval", result,
                   f"{name}\n{geneval_table(scores)}\npictures {folder / 'examples.png'}")
-
-
-def read_verdicts(path: Path, settings: dict) -> dict[tuple[int, int], bool]:
-    """(prompt, sample) -> right, of an earlier run with the same settings;
-    they stand in the file's first line.
-
-    A last line that was cut is taken off. ValueError names the settings that differ.
-    """
-    with open(path, "ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-    records = read_metrics(path)
-    if not records:
-        path.write_text(json.dumps({"settings": settings}) + "\n")
-        return {}
-    was = records[0].get("settings", {})
-    changed = [f"--{name.replace('_', '-')} {was.get(name, '(absent)')} -> {value}"
-               for name, value in settings.items() if was.get(name) != value]
-    if changed:
-        raise ValueError(f"{path} is of other settings ({', '.join(changed)}): give those, "
-                         "or choose another --out")
-    return {(record["prompt"], record["sample"]): record["right"] for record in records[1:]}
 
 
 def draw(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: list,
@@ -199,32 +228,6 @@ def judge_pictures(cfg: GenevalConfig, model: "ParaUni", dtype: str, prompts: li
                 verdicts |= zip(keys, right)
                 bar.update(len(keys))
     return True
-
-
-def geneval_scores(verdicts: dict[tuple[int, int], bool], prompts: list) -> dict:
-    """Share of right pictures of each task, and `overall`, the unweighted mean of the tasks,
-    with standard errors.
-
-    An error counts prompts, not pictures, since the pictures of a prompt fail together;
-    those of tasks add in squares.
-    """
-    from nano import world
-    scores = world.task_scores(list(verdicts.values()), [prompts[i] for i, _ in verdicts])
-    tasks, errors = {}, []
-    for task in scores:
-        if task == "overall":
-            continue
-        by_prompt: dict[int, list[float]] = {}
-        for (i, _), right in verdicts.items():
-            if prompts[i].task == task:
-                by_prompt.setdefault(i, []).append(float(right))
-        errors.append(mean_and_error([fmean(shares) for shares in by_prompt.values()])[1])
-        tasks[task] = {"right": scores[task], "error": errors[-1], "prompts": len(by_prompt),
-                       "pictures": sum(map(len, by_prompt.values()))}
-    error = None if None in errors else math.hypot(*errors) / len(errors)
-    total = {"right": scores["overall"], "error": error, "prompts": sum(t["prompts"] for t in tasks.values()),
-             "pictures": len(verdicts)}
-    return {"tasks": tasks, "overall": total}
 
 
 def geneval_table(scores: dict) -> str:
@@ -282,9 +285,8 @@ class RewardsConfig(ModelConfig):
                              "name the weights before with --baseline")
 
 
-def rewards(argv: list[str]) -> dict:
+def rewards(cfg: RewardsConfig) -> dict:
     """Rewards of held-out prompts before and after training, from the same noise, one picture a prompt."""
-    cfg = parse(RewardsConfig, argv, rewards)
     from data import nano_prompts, read_prompts
     from model import weights_folder
     prompts = read_prompts(cfg.prompts) if cfg.prompts else nano_prompts(test=True)
@@ -318,7 +320,7 @@ def compare(before: list[float | None], after: list[float | None]) -> dict:
     """Means with standard errors, and the mean paired difference with its 95 % interval
     (normal, +- 1.96 s.e.).
 
-    Prompts that lack a score on either side are left out; n counts the others.
+    Pairs that lack a score on either side are left out; n counts the others.
     """
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
     change, error = mean_and_error([b - a for a, b in pairs])
@@ -327,9 +329,10 @@ def compare(before: list[float | None], after: list[float | None]) -> dict:
             "after": mean_and_error([b for _, b in pairs]), "change": change, "interval": interval}
 
 
-def rewards_table(table: dict[str, dict]) -> str:
-    titles = ("before", "s.e.", "after", "s.e.", "change", "95 % from", "to")
-    lines = [f"{'reward':15} {' '.join(f'{title:>9}' for title in titles)} {'n':>5}"]
+def rewards_table(table: dict[str, dict],
+                  titles: tuple[str, str, str] = ("reward", "before", "after")) -> str:
+    columns = (titles[1], "s.e.", titles[2], "s.e.", "change", "95 % from", "to")
+    lines = [f"{titles[0]:15} {' '.join(f'{title:>9}' for title in columns)} {'n':>5}"]
     for name, row in table.items():
         means = [number(value, 9) for value in (*row["before"], *row["after"])]
         changes = [number(value, 9, "+") for value in (row["change"], *(row["interval"] or (None, None)))]
@@ -337,40 +340,183 @@ def rewards_table(table: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+# ----------------------------------------------------------------------------- reconstruct
+
+KEEP = "Keep the image as it is."                            # the paper's instruction (supplement, Table 2)
+
+
+@dataclass(frozen=True)
+class ReconstructConfig(ModelConfig):
+    stage_file: str = knob("", "weights trained with all layers; empty: the newest in --weights")
+    last_layer_file: str = knob("", "weights trained with the last layer only (train.py --layers); "
+                                    "empty: --stage-file, read at its last layer")
+    images: str = knob("", "folder of pictures; empty: held-out pictures of the nano world")
+    count: int = knob(200, "pictures")
+    num_steps: int = knob(20, "sampling steps")
+    guidance_scale: float = knob(4.5, "classifier-free guidance; 1 turns it off")
+    reward_weights: str = knob("", "folder with clip/, for CLIP similarity; empty: weights/nano")
+    out: str = knob("runs/reconstruct", "folder for table and pictures")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset != "nano" and not self.images:
+            raise ValueError(f"preset {self.preset} has no pictures of its own: name a folder with --images")
+
+
+def reconstruct(cfg: ReconstructConfig) -> dict:
+    """PSNR, SSIM and CLIP similarity of pictures kept "as they are": last layer against all layers.
+
+    The row `autoencoder` says how much of a picture the DC-AE alone keeps, `another` how near any other
+    picture is: the ends of the scale.
+    """
+    from common import save_png
+    folder = out_folder(cfg.out)
+    model, dtype = load(cfg, cfg.stage_file)
+    originals = kept_pictures(cfg, model.preset.image_size)                             # (count, 3, H, W)
+    kept = {"all layers": keep_images(cfg, model, dtype, originals, None),
+            "autoencoder": through_autoencoder(model, originals, cfg.batch_size),
+            "another": originals.roll(1, 0)}
+    if cfg.last_layer_file:
+        model, dtype = load(cfg, cfg.last_layer_file)
+    last = None if cfg.last_layer_file else [model.preset.vlm.num_layers]
+    kept["last layer"] = keep_images(cfg, model, dtype, originals, last)
+    clip = clip_similarity(cfg)
+    marks = {name: likeness(images, originals, clip) for name, images in kept.items()}
+    table = {name: compare(marks["last layer"][name], marks["all layers"][name])
+             for name in ("psnr", "ssim", "clip")}
+    ends = {name: {key: mean_and_error([x for x in marks[name][key] if x is not None]) for key in table}
+            for name in ("autoencoder", "another")}
+    save_png(folder / "reconstruct.png", reconstruction_sheet({"original": originals, **kept}))
+    lines = [rewards_table(table, ("", "last", "all"))]
+    for name, row in ends.items():
+        lines.append(f"{name:15} " + ", ".join(f"{key} {number(mean, 0)} (s.e. {number(error, 0)})"
+                                               for key, (mean, error) in row.items()))
+    of = cfg.last_layer_file or "the same weights, read at the last layer"
+    result = {"prompt": KEEP, "last_layer": of, "table": table, "ends": ends, "pictures": marks}
+    return finish(cfg, "reconstruct", result, f"last layer: {of}\n" + "\n".join(lines)
+                  + f"\npictures {folder / 'reconstruct.png'}")
+
+
+def reconstruction_sheet(rows: dict[str, "Tensor"]) -> "Image.Image":
+    """The first eight pictures, a row for each way they went."""
+    import torch
+    import torch.nn.functional as F
+    from common import image_grid
+    names = ("original", "autoencoder", "last layer", "all layers")
+    columns, side = min(8, len(rows["original"])), min(128, rows["original"].shape[-1])
+    images = torch.cat([F.adaptive_avg_pool2d(rows[name][:columns], side) for name in names])
+    return image_grid(images, columns, max(1, 96 // side), row_titles=list(names))
+
+
+def kept_pictures(cfg: ReconstructConfig, side: int) -> "Tensor":
+    """The originals, (count, 3, H, W) in [0, 1]: centre crops of --images, or pictures of the nano world."""
+    import torch
+    from PIL import Image, ImageOps
+    if not cfg.images:
+        from nano import world
+        return world.question_set(cfg.count, cfg.seed)[0]
+    ends = (".png", ".jpg", ".jpeg", ".webp")
+    paths = sorted(p for p in Path(cfg.images).glob("*") if p.suffix.lower() in ends)[:cfg.count]
+    if len(paths) < 2:
+        raise FileNotFoundError(f"expected --images to name a folder of at least 2 pictures, "
+                                f"found {len(paths)} in {cfg.images}")
+    return torch.stack([to_tensor(ImageOps.fit(open_picture(path), (side, side), Image.Resampling.BICUBIC))
+                        for path in paths])
+
+
+def keep_images(cfg: ReconstructConfig, model: "ParaUni", dtype: str, originals: "Tensor",
+                layers: list[int] | None) -> "Tensor":
+    """Each picture, shown to the VLM with the instruction to keep it, drawn anew. (B, 3, H, W) on the CPU."""
+    import torch
+    from common import precision
+    out = []
+    for first in range(0, len(originals), cfg.batch_size):
+        part = originals[first:first + cfg.batch_size].to(model.device)
+        seeds = [derive_seed(cfg.seed, "reconstruct", first + k) for k in range(len(part))]
+        with precision(model.device, dtype):
+            out.append(model.generate([KEEP] * len(part), cfg.num_steps, cfg.guidance_scale, seed=seeds,
+                                      images=part, layers=layers).cpu())
+    return torch.cat(out)                                                               # (B, 3, H, W)
+
+
+def through_autoencoder(model: "ParaUni", originals: "Tensor", batch_size: int) -> "Tensor":
+    import torch
+    weight = next(model.vae.parameters())
+    with torch.no_grad():
+        return torch.cat([model.decode(model.vae.encode(part.to(weight.device, weight.dtype) * 2 - 1)).cpu()
+                          for part in originals.split(batch_size)])                     # (B, 3, H, W)
+
+
+def clip_similarity(cfg: ReconstructConfig) -> Callable:
+    """A function of two batches of pictures: the cosine of their CLIP embeddings, (B,)."""
+    from rewards import NANO_WEIGHTS, embed_images, load_clip
+    import torch
+    clip, _, picture = load_clip((Path(cfg.reward_weights) if cfg.reward_weights else NANO_WEIGHTS) / "clip")
+    visual = clip.visual.eval()
+
+    @torch.no_grad()
+    def similarity(a: "Tensor", b: "Tensor") -> "Tensor":
+        return (embed_images(visual, a, picture, cfg.batch_size)
+                * embed_images(visual, b, picture, cfg.batch_size)).sum(-1)             # (B,)
+    return similarity
+
+
+def likeness(images: "Tensor", originals: "Tensor", clip: Callable) -> dict[str, list[float | None]]:
+    """PSNR in dB, SSIM, CLIP similarity of each pair; None where two pictures are the same to the bit."""
+    from scoring import psnr, ssim
+    scores = {"psnr": psnr(images, originals), "ssim": ssim(images, originals),
+              "clip": clip(images, originals)}
+    return {name: [x if math.isfinite(x) else None for x in values.tolist()]
+            for name, values in scores.items()}
+
+
 # ----------------------------------------------------------------------------- understand
 
 KINDS = {"how many": "how many", "what color": "what color", "what shape": "what shape",
          "is there": "is there", "is the": "relation",
          "what is": "what is"}                              # first two words of a question -> its kind
+BENCHMARKS = ("nano", "pope", "mme", "mmbench", "seed", "mmmu", "realworldqa", "textvqa", "mmvet")
 
 
 @dataclass(frozen=True)
 class UnderstandConfig(ModelConfig):
-    count: int = knob(2000, "questions, each about a picture of its own")
+    benchmark: str = knob("nano", "whose questions, and whose metric", choices=BENCHMARKS)
+    questions: str = knob("", "the benchmark's question file (MME: its folder)")
+    images: str = knob("", "folder of its pictures; not needed where they are in the question file")
+    count: int = knob(2000, "questions about the nano world, each about a picture of its own")
+    limit: int = knob(0, "the first so many questions of --questions; 0: all of them")
+    max_new_tokens: int = knob(32, "longest answer to --questions, tokens (MM-Vet wants sentences: 512)")
+    reference: str = knob("", "folder with the untouched vlm/, or auto: that of --weights; "
+                              "ask it the same, and compare")
     batch_size: int = knob(250, "questions at a time")
-    out: str = knob("runs/understand", "folder for the table")
+    out: str = knob("runs/understand", "folder for table and answers; an interrupted benchmark there goes on")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.benchmark == "nano") == bool(self.questions):
+            raise ValueError("expected --questions for every --benchmark but nano, got --benchmark "
+                             f"{self.benchmark} and --questions {self.questions or '(none)'}")
+        if self.benchmark == "nano" and self.preset != "nano":
+            raise ValueError("the questions about the nano world are in its own words: "
+                             f"--preset {self.preset} needs --benchmark and --questions")
 
 
-def understand(argv: list[str]) -> dict:
-    """The vision-language model's answers to held-out questions about pictures of the nano world.
+def understand(cfg: UnderstandConfig) -> dict:
+    """The vision-language model's answers: to held-out questions about the nano world, or to a benchmark's.
 
     The hashes show that training left it alone: two runs with equal ones gave the same answers from
     the same bits.
     """
-    cfg = parse(UnderstandConfig, argv, understand)
-    from common import precision
+    return nano_understand(cfg) if cfg.benchmark == "nano" else full_understand(cfg)
+
+
+def nano_understand(cfg: UnderstandConfig) -> dict:
     from nano import world
-    from tqdm import tqdm
     out_folder(cfg.out)
     model, dtype = load(cfg, cfg.stage_file)
     images, pairs = world.question_set(cfg.count, cfg.seed)                             # (count, 3, H, W)
-    answers = []
-    with precision(model.device, dtype):
-        for first in tqdm(range(0, cfg.count, cfg.batch_size), unit="batch", dynamic_ncols=True):
-            part = slice(first, first + cfg.batch_size)
-            asked = [question for question, _ in pairs[part]]
-            # every answer is one word
-            answers += model.answer(images[part].to(model.device), asked, max_new_tokens=4)
+    asked = [question for question, _ in pairs]
+    answers = answers_to(model, dtype, images, asked, cfg.batch_size)
     wrong = [[question, said, right] for (question, right), said in zip(pairs, answers) if said != right]
     result = {"kinds": answer_scores(pairs, answers), "vlm_sha256": fingerprint(model.vlm),
               "first_wrong": wrong[:50],
@@ -379,7 +525,45 @@ def understand(argv: list[str]) -> dict:
     for kind, row in result["kinds"].items():
         lines.append(f"{kind:15} {number(row['right'])} {number(row['error'])} {row['n']:6}")
     lines += [f"{name:14} {result[name]}" for name in ("answers_sha256", "vlm_sha256")]
+    if cfg.reference:
+        untouched = untouched_model(cfg)
+        result["untouched"] = against(answers, answers_to(untouched, dtype, images, asked, cfg.batch_size),
+                                      result["vlm_sha256"], untouched)
+        lines.append(untouched_line(result["untouched"]))
     return finish(cfg, "understand", result, "\n".join(lines))
+
+
+def answers_to(model: "ParaUni", dtype: str, images: "Tensor", asked: list[str],
+               batch_size: int) -> list[str]:
+    """Answers of one word about pictures (B, 3, H, W), greedy."""
+    from common import precision
+    from tqdm import tqdm
+    answers = []
+    with precision(model.device, dtype):
+        for first in tqdm(range(0, len(asked), batch_size), unit="batch", dynamic_ncols=True):
+            part = slice(first, first + batch_size)
+            answers += model.answer(images[part].to(model.device), asked[part], max_new_tokens=4)
+    return answers
+
+
+def untouched_model(cfg: UnderstandConfig) -> "ParaUni":
+    """The VLM as it was before any stage, in a model of its own: no stage file is loaded into it."""
+    import torch
+    from model import PRESETS, ParaUni, weights_folder
+    folder = weights_folder(cfg.preset, cfg.weights if cfg.reference == "auto" else cfg.reference)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ParaUni.from_parts(PRESETS[cfg.preset], folder, 0, device, torch.bfloat16)   # of its unused DiT
+
+
+def against(answers: list[str], others: list[str], digest: str, untouched: "ParaUni") -> dict:
+    """How many answers are those of the untouched VLM, and are the weights?"""
+    return {"same_answers": sum(a == b for a, b in zip(answers, others, strict=True)), "of": len(answers),
+            "same_weights": fingerprint(untouched.vlm) == digest}
+
+
+def untouched_line(row: dict) -> str:
+    return (f"as the untouched VLM: {row['same_answers']} of {row['of']} answers; "
+            f"weights {'equal to the bit' if row['same_weights'] else 'differ'}")
 
 
 def answer_scores(pairs: list[tuple[str, str]], answers: list[str]) -> dict[str, dict]:
@@ -396,9 +580,92 @@ def answer_scores(pairs: list[tuple[str, str]], answers: list[str]) -> dict[str,
     return rows
 
 
+def full_understand(cfg: UnderstandConfig) -> dict:
+    """A published benchmark. Each picture is shown as one square tile, as the model sees it everywhere here:
+    InternVL's own evaluation cuts large ones into up to 12."""
+    from common import write_json
+    from questions import FORMATS
+    read, metric = FORMATS[cfg.benchmark]
+    questions = read(Path(cfg.questions))
+    questions = questions[:cfg.limit or len(questions)]
+    out = out_folder(cfg.out)
+    model, dtype = load(cfg, cfg.stage_file)
+    settings = {"benchmark": cfg.benchmark, "dtype": dtype, "max_new_tokens": cfg.max_new_tokens,
+                "weights": f"sha256:{fingerprint(model.vlm)[:16]}",
+                "questions": f"sha256:{hashlib.sha256(repr(questions).encode()).hexdigest()[:16]}"}
+    answers = ask_questions(cfg, model, dtype, questions, out / "answers.jsonl", settings)
+    if len(answers) < len(questions):
+        return {}
+    rows = metric(questions, answers)
+    result = {"benchmark": cfg.benchmark, "rows": rows, "settings": settings,
+              "vlm_sha256": fingerprint(model.vlm),
+              "answers_sha256": hashlib.sha256("\n".join(answers).encode()).hexdigest()}
+    lines = [f"{cfg.benchmark}, {len(questions)} questions" + (" (part of the file)" if cfg.limit else ""),
+             f"{'':25} {'value':>9} {'s.e.':>8} {'n':>6}"]
+    lines += [f"{r['name']:25} {number(r['value'], 9)} {number(r['error'])} {r['n']:6}" for r in rows]
+    if cfg.benchmark == "mmvet":
+        write_json(out / "mmvet_submission.json", {q.name: said for q, said in zip(questions, answers)})
+        lines.append(f"for the grader: {out / 'mmvet_submission.json'}")
+    if cfg.reference:
+        untouched = untouched_model(cfg)
+        others = ask_questions(cfg, untouched, dtype, questions, out / "answers_untouched.jsonl", {
+            **settings, "weights": f"sha256:{fingerprint(untouched.vlm)[:16]}"})
+        if len(others) < len(questions):
+            return {}
+        result["untouched"] = against(answers, others, result["vlm_sha256"], untouched)
+        lines.append(untouched_line(result["untouched"]))
+    return finish(cfg, "understand", result, "\n".join(lines))
+
+
+def ask_questions(cfg: UnderstandConfig, model: "ParaUni", dtype: str, questions: list["Question"],
+                  path: Path, settings: dict) -> list[str]:
+    """The answers to all questions, in order, written as they come; fewer if a signal stopped it."""
+    import torch
+    from common import StopSignal, precision
+    from tqdm import tqdm
+    answers = [record["answer"] for record in resume_lines(path, settings)]
+    with StopSignal() as signal, open(path, "a") as file, precision(model.device, dtype):
+        with tqdm(total=len(questions), initial=len(answers), unit="question", dynamic_ncols=True) as bar:
+            while len(answers) < len(questions) and not signal.stop:
+                part = questions[len(answers):len(answers) + cfg.batch_size]
+                images = torch.stack([tile(q, cfg.images, model.preset.vlm.image_size) for q in part])
+                said = model.answer(images.to(model.device), [q.text for q in part], cfg.max_new_tokens)
+                for question, answer in zip(part, said):
+                    file.write(json.dumps({"name": question.name, "answer": answer}) + "\n")
+                file.flush()
+                answers += said
+                bar.update(len(part))
+    if len(answers) < len(questions):
+        print(f"stopped with {len(questions) - len(answers)} questions to go; "
+              "the same command goes on from here")
+    return answers[:len(questions)]
+
+
+def tile(question: "Question", folder: str, side: int) -> "Tensor":
+    """A question's picture as the VLM's one tile, (3, side, side) in [0, 1]: a file, or base64."""
+    import base64
+    import binascii
+    import io
+    from PIL import Image, UnidentifiedImageError
+    if len(question.image) < 256:
+        picture = open_picture(Path(folder) / question.image)
+    else:
+        try:
+            picture = Image.open(io.BytesIO(base64.b64decode(question.image, validate=True))).convert("RGB")
+        except (binascii.Error, UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"the picture of question {question.name} is damaged ({error})") from error
+    return to_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))
+
+
 # ----------------------------------------------------------------------------- entry
 
-COMMANDS = {"geneval": geneval, "rewards": rewards, "understand": understand}
+COMMANDS = {                                                # name -> (module, its config, its function)
+    "geneval": (__name__, "GenevalConfig", "geneval"), "dpg": ("benchmarks", "DpgConfig", "dpg"),
+    "rewards": (__name__, "RewardsConfig", "rewards"),
+    "reconstruct": (__name__, "ReconstructConfig", "reconstruct"),
+    "understand": (__name__, "UnderstandConfig", "understand"),
+    "layers": ("analyse", "LayersConfig", "layers"), "ablate": ("analyse", "AblateConfig", "ablate"),
+    "report": ("report", "ReportConfig", "report")}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -409,7 +676,10 @@ def main(argv: list[str] | None = None) -> dict:
     if not argv or argv[0] not in COMMANDS:
         got = repr(argv[0]) if argv else "nothing"
         raise ValueError(f"expected the first word to be one of {', '.join(COMMANDS)}, got {got}; see --help")
-    return COMMANDS[argv[0]](argv[1:])
+    module, config, command = COMMANDS[argv[0]]
+    cls, run = (getattr(import_module(module), name) for name in (config, command))
+    presets = {name: {} for name in RECIPES} if hasattr(cls, "preset") else {}
+    return run(parse_config(cls, presets, argv[1:], run.__doc__.split("\n")[0]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""evaluate.py: the arithmetic of its tables, the benchmark and its resume, rewards before and after,
-questions."""
+"""evaluate.py: the arithmetic of its tables, the nano benchmark and its resume, rewards before and after,
+reconstruction, questions, and the way to every command."""
 import json
 import os
 import signal
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import evaluate
-from common import derive_seed, generator
+import rewards
+import scoring
+from common import derive_seed, fingerprint, generator
 from model import ParaUni, save_trained
 from nano import pretrain, world
 from sample import SampleConfig
@@ -64,7 +66,7 @@ def test_scores_and_errors_against_hand_numbers() -> None:
     a, b = (next(i for i, p in enumerate(PROMPTS) if p.task == task) for task in ("counting", "colors"))
     verdicts = {(a, 0): True, (a, 1): True, (a + 1, 0): False, (a + 1, 1): False,       # shares 1 and 0
                 (b, 0): False, (b, 1): False, (b + 1, 0): False, (b + 1, 1): True}      # shares 0 and 1/2
-    scores = evaluate.geneval_scores(verdicts, PROMPTS)
+    scores = scoring.task_table(verdicts, [prompt.task for prompt in PROMPTS])
     assert list(scores["tasks"]) == ["counting", "colors"]
     # s.e. (difference / sqrt 2) / sqrt 2
     for task, right, error in (("counting", 0.5, 0.5), ("colors", 0.25, 0.25)):
@@ -79,7 +81,7 @@ def test_scores_and_errors_against_hand_numbers() -> None:
 
 
 def test_one_prompt_has_no_error() -> None:
-    scores = evaluate.geneval_scores({(0, 0): True, (0, 1): False}, PROMPTS)
+    scores = scoring.task_table({(0, 0): True, (0, 1): False}, [prompt.task for prompt in PROMPTS])
     assert scores["overall"]["error"] is None and " - " in evaluate.geneval_table(scores)
 
 
@@ -240,21 +242,201 @@ def test_right_answers_are_counted(tmp_path: Path, painter: Painter) -> None:
 
 def test_fingerprint_sees_one_bit_and_hidden_buffers() -> None:
     module = nn.Linear(3, 2)
-    prints = [evaluate.fingerprint(module)]
+    prints = [fingerprint(module)]
     with torch.no_grad():
         module.weight[0, 0] = torch.nextafter(module.weight[0, 0], torch.tensor(9.0))
-    prints.append(evaluate.fingerprint(module))
+    prints.append(fingerprint(module))
     module.register_buffer("kept", torch.zeros(1), persistent=False)
-    prints.append(evaluate.fingerprint(module))
-    assert len(set(prints)) == 3 and prints[-1] == evaluate.fingerprint(module)
+    prints.append(fingerprint(module))
+    assert len(set(prints)) == 3 and prints[-1] == fingerprint(module)
+
+
+# ----------------------------------------------------------------------------- reconstruct
+
+def light_clip(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A CLIP of a few weights in place of the trained one."""
+    cfg = {"model_cfg": {"embed_dim": 8, "quick_gelu": False, "vision_cfg": {
+        "image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}, "text_cfg": {
+        "context_length": 8, "vocab_size": 9, "width": 16, "heads": 1, "layers": 1}}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip = rewards.build_clip(cfg).eval()
+    monkeypatch.setattr(rewards, "load_clip", lambda path: (clip, None, {"size": 32}))
+
+
+def test_reconstruction_compares_the_last_layer_with_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture) -> None:
+    light_clip(monkeypatch, tmp_path)
+    seen, originals = [], world.question_set(3)[0]
+    model = ParaUni.from_preset("nano", "random", 0)
+
+    def generate(prompts: list[str], num_steps: int, guidance_scale: float, seed: list[int], images: Tensor,
+                 layers: list[int] | None) -> Tensor:
+        seen.append((prompts, len(seed), layers))
+        return (images + (0.1 if layers else 0.05)).clamp(max=2)            # all layers are nearer
+
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: model)
+    result = evaluate.main(["reconstruct", "--count", "3", "--batch-size", "2", "--out", str(tmp_path)])
+    assert [(n, layers) for _, n, layers in seen] == [(2, None), (1, None), (2, [8]), (1, [8])]
+    assert set(sum((p for p, _, _ in seen), [])) == {"Keep the image as it is."}
+    row = result["table"]["psnr"]
+    assert row["n"] == 3 and row["before"][0] == pytest.approx(20, abs=1e-4)    # -20 log10 of 0.1, 0.05
+    assert row["after"][0] == pytest.approx(26.0206, abs=1e-4)
+    assert row["change"] == pytest.approx(6.0206, abs=1e-4)
+    assert result["table"]["ssim"]["change"] > 0 and -1 <= result["table"]["clip"]["before"][0] <= 1
+    rolled = scoring.ssim(originals.roll(1, 0), originals).mean().item()
+    assert result["ends"]["another"]["ssim"][0] == pytest.approx(rolled)
+    assert "the same weights, read at the last layer" in capsys.readouterr().out
+    assert (tmp_path / "reconstruct.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reconstruction_of_a_folder_with_the_real_model(tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+    light_clip(monkeypatch, tmp_path)
+    (tmp_path / "p").mkdir()
+    flags = ["reconstruct", "--weights", "random", "--num-steps", "1", "--images", str(tmp_path / "p"),
+             "--out", str(tmp_path / "o")]
+    with pytest.raises(FileNotFoundError, match="a folder of at least 2 pictures, found 0"):
+        evaluate.main(flags)
+    for i in range(3):
+        Image.new("RGB", (40, 50 + i), (80 * i, 40, 200)).save(tmp_path / "p" / f"{i}.jpg")
+    result = evaluate.main(flags)
+    assert result["table"]["psnr"]["n"] == 3
+    assert json.loads((tmp_path / "o/reconstruct.json").read_text())["table"]
+
+
+# ----------------------------------------------------------------------------- understanding benchmarks
+
+class Seer(nn.Module):
+    """Stands in for ParaUni: says yes where the middle of the picture is light."""
+    device = torch.device("cpu")
+
+    def __init__(self, stop_at: int = -1) -> None:
+        super().__init__()
+        from types import SimpleNamespace
+        self.vlm, self.asked, self.stop_at = nn.Linear(1, 1, bias=False), [], stop_at
+        self.preset = SimpleNamespace(vlm=SimpleNamespace(image_size=14))
+        nn.init.ones_(self.vlm.weight)
+
+    def answer(self, images: Tensor, questions: list[str], max_new_tokens: int) -> list[str]:
+        if len(self.asked) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert images.shape[1:] == (3, 14, 14)
+        self.asked.append((len(questions), max_new_tokens))
+        return ["Yes" if level > 0.5 else "No" for level in images[:, 0, 7, 7].tolist()]
+
+
+@pytest.fixture
+def pope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Five questions about five pictures: three right ones for a Seer, and the flags that ask them."""
+    from PIL import Image
+    lines = []
+    for i, (level, label) in enumerate(((255, "yes"), (0, "no"), (255, "no"), (0, "yes"), (255, "yes"))):
+        Image.new("RGB", (20, 30), (level,) * 3).save(tmp_path / f"{i}.jpg")
+        entry = {"question_id": i, "image": f"{i}.jpg", "text": "Is it light?", "label": label}
+        lines.append(json.dumps(entry))
+    (tmp_path / "pope.jsonl").write_text("\n".join(lines))
+    return ["understand", "--benchmark", "pope", "--questions", str(tmp_path / "pope.jsonl"), "--images",
+            str(tmp_path), "--batch-size", "2", "--out", str(tmp_path / "o")]
+
+
+def test_a_benchmark_is_asked_scored_and_gone_on_with(tmp_path: Path, pope: list[str],
+                                                      monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture) -> None:
+    seer = Seer(stop_at=1)
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: seer)
+    assert evaluate.main(pope) == {} and "stopped with 1 questions to go" in capsys.readouterr().out
+    seer.stop_at = -1
+    with open(tmp_path / "o/answers.jsonl", "a") as file:
+        file.write('{"name": "4", "ans')                    # a line that a crash cut
+    result = evaluate.main(pope)
+    assert seer.asked == [(2, 32), (2, 32), (1, 32)]
+    assert {row["name"]: row["value"] for row in result["rows"]}["accuracy"] == 0.6
+    assert "pope, 5 questions" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="answers.jsonl is of other settings .--max-new-tokens 32 -> 9."):
+        evaluate.main([*pope, "--max-new-tokens", "9"])
+
+
+def test_answers_are_compared_with_those_of_the_untouched_model(pope: list[str],
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    seer, other = Seer(), Seer()
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: seer)
+    monkeypatch.setattr(evaluate, "untouched_model", lambda cfg: other)
+    flags = [*pope, "--reference", "auto"]
+    assert evaluate.main(flags)["untouched"] == {"same_answers": 5, "of": 5, "same_weights": True}
+    nn.init.zeros_(other.vlm.weight)
+    other.answer = lambda images, questions, max_new_tokens: ["No"] * len(questions)
+    assert evaluate.main([*flags, "--out", flags[flags.index("--out") + 1] + "2"])["untouched"] == {
+        "same_answers": 2, "of": 5, "same_weights": False}
+
+
+def test_mm_vet_gets_a_submission_file(tmp_path: Path, pope: list[str],
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: Seer())
+    (tmp_path / "mmvet.json").write_text(json.dumps({"v1_0": {"imagename": "0.jpg", "question": "Why?"}}))
+    evaluate.main(["understand", "--benchmark", "mmvet", "--questions", str(tmp_path / "mmvet.json"),
+                   "--images", str(tmp_path), "--out", str(tmp_path / "v")])
+    assert json.loads((tmp_path / "v/mmvet_submission.json").read_text()) == {"v1_0": "Yes"}
+
+
+def test_pictures_of_questions_may_be_base64(tmp_path: Path) -> None:
+    import base64
+    import io
+    from PIL import Image
+    from questions import Question
+    pixels, file = np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    got = evaluate.tile(Question("q", "all", text, "", ()), "", 30)
+    assert torch.equal(got, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    with pytest.raises(ValueError, match="the picture of question q is damaged"):
+        evaluate.tile(Question("q", "all", text[:400], "", ()), "", 30)
+    with pytest.raises(FileNotFoundError, match="expected a picture .*a.jpg, found none"):
+        evaluate.tile(Question("q", "all", "a.jpg", "", ()), str(tmp_path), 30)
+
+
+def test_the_untouched_model_is_that_of_the_folder(tmp_path: Path) -> None:
+    """Its VLM is the one in the weights folder, to the bit, whatever stage file the other model has."""
+    from helpers import save_parts
+    model = ParaUni.from_preset("nano", "random", 3)
+    cfg = evaluate.UnderstandConfig(weights=str(save_parts(model, tmp_path)), reference="auto")
+    untouched = evaluate.untouched_model(cfg)
+    assert fingerprint(untouched.vlm) == fingerprint(model.vlm) and untouched is not model
+
+
+# ----------------------------------------------------------------------------- the way to every command
+
+def test_commands_of_other_files_are_reached_with_their_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import dataclass
+    from types import SimpleNamespace
+    from common import knob
+
+    @dataclass(frozen=True)
+    class Flags:
+        count: int = knob(1, "a number")
+
+    def command(cfg: Flags) -> dict:
+        """What it does."""
+        return {"count": cfg.count}
+
+    for name, (module, config, function) in evaluate.COMMANDS.items():
+        if module != "evaluate":
+            monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{config: Flags, function: command}))
+            assert evaluate.main([name, "--count", "5"]) == {"count": 5}
+    assert {"dpg", "layers", "ablate", "report"} <= evaluate.COMMANDS.keys()
 
 
 # ----------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize(("argv", "sentence"), [
-    ([], "expected the first word to be one of geneval, rewards, understand, got nothing"),
+    ([], "expected the first word to be one of geneval, dpg, rewards, .*, report, got nothing"),
     (["--limit", "3", "geneval"], "got '--limit'"),
-    (["geneval", "--preset", "l-1024"], "only --preset nano is judged so far"),
+    (["understand", "--preset", "l-1024"], "--preset l-1024 needs --benchmark and --questions"),
+    (["understand", "--benchmark", "pope"], "expected --questions for every --benchmark but nano"),
+    (["understand", "--questions", "x"], "expected --questions for every --benchmark but nano"),
+    (["reconstruct", "--preset", "l-1024"], "has no pictures of its own: name a folder with --images"),
     (["geneval", "--limit", "601"], "--limit of at most 600"),
     (["geneval", "--limit", "-1"], "--limit of at least 0"),
     (["geneval", "--per-prompt", "0"], "--per-prompt of at least 1"),
@@ -269,6 +451,12 @@ def test_mistakes_are_one_sentence(argv: list[str], sentence: str) -> None:
     with pytest.raises((ValueError, OSError), match=sentence) as error:
         evaluate.main(argv)
     assert "\n" not in str(error.value)
+
+
+def test_the_nano_benchmark_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it with python"):
+        evaluate.main(["geneval"])
 
 
 def test_flags_of_another_command_are_refused(capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,5 @@
 """The README says only what is so: its commands, flags, names, tables, links and snippets."""
+import argparse
 import ast
 import math
 import re
@@ -12,21 +13,28 @@ import numpy as np
 import pytest
 import torch
 
+import analyse
+import data
 import evaluate
 import grpo
 import train
+from bench import BenchConfig
 from common import Dist
 from helpers import tiny_model
 from model import PRESETS
 from nano import world
+from plan import PlanConfig
 from sample import SampleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)                        # (language, content)
 PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.M | re.S)
-COMMANDS = [shlex.split(part) for language, block in BLOCKS if language == "sh"
-            for line in block.splitlines() for part in line.split(" && ")]
+PROGRAMS = ("pip", "pytest", "python", "torchrun")
+WRITTEN = [part for language, block in BLOCKS if language == "sh"
+           for line in block.splitlines() for part in line.split(" && ")]
+WRITTEN += [code for code in re.findall(r"`([^`\n]+)`", PROSE) if code.split()[0] in PROGRAMS and " " in code]
+COMMANDS = [shlex.split(part, comments=True) for part in dict.fromkeys(WRITTEN)]
 
 
 class Parsed(Exception):
@@ -37,6 +45,12 @@ def arguments(command: list[str]) -> tuple[str, list[str]]:
     """The script that python or torchrun starts, and its arguments."""
     script = next(i for i, word in enumerate(command) if word.endswith(".py"))
     return command[script], command[script + 1:]
+
+
+def launcher() -> argparse.ArgumentParser:
+    """torchrun's own flags."""
+    from torch.distributed.run import get_args_parser
+    return get_args_parser()
 
 
 def table(header: str) -> list[list[str]]:
@@ -54,14 +68,21 @@ def table(header: str) -> list[list[str]]:
 # ---- commands ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch,
+                        pytestconfig: pytest.Config) -> None:
+    assert command[0] in PROGRAMS
     if command[0] == "pytest":
+        known, unknown = pytestconfig._parser.parse_known_and_unknown_args(command[1:])
+        assert not unknown and all((ROOT / path).exists() for path in known.file_or_dir)
         return
     if command[:2] == ["pip", "install"]:
         assert all((ROOT / name).is_file() for flag, name in zip(command, command[1:]) if flag == "-r")
         return
     script, argv = arguments(command)
     assert command[0] in ("python", "torchrun") and (ROOT / script).is_file()
+    if command[0] == "torchrun":
+        started = launcher().parse_args(command[1:])
+        assert (started.training_script, started.training_script_args) == (script, argv)
     module = import_module(script.removesuffix(".py").replace("/", "."))
     if script == "nano/pretrain.py":
         assert set(argv) <= module.PARTS.keys()
@@ -79,17 +100,21 @@ def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_prompts_in_commands_are_held_out_prompts_of_the_nano_world() -> None:
-    commands = [c for c in COMMANDS if "sample.py" in c and "--chat" not in c]
+    commands = [c for c in COMMANDS if "sample.py" in c and "--chat" not in c and "--preset" not in c]
     prompts = [word for c in commands for word in arguments(c)[1] if " " in word]
     assert len(prompts) >= 3 and all(world.is_test(world.parse_prompt(text)) for text in prompts)
 
 
-def test_flags_in_the_prose_exist() -> None:
-    known = {"--help"}
-    for field in (*fields(train.TrainConfig), *fields(SampleConfig), *fields(evaluate.GenevalConfig),
-                  *fields(evaluate.RewardsConfig)):
-        name = field.name.replace("_", "-")
-        known |= {f"--{name}", f"--no-{name}"} if field.type is bool else {f"--{name}"}
+def test_flags_in_the_prose_exist(pytestconfig: pytest.Config) -> None:
+    """Flags of the scripts, and those that torchrun and pytest have themselves."""
+    of_evaluate = [getattr(import_module(module), name) for module, name, _ in evaluate.COMMANDS.values()]
+    known = {"--help"} | set(launcher()._option_string_actions)
+    known |= {flag for group in pytestconfig._parser._groups for option in group.options
+              for flag in option.names()}
+    for config in (train.TrainConfig, SampleConfig, data.EncodeConfig, PlanConfig, BenchConfig, *of_evaluate):
+        for field in fields(config):
+            name = field.name.replace("_", "-")
+            known |= {f"--{name}", f"--no-{name}"} if field.type is bool else {f"--{name}"}
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", PROSE))
     assert len(said) > 20 and said <= known, said - known
 
@@ -102,18 +127,25 @@ def test_the_file_table_is_the_tree() -> None:
     assert len(listed) == len(set(listed)) and set(listed) == there - {"nano/__init__.py"}
 
 
+def names_in(path: Path, kinds: tuple[str, ...] = ("name", "id", "arg")) -> set[str]:
+    """What the code of a file names."""
+    return {value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for kind in kinds
+            if isinstance(value := getattr(node, kind, None), str)}
+
+
 def test_names_in_the_prose_are_in_the_code() -> None:
     """What looks like a function, class or constant in backticks, and every .py file, is there."""
-    used = set()
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("nano/*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            used |= {getattr(node, name)
-                     for name in ("name", "id", "arg") if isinstance(getattr(node, name, None), str)}
+    used = set().union(*map(names_in, (*ROOT.glob("*.py"), *ROOT.glob("nano/*.py"))))
     tutorial = PROSE[PROSE.index("# Tutorial"):PROSE.index("# Running stage III")]
     for word in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)?)`", tutorial):
         assert (ROOT / word).is_file() if word.endswith(".py") else set(word.split(".")) <= used, word
-    for word in re.findall(r"`([a-z/]+\.py)`", PROSE):
+    for word in re.findall(r"`([a-z_/]+\.py)`", PROSE):
         assert (ROOT / word).is_file(), word
+    pairs = re.findall(r"`([a-z_/]+\.py)`, `([A-Za-z_.]*[A-Za-z_])`", PROSE)        # (`file`, `name in it`)
+    assert len(pairs) > 15
+    for file, name in pairs:
+        inside = names_in(ROOT / file, ("name", "id", "arg", "attr"))
+        assert (ROOT / name).is_file() or set(name.split(".")) <= inside, f"{name} in {file}"
 
 
 def test_the_stage_table_is_the_recipes() -> None:
@@ -202,6 +234,35 @@ def test_snippets_run_and_draw_the_picture_of_the_world(tmp_path: Path,
     assert drawn.shape == shipped.shape and abs(drawn - shipped).mean() < 1
 
 
+def test_the_chapter_on_measuring_counts_as_the_code_does() -> None:
+    """Every command of evaluate.py has an example and its figures are the defaults; so have the presets."""
+    assert {arguments(c)[1][0] for c in COMMANDS if "evaluate.py" in c} == evaluate.COMMANDS.keys()
+    rows = {row[0].strip("`"): row[1] for row in table("command")}
+    assert rows.keys() <= evaluate.COMMANDS.keys()
+    ablation, layers = analyse.AblateConfig(), analyse.LayersConfig()
+    steps = f"{ablation.stage1_steps} + {ablation.stage2_steps} steps of {ablation.pictures} pictures"
+    for said in (f"{len(analyse.ROWS)} rows", f"× {ablation.seeds} seeds", steps, f"{ablation.limit} prompts",
+                 f"{ablation.stage3_steps} epochs a reward"):
+        assert said in rows["ablate"], said
+    variants = PRESETS["nano"].vlm.num_layers + 1 + len(analyse.REGIONS)      # each layer; all; no region
+    assert f"{variants} variants × {layers.limit} pictures" in rows["layers"]
+    assert f"{evaluate.ReconstructConfig().count} pictures" in rows["reconstruct"]
+    assert evaluate.KEEP in rows["reconstruct"]
+    assert f"{evaluate.UnderstandConfig().count:,} held-out questions" in rows["understand"]
+    assert all(f"`{name}`" in PROSE for name in PRESETS)
+
+
+def test_the_chapter_on_full_size_says_what_the_code_does() -> None:
+    chapter = PROSE[PROSE.index("# Full size"):PROSE.index("# Reference")]
+    cfg = train.TrainConfig()
+    for said in (f"{data.MIX_BLOCK:,} items", f"{data.MAX_PIXELS // 10**6} million pixels",
+                 f"`--max-bad` ({cfg.max_bad:g} of", f"`--max-skipped` ({cfg.max_skipped})"):
+        assert said in chapter, said
+    kept = re.search(r"keeps its flags, except ([^.]+)\.", chapter).group(1)
+    said = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`([^`]+)`", kept)}
+    assert said == set(train.MAY_CHANGE) - {"run_dir", "resume"}
+
+
 def test_every_number_is_filled_in() -> None:
     left = dict.fromkeys(re.findall(r"\{\{\w+\}\}", TEXT))
     assert not left, f"still to be measured: {', '.join(left)}"
@@ -210,4 +271,5 @@ def test_every_number_is_filled_in() -> None:
 def test_the_first_screen_and_the_length() -> None:
     first = TEXT.splitlines()[:20]
     assert any(line.startswith("![") for line in first) and "torchrun train.py --stage 3" in "\n".join(first)
-    assert len(TEXT.splitlines()) < 350
+    tutorial = TEXT[:TEXT.index("# Measure a model")]                 # the method, until it has been trained
+    assert len(tutorial.splitlines()) < 260 and len(TEXT.splitlines()) < 450 and len(TEXT.split()) < 6100
