@@ -246,20 +246,42 @@ def dialogue(rng: np.random.Generator, scene: world.Scene, turns: int,
     return pairs, shown
 
 
-def encode_facts(model: ParaUni, rng: np.random.Generator) -> tuple[list[int], list[int], bool]:
-    """A list of two to six things and what follows from it, in the form of `encode_dialogue`: "a red heart, a
-    blue star. the star is blue. the red shape is heart." Every last word is an answer, so a line asks as
-    much as many dialogues: this is where the language model learns what belongs to what."""
-    count, colors = int(rng.integers(2, 7)), list(world.COLORS)
+def facts(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """A sentence about two to six things, and what follows from it, as (given, answer) in turn. A line asks
+    as much as many dialogues: this is where the language model learns what belongs to what.
+
+    "a red heart, a blue star. the star is blue. the red shape is heart."
+    "a red heart, a blue star. is there a red star? no. is there a blue star? yes."
+    "a red heart above a blue star. is the star below the heart? yes. is the star left of the heart? no."
+    """
+    kind, colors, count = rng.integers(3), list(world.COLORS), int(rng.integers(2, 7))
     looks = [(world.SHAPES[s], colors[c]) for s, c in zip(rng.permutation(len(world.SHAPES))[:count],
                                                           rng.permutation(len(colors)))]
+    if kind == 2:
+        (a, _), (b, _) = looks[:2]
+        relation = str(rng.choice(list(world.RELATIONS)))
+        parts = [(f"{world.noun(*looks[0])} {relation} {world.noun(*looks[1])}.", "")]
+        for _ in range(6):
+            first, second, true = [(a, b, relation), (b, a, world.OPPOSITE[relation])][rng.integers(2)]
+            asked = true if rng.random() < 0.5 else str(rng.choice([r for r in world.RELATIONS if r != true]))
+            parts.append((f"is the {first} {asked} the {second}?", "yes" if asked == true else "no"))
+        return parts
     parts = [(", ".join(world.noun(*look) for look in looks) + ".", "")]
     for k in rng.permutation(count):
         shape, color = looks[k]
-        parts += [(f"the {shape} is", f"{color}") if rng.random() < 0.5 else (f"the {color} shape is", shape),
-                  (".", "")]
+        if kind == 0:
+            parts += [(f"the {shape} is", color) if rng.random() < 0.5 else (f"the {color} shape is", shape),
+                      (".", "")]
+        else:
+            named = color if rng.random() < 0.5 else str(rng.choice([c for c in colors if c != color]))
+            parts.append((f"is there {world.noun(shape, named)}?", "yes" if named == color else "no"))
+    return parts
+
+
+def encode_facts(model: ParaUni, rng: np.random.Generator) -> tuple[list[int], list[int], bool]:
+    """A line of facts in the form of `encode_dialogue`."""
     ids, labels = [], []
-    for given, said in parts:
+    for given, said in facts(rng):
         given, said = (model.tokenizer(text, add_special_tokens=False).input_ids for text in (given, said))
         ids += given + said
         labels += [-100] * len(given) + said
