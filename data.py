@@ -573,8 +573,9 @@ def collate(items: list[tuple]) -> tuple["Tensor", list[str | None], list[Fault 
 def quiet_worker(number: int) -> None:
     """Signals are for the process that trains: its launcher sends them to the whole group,
     and a worker that dies of one would look like a failure."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Trap: multiprocessing joins its children at exit after one SIGTERM; who ignores it is waited for forever
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def loader(reader: Reader, batches: Iterator[list[int]], workers: int) -> Iterator[tuple]:
