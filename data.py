@@ -22,6 +22,7 @@ leaves to chance.
 Letters: B items of a batch, C h w latent, S side of a picture in pixels; n the number of an item, counted
 over all steps.
 """
+import atexit
 import io
 import json
 import os
@@ -30,8 +31,9 @@ import struct
 import sys
 import tarfile
 import warnings
+import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -571,19 +573,29 @@ def collate(items: list[tuple]) -> tuple["Tensor", list[str | None], list[Fault 
 
 
 def quiet_worker(number: int) -> None:
-    """Signals are for the process that trains: its launcher sends them to the whole group,
-    and a worker that dies of one would look like a failure."""
+    """Signals are for the process that trains: its launcher sends them to the whole group, and a worker that
+    dies of one would look like a failure. After SIGTERM it has the 30 seconds that torchrun gives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Trap: multiprocessing joins its children at exit after one SIGTERM; who ignores it is waited for forever
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def loader(reader: Reader, batches: Iterator[list[int]], workers: int) -> Iterator[tuple]:
-    """Batches of items in the given order, decoded ahead by `workers` processes (0: in this one)."""
+    """Batches of items in the given order, decoded ahead by `workers` processes (0: in this one).
+
+    Trap: at exit multiprocessing waits for its workers before it drops what feeds them; so a loader that is
+    still open then (an error's traceback holds it) is closed first.
+    """
+    ahead = decoded_ahead(reader, batches, workers)
+    still = weakref.ref(ahead)
+    atexit.register(lambda: (left := still()) and left.close())
+    return ahead
+
+
+def decoded_ahead(reader: Reader, batches: Iterator[list[int]], workers: int) -> Generator[tuple]:
     import torch
-    return iter(torch.utils.data.DataLoader(
+    yield from torch.utils.data.DataLoader(
         reader, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=quiet_worker,
-        prefetch_factor=4 if workers else None, generator=torch.Generator()))   # not the global one
+        prefetch_factor=4 if workers else None, generator=torch.Generator())    # not the global one
 
 
 class BadList:
@@ -610,6 +622,13 @@ class BadList:
                              f"{self.max_share:g} of them: see {self.path} for their names and reasons")
 
 
+def numbers_of(chunks: list[list[int]], batch_size: int, step: int) -> Iterator[list[int]]:
+    """The items of all chunks of all steps from `step` on, counted over all steps."""
+    while True:
+        yield from ([step * batch_size + item for item in chunk] for chunk in chunks)
+        step += 1
+
+
 class Pairs:
     """Latents with captions of a corpus, item by item as `Corpus.place` orders them."""
 
@@ -620,11 +639,6 @@ class Pairs:
         self.reader, self.ahead, self.asked = Reader(corpus, shape), None, iter(())
         self.dropped = 0                # bad samples in this step's batches; the loop counts and clears it
 
-    def numbers(self, step: int) -> Iterator[list[int]]:
-        while True:
-            yield from ([step * self.batch_size + item for item in chunk] for chunk in self.chunks)
-            step += 1
-
     def batch(self, step: int, items: list[int]) -> tuple["Tensor", list[str | None], "Tensor | None"]:
         """Latents (B, C, h, w) fp32, captions, and weights (B,): 0 where a sample is bad, None if none is.
 
@@ -632,7 +646,8 @@ class Pairs:
         """
         import torch
         if self.ahead is None:
-            self.ahead, self.asked = loader(self.reader, self.numbers(step), self.workers), self.numbers(step)
+            numbers, self.asked = (numbers_of(self.chunks, self.batch_size, step) for _ in range(2))
+            self.ahead = loader(self.reader, numbers, self.workers)
         expected = next(self.asked)
         assert expected == [step * self.batch_size + item for item in items], (step, items, expected)
         x, captions, faults = next(self.ahead)

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -315,6 +316,18 @@ def test_items_do_not_depend_on_ranks_workers_or_the_first_step(shards: Path, tm
                         assert kept[1] == caption
                         torch.testing.assert_close(kept[0], latent, rtol=1e-4, atol=1e-5)
     assert len(items) == 24 and len({caption for _, caption in items.values()}) == 24
+
+
+def test_a_process_that_leaves_its_loader_open_ends(shards: Path, tmp_path: Path) -> None:
+    """As after an error, whose traceback holds the loader: its workers ignore the signal to end."""
+    code = ("from pathlib import Path; import test_data\n"
+            f"left = test_data.pairs(test_data.corpus_of({str(shards)!r}), Path({str(tmp_path)!r}), "
+            "workers=2)\n"
+            "left.itself = left\n"
+            "left.batch(0, left.chunks[0]); print('read')")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True,
+                           text=True, timeout=25, env=os.environ | {"PYTHONPATH": ".."})
+    assert (ended.returncode, ended.stdout) == (0, "read\n"), ended.stderr
 
 
 def test_reading_ahead_leaves_the_global_generator_alone(shards: Path, tmp_path: Path) -> None:
