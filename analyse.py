@@ -31,6 +31,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from common import config_dict, derive_seed, fingerprint, knob, read_metrics, run_main, write_json
+from evaluate import ModelConfig
 from ldam import LDAM, REGIONS, region_layers
 from scoring import mean_and_error
 
@@ -138,13 +139,9 @@ def ema(values: list[float | None], share: float = 0.1) -> list[float | None]:
 # ----------------------------------------------------------------------------- layers
 
 @dataclass(frozen=True)
-class LayersConfig:
+class LayersConfig(ModelConfig):
     """Flags of `evaluate.py layers`."""
-    preset: str = knob("nano", "size of everything")
-    weights: str = knob("auto", "auto (weights/nano), random (from --seed), "
-                                "or a folder with vlm/, transformer/, vae/")
-    stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors; "
-                               "empty: the newest in --weights")
+    out: str = knob("runs/layers", "folder for figures and tables; an interrupted analysis there goes on")
     last_file: str = knob("", "weights trained on the last layer only, for Figure 4, as "
                               "runs/ablate/last-seed0/stage2/stage2.safetensors; empty: without")
     runs: tuple[str, ...] = knob((), "stage 3 run folders whose curves are drawn; empty: none")
@@ -154,16 +151,9 @@ class LayersConfig:
     reward_weights: str = knob("", "folder of the reward models; empty: weights/nano")
     num_steps: int = knob(20, "sampling steps")
     guidance_scale: float = knob(4.5, "classifier-free guidance; 1 turns it off")
-    batch_size: int = knob(64, "pictures at a time")
-    dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
-    seed: int = knob(0, "all randomness is derived from it")
-    out: str = knob("runs/layers", "folder for figures and tables; an interrupted analysis there goes on")
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("num_steps", 1), ("limit", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, "
-                                 f"got {getattr(self, name)}")
+        super().__post_init__()
         if "clip" not in self.rewards:
             raise ValueError("expected --rewards with clip, which Figure 2 shows, "
                              f"got {','.join(self.rewards) or 'none'}")

@@ -420,19 +420,14 @@ def ask_item(path: Path, grid: Path, item: "Item", vqa: "Answerer", batch_size: 
 
 def read_answers(files: list[Path], items: list["Item"]) -> tuple[str, dict[str, list[dict[int, str]]]]:
     """The judge's name, and of each prompt that has some, the answers to its propositions, a dict each."""
-    judges, out = set(), {}
-    for file in files:
-        data = read_json(file, "--answers")
-        if not isinstance(data, dict) or not isinstance(data.get("items"), dict):
-            raise ValueError(f'expected {file} (--answers) to be {{"judge": name, "items": {{item_id: '
-                             '{"tiles": [{"1": "yes", "2": "no", ...}, ...]}}}')
-        judges.add(str(data.get("judge", "not named")))
-        for item in (item for item in items if item.name in data["items"]):
-            need(data["items"][item.name], ("tiles",), f"{file} (--answers), {item.name}")
-            out[item.name] = [tile_answers(tile, item, file) for tile in data["items"][item.name]["tiles"]]
-    if len(judges) != 1:
-        raise ValueError(f"expected the answers of one judge in {files[0].parent}, got {sorted(judges)}")
-    return judges.pop(), out
+    form = '{item_id: {"tiles": [{"1": "yes", "2": "no", ...}, ...]}}'
+    judge, parts = said_by_one(files, "--answers", "judge", "items", form)
+    out = {}
+    for file, said in parts:
+        for item in (item for item in items if item.name in said):
+            need(said[item.name], ("tiles",), f"{file} (--answers), {item.name}")
+            out[item.name] = [tile_answers(tile, item, file) for tile in said[item.name]["tiles"]]
+    return judge, out
 
 
 def tile_answers(tile: dict, item: "Item", file: Path) -> dict[int, str]:

@@ -37,6 +37,10 @@ BUCKET_ELEMENTS = 2**25  # gradients averaged at a time: 128 MiB in fp32, instea
 
 
 # ------------------------------------------------------------------------------------- flags and entry point
+WEIGHTS_HELP = ("auto (weights/nano), hub (fetch the published parts), random (from --seed), "
+                "or a folder with vlm/, transformer/, vae/")
+
+
 def knob(default: Any, help: str, choices: tuple | None = None, positional: str | None = None) -> Any:
     """Field of a config dataclass; the help says the unit; positional="*": bare words instead of a flag."""
     return field(default=default, metadata={"help": help, "choices": choices, "positional": positional})

@@ -27,7 +27,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import config_dict, derive_seed, fingerprint, knob, parse_config, read_metrics, run_main
+from common import (WEIGHTS_HELP, config_dict, derive_seed, fingerprint, knob, parse_config, read_metrics,
+                    run_main)
 from sample import load_model, out_folder
 from scoring import PER_PROMPT, mean_and_error, task_table
 from train import RECIPES, TrainConfig
@@ -43,8 +44,7 @@ if TYPE_CHECKING:
 class ModelConfig:
     """Flags of every command."""
     preset: str = knob("nano", "size of everything")
-    weights: str = knob("auto", "auto (weights/nano), hub (fetch the published parts), random (from --seed), "
-                                "or a folder with vlm/, transformer/, vae/")
+    weights: str = knob("auto", WEIGHTS_HELP)
     stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors; "
                                "empty: the newest in --weights")
     out: str = knob("", "folder for tables and pictures")

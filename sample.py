@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import derive_seed, image_grid, knob, parse_config, precision, run_main, save_image, save_png
+from common import (WEIGHTS_HELP, derive_seed, image_grid, knob, parse_config, precision, run_main, save_image,
+                    save_png)
 from train import RECIPES
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ class SampleConfig:
     prompts: str = knob("", "file with one prompt a line, drawn after those of the command line")
     chat: str = knob("", "picture file to ask about")
     preset: str = knob("nano", "size of everything")
-    weights: str = knob("auto", "auto (weights/nano), hub (fetch the published parts), random (from --seed), "
-                                "or a folder with vlm/, transformer/, vae/")
+    weights: str = knob("auto", WEIGHTS_HELP)
     stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors, or an OpenUni .pth; "
                                "empty: the newest in --weights")
     out: str = knob("samples", "folder for the pictures")

@@ -233,20 +233,31 @@ def geneval_digest(requests: list[dict]) -> str:
 def read_detections(files: list[Path]) -> tuple[str, dict[str, dict]]:
     """The detector's name, and "00000/samples/00000.png" -> {"objects": [Found, ...], "sha256": of the
     picture, or absent}. A picture without objects has an empty list."""
-    names, out = set(), {}
-    for file in files:
-        data = read_json(file, "--detections")
-        if not isinstance(data, dict) or not isinstance(data.get("pictures"), dict):
-            raise ValueError(f'expected {file} (--detections) to be {{"detector": name, "pictures": '
-                             '{"00000/samples/00000.png": {"objects": [{"class", "score", "box", "mask"}]}}}')
-        names.add(str(data.get("detector", "not named")))
-        for picture, entry in data["pictures"].items():
+    form = '{"00000/samples/00000.png": {"objects": [{"class", "score", "box", "mask"}]}}'
+    name, parts = said_by_one(files, "--detections", "detector", "pictures", form)
+    out = {}
+    for file, pictures in parts:
+        for picture, entry in pictures.items():
             where = f"{file} (--detections), {picture}"
             need(entry, ("objects",), where)
             out[picture] = {**entry, "objects": [read_found(thing, where) for thing in entry["objects"]]}
+    return name, out
+
+
+def said_by_one(files: list[Path], flag: str, who: str, key: str,
+                form: str) -> tuple[str, list[tuple[Path, dict]]]:
+    """The name under `who` that all files share, and each file with what it holds under `key`: a dict of
+    the given form."""
+    names, parts = set(), []
+    for file in files:
+        data = read_json(file, flag)
+        if not isinstance(data, dict) or not isinstance(data.get(key), dict):
+            raise ValueError(f'expected {file} ({flag}) to be {{"{who}": name, "{key}": {form}}}')
+        names.add(str(data.get(who, "not named")))
+        parts.append((file, data[key]))
     if len(names) != 1:
-        raise ValueError(f"expected the detections of one detector in {files[0].parent}, got {sorted(names)}")
-    return names.pop(), out
+        raise ValueError(f"expected one {who} in the files of {files[0].parent} ({flag}), got {sorted(names)}")
+    return names.pop(), parts
 
 
 def read_found(entry: dict, where: str) -> Found:

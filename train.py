@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import knob, parse_config, run_main
+from common import WEIGHTS_HELP, knob, parse_config, run_main
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,7 @@ class TrainConfig:
     # what
     stage: int = knob(1, "1 align, 2 fine-tune, 3 reinforce", choices=(1, 2, 3))
     preset: str = knob("nano", "size of everything; see PRESETS in model.py")
-    weights: str = knob("auto", "auto (weights/nano), hub (fetch the published parts), random (from --seed), "
-                                "or a folder with vlm/, transformer/, vae/")
+    weights: str = knob("auto", WEIGHTS_HELP)
     init: str = knob("auto", "weights of the stage before: a stage{N-1}.safetensors; "
                              "auto looks into --weights")
     run_dir: str = knob("auto", "folder for log, checkpoints, pictures and weights; auto: runs/stage{N}")

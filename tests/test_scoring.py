@@ -211,7 +211,7 @@ def test_detections_go_into_a_file_and_back(tmp_path: Path) -> None:
         assert scoring.read_detections(scoring.json_files(path, "--detections")) == (
             "d", {"a.png": {"objects": found}, "b.png": {"objects": []}})
     (tmp_path / "y.json").write_text(json.dumps({**data, "detector": "e"}))
-    with pytest.raises(ValueError, match="of one detector .* got .'d', 'e'"):
+    with pytest.raises(ValueError, match="expected one detector .* got .'d', 'e'"):
         scoring.read_detections(scoring.json_files(tmp_path, "--detections"))
     for path in ("nothing", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
