@@ -16,8 +16,8 @@ Letters B batch (images), G images per condition, N condition tokens, E conditio
         channels, height, width, p patch size, P = (H/p)(W/p) image tokens, M = h d width of h heads with d
         channels, R Mix-FFN width. Tensors stay token-major (B, P, M) from the first layer to the last.
 Names   Parameter names and shapes are those of the published files (diffusers SanaTransformer2DModel), which
-        load with strict=True. Left out, and refused by DiTConfig.from_json: positional embeddings (2K and 4K
-        models), the guidance embedding (SANA-Sprint), attention biases.
+        load with strict=True. Left out, and refused by DiTConfig.from_json: the guidance embedding
+        (SANA-Sprint), attention biases.
 """
 import math
 from dataclasses import dataclass
@@ -37,11 +37,11 @@ PUBLISHED_KEYS = {  # our field: key of the published transformer/config.json
     "num_layers": "num_layers", "num_heads": "num_attention_heads", "head_dim": "attention_head_dim",
     "num_cross_heads": "num_cross_attention_heads", "cross_head_dim": "cross_attention_head_dim",
     "caption_channels": "caption_channels", "in_channels": "in_channels", "mlp_ratio": "mlp_ratio",
-    "patch_size": "patch_size",
+    "patch_size": "patch_size", "interpolation_scale": "interpolation_scale",
 }
 FIXED_VALUES = {  # published key: the only value implemented here
     "_class_name": "SanaTransformer2DModel", "attention_bias": False, "dropout": 0.0,
-    "guidance_embeds": False, "interpolation_scale": None, "norm_elementwise_affine": False, "norm_eps": 1e-6,
+    "guidance_embeds": False, "norm_elementwise_affine": False, "norm_eps": 1e-6,
 }
 IGNORED_KEYS = {"_diffusers_version", "_name_or_path", "guidance_embeds_scale", "sample_size"}
 
@@ -59,8 +59,15 @@ class DiTConfig:
     mlp_ratio: float = 2.5
     patch_size: int = 1           # the autoencoder has already compressed 32 times
     qk_norm: bool = True          # RMSNorm of q and k, all heads together: SANA-1.5 has it, SANA-1.0 has not
+    # Positional embeddings: None for 512 and 1024 px, where the padding of the Mix-FFN's convolutions tells
+    # places apart; 1 and 2 for 2K and 4K. They need the side of the training latents too.
+    interpolation_scale: float | None = None
+    sample_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.interpolation_scale is not None and not (self.interpolation_scale > 0 and self.sample_size):
+            raise ValueError("interpolation_scale must be None, or positive beside a sample_size, "
+                             f"got {self.interpolation_scale!r} beside {self.sample_size!r}")
         if not isinstance(self.qk_norm, bool):
             raise ValueError(f"qk_norm must be True or False, got {self.qk_norm!r}")
         if self.num_cross_heads * self.cross_head_dim != self.width:
@@ -78,7 +85,8 @@ class DiTConfig:
         if qk_norm not in (None, "rms_norm_across_heads"):
             raise ValueError(f"qk_norm must be null or 'rms_norm_across_heads', the config has {qk_norm!r}")
         fields = {ours: published[key] for ours, key in PUBLISHED_KEYS.items() if key in published}
-        config = cls(**fields, qk_norm=qk_norm is not None)
+        side = published.get("sample_size") if published.get("interpolation_scale") is not None else None
+        config = cls(**fields, qk_norm=qk_norm is not None, sample_size=side)
         implemented = config.to_json() | {"timestep_scale": 1.0}
         for key in published.keys() - IGNORED_KEYS:
             if key not in implemented:
@@ -89,12 +97,12 @@ class DiTConfig:
         return config
 
     def to_json(self, sample_size: int = 32) -> dict:
-        """The content of a published config.json. sample_size, the latent side of training, is not used by
-        the network, but tells other programs the default picture size (16: 512 px, 32: 1024 px)."""
+        """The content of a published config.json. Without positional embeddings sample_size, the latent side
+        of training, is not used, but tells other programs the picture size (16: 512 px, 32: 1024 px)."""
         sizes = {key: getattr(self, ours) for ours, key in PUBLISHED_KEYS.items()}
         return FIXED_VALUES | sizes | {
-            "cross_attention_dim": self.width, "out_channels": self.in_channels, "sample_size": sample_size,
-            "qk_norm": "rms_norm_across_heads" if self.qk_norm else None}
+            "cross_attention_dim": self.width, "out_channels": self.in_channels,
+            "sample_size": self.sample_size or sample_size, "qk_norm": "rms_norm_across_heads" if self.qk_norm else None}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,6 +173,20 @@ class TimeEmbed(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)           # (B, 256) fp32
         e = self.emb["timestep_embedder"](waves.to(dtype))               # (B, M)
         return e, self.linear(F.silu(e)).unflatten(1, (6, -1))           # (B, M), (B, 6, M)
+
+
+def sincos_positions(config: DiTConfig, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Where each image token is, (P, M) fp32: sines and cosines of its column in the first half, of its row in
+    the second. Whatever the grid, places run from 0 to base / scale: a larger picture has finer ones."""
+    base, quarter = config.sample_size // config.patch_size, config.width // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    waves = []
+    for side in grid:
+        place = torch.arange(side, dtype=torch.float64, device=device) * (base / side)
+        angles = place[:, None] / config.interpolation_scale * frequencies           # (side, M/4)
+        waves.append(torch.cat([angles.sin(), angles.cos()], dim=1).float())         # (side, M/2)
+    rows, columns = waves
+    return torch.cat([columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], 2).flatten(0, 1)
 
 
 class Attention(nn.Module):
@@ -318,6 +340,8 @@ class DiT(nn.Module):
 
         patches = F.pixel_unshuffle(x.to(self.dtype), p).flatten(2).transpose(1, 2)  # (B, P, C p p)
         x = pointwise(self.patch_embed["proj"], patches)                             # (B, P, M)
+        if self.config.interpolation_scale is not None:
+            x = (x + sincos_positions(self.config, grid, x.device)).to(x.dtype)      # (B, P, M)
         e, modulation = self.time_embed(t, self.dtype)                               # (B, M), (B, 6, M)
         for block, block_kv in zip(self.transformer_blocks, kv, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():

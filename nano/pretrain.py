@@ -843,7 +843,7 @@ def ship(run_dir: Path) -> None:
     write_json(WEIGHTS / f"{path.stem}.json", record)
 
 
-PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 4000), "dit": (train_dit, 7000),
+PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 4000), "dit": (train_dit, 4500),
          "clip": (train_clip, 1500), "pick": (train_pick, 250), "aes": (train_aes, 1000)}
 
 

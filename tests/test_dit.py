@@ -22,7 +22,9 @@ TINY = DiTConfig(num_layers=2, num_heads=3, head_dim=8, num_cross_heads=2, cross
 PLAIN = dataclasses.replace(TINY, num_layers=3, num_heads=2, head_dim=12, num_cross_heads=1,
                             cross_head_dim=24, mlp_ratio=1.7, qk_norm=False)
 PATCH = dataclasses.replace(TINY, num_layers=1, patch_size=2, num_cross_heads=6, cross_head_dim=4)
-CONFIGS = {"qk_norm": TINY, "plain": PLAIN, "patch_2": PATCH}
+PLACED = dataclasses.replace(TINY, num_layers=1, interpolation_scale=0.5, sample_size=8)    # inputs are 6 x 4
+CONFIGS = {"qk_norm": TINY, "plain": PLAIN, "patch_2": PATCH, "positions": PLACED,
+           "positions, patch_2": dataclasses.replace(PATCH, interpolation_scale=2.0, sample_size=12)}
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -99,7 +101,7 @@ def test_a_config_without_qk_norm_key_has_none():
 
 
 @pytest.mark.parametrize("key, value", [
-    ("guidance_embeds", True), ("attention_bias", True), ("interpolation_scale", 1.0),
+    ("guidance_embeds", True), ("attention_bias", True), ("interpolation_scale", 0.0),
     ("qk_norm", "layer_norm"), ("norm_eps", 1e-5), ("out_channels", 64), ("cross_attention_dim", 1152),
     ("timestep_scale", 0.001), ("dropout", 0.1), ("_class_name", "SanaVideoTransformer3DModel"),
     ("rope_max_seq_len", 1024)])
@@ -111,6 +113,8 @@ def test_config_refuses_what_is_not_implemented(key, value):
 def test_config_refuses_unequal_widths_and_vague_qk_norm():
     with pytest.raises(ValueError, match="num_cross_heads"):
         DiTConfig(num_cross_heads=16)
+    with pytest.raises(ValueError, match="interpolation_scale must be None, or positive beside a sample_size"):
+        DiTConfig(interpolation_scale=1.0)
     with pytest.raises(ValueError, match="qk_norm"):
         DiTConfig(qk_norm="rms_norm_across_heads")
 
