@@ -357,8 +357,9 @@ def sines(side: int, width: int) -> Tensor:
 
 
 def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
-    """Three lessons: the vision tower learns to see (a sixth of the steps) and is left alone from then on,
-    the language model to read (a sixth), then the two to answer together."""
+    """Four lessons: the vision tower learns to see and is left alone from then on, the language model to
+    read, then the two to answer together, and last to bind: fewer dialogues, more lines of facts, without
+    which "what color is the heart?" is forgotten over the easier questions."""
     clock = Clock("vlm", steps, batch=batch, lr=lr)
     tokenizer = build_tokenizer()
     assert len(tokenizer) <= NANO.vlm.vocab_size, (
@@ -370,23 +371,26 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
     scenes = pool("vlm", 40000, 0.4)
     told = np.flatnonzero([len(world.prompts_of(scene)) > 0 for scene in scenes])       # a sentence fits
     images, seeing = render_all(scenes), Seeing(NANO.vlm.vision_width, scenes)
-    rng, taught = np.random.default_rng([SEED, 1]), nn.ModuleList([vlm, seeing])
-    done, sixth = 0, max(1, steps // 6)
-    for lesson, count in (("see", sixth), ("read", sixth), ("answer", max(1, steps - 2 * sixth))):
+    taught, done = nn.ModuleList([vlm, seeing]), 0
+    rng = np.random.default_rng([SEED, 1])
+    # of a lesson: its share of the steps; dialogues, lines of facts, and how often a sentence is the picture
+    for lesson, share, talks, lines, reading in (
+            ("see", 667, 3 * batch, 0, 0.0), ("read", 667, batch, batch, 1.0),
+            ("answer", 2666, batch, batch // 8, 0.4), ("bind", 900, batch // 2, 3 * batch // 2, 0.4)):
         vlm.model.vision_tower.requires_grad_(lesson == "see")
+        count = max(1, round(steps * share / 4900))
+        rng = np.random.default_rng([SEED, 4]) if lesson == "bind" else rng
         descent = Descent(taught, count, lr)
         for i in range(count):
             with precision("cpu", "bf16"):
                 if lesson == "see":
-                    chosen = rng.integers(len(scenes), size=3 * batch)
+                    chosen = rng.integers(len(scenes), size=talks)
                     pixels = model.pixels(to_float(images[chosen]))
                     tokens = vlm.model.vision_tower(pixels).last_hidden_state[:, 1:]    # (B, patches, width)
                     loss = seeing.loss(tokens, chosen)
                 else:
-                    reading, of = (1.0, told) if lesson == "read" else (0.4, np.arange(len(scenes)))
-                    chosen = rng.choice(of, batch)
+                    chosen = rng.choice(told if lesson == "read" else np.arange(len(scenes)), talks)
                     rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 6, reading)) for j in chosen]
-                    lines = batch if lesson == "read" else batch // 8
                     rows += [encode_facts(model, rng) for _ in range(lines)]
                     loss = answer_loss(model, rows, images[chosen])
             descent.step(i, loss)
@@ -850,7 +854,7 @@ def ship(run_dir: Path) -> None:
     write_json(WEIGHTS / f"{path.stem}.json", record)
 
 
-PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 4000), "dit": (train_dit, 3600),
+PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 4900), "dit": (train_dit, 3600),
          "clip": (train_clip, 1500), "pick": (train_pick, 250), "aes": (train_aes, 1000)}
 
 
