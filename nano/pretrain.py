@@ -277,15 +277,16 @@ def side_question(rng: np.random.Generator, first: str, second: str, true: str) 
     return f"is the {first} {asked} the {second}?", "yes" if asked == true else "no"
 
 
-def facts(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """A sentence about two to six things, and what follows from it, as (given, answer) in turn. A line asks
-    as much as many dialogues: this is where the language model learns what belongs to what.
+def facts(rng: np.random.Generator, kinds: int = 3) -> list[tuple[str, str]]:
+    """A line of the first `kinds` of three kinds: a sentence about two to six things, and what follows from
+    it, as (given, answer) in turn. A line asks as much as many dialogues: this is where the language model
+    learns what belongs to what.
 
     "a red heart, a blue star. the star is blue. the red shape is heart."
     "a red heart, a blue star. is there a red star? no. is there a blue star? yes."
     "a red heart above a blue star. is the star below the heart? yes. is the star left of the heart? no."
     """
-    kind, colors, count = rng.integers(3), list(world.COLORS), int(rng.integers(2, 7))
+    kind, colors, count = rng.integers(kinds), list(world.COLORS), int(rng.integers(2, 7))
     looks = [(world.SHAPES[s], colors[c]) for s, c in zip(rng.permutation(len(world.SHAPES))[:count],
                                                           rng.permutation(len(colors)))]
     if kind == 2:
@@ -305,10 +306,10 @@ def facts(rng: np.random.Generator) -> list[tuple[str, str]]:
     return parts
 
 
-def encode_facts(model: ParaUni, rng: np.random.Generator) -> tuple[list[int], list[int], bool]:
+def encode_facts(model: ParaUni, rng: np.random.Generator, kinds: int = 3) -> tuple[list, list, bool]:
     """A line of facts in the form of `encode_dialogue`."""
     ids, labels = [], []
-    for given, said in facts(rng):
+    for given, said in facts(rng, kinds):
         given, said = (model.tokenizer(text, add_special_tokens=False).input_ids for text in (given, said))
         ids += given + said
         labels += [-100] * len(given) + said
@@ -357,9 +358,11 @@ def sines(side: int, width: int) -> Tensor:
 
 
 def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
-    """Four lessons: the vision tower learns to see and is left alone from then on, the language model to
-    read, then the two to answer together, and last to bind: fewer dialogues, more lines of facts, without
-    which "what color is the heart?" is forgotten over the easier questions."""
+    """Three lessons: the vision tower learns to see (a sixth of the steps) and is left alone from then on,
+    the language model to read (a sixth), then the two to answer together.
+
+    Lines of facts are of the first kind while it learns to read: what belongs to what comes quickly from
+    them alone, and hardly at all from a mixture of three kinds (answers right after 4,000 steps: 0.81)."""
     clock = Clock("vlm", steps, batch=batch, lr=lr)
     tokenizer = build_tokenizer()
     assert len(tokenizer) <= NANO.vlm.vocab_size, (
@@ -373,25 +376,23 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
     images, seeing = render_all(scenes), Seeing(NANO.vlm.vision_width, scenes)
     taught, done = nn.ModuleList([vlm, seeing]), 0
     rng = np.random.default_rng([SEED, 1])
-    # of a lesson: its share of the steps; dialogues, lines of facts, and how often a sentence is the picture
-    for lesson, share, talks, lines, reading in (
-            ("see", 667, 3 * batch, 0, 0.0), ("read", 667, batch, batch, 1.0),
-            ("answer", 2666, batch, batch // 8, 0.4), ("bind", 900, batch // 2, 3 * batch // 2, 0.4)):
+    sixth = max(1, steps // 6)
+    for lesson, count in (("see", sixth), ("read", sixth), ("answer", max(1, steps - 2 * sixth))):
         vlm.model.vision_tower.requires_grad_(lesson == "see")
-        count = max(1, round(steps * share / 4900))
-        rng = np.random.default_rng([SEED, 4]) if lesson == "bind" else rng
         descent = Descent(taught, count, lr)
         for i in range(count):
             with precision("cpu", "bf16"):
                 if lesson == "see":
-                    chosen = rng.integers(len(scenes), size=talks)
+                    chosen = rng.integers(len(scenes), size=3 * batch)
                     pixels = model.pixels(to_float(images[chosen]))
                     tokens = vlm.model.vision_tower(pixels).last_hidden_state[:, 1:]    # (B, patches, width)
                     loss = seeing.loss(tokens, chosen)
                 else:
-                    chosen = rng.choice(told if lesson == "read" else np.arange(len(scenes)), talks)
+                    reading, of, kinds, lines = (1.0, told, 1, batch) if lesson == "read" else (
+                        0.4, np.arange(len(scenes)), 3, batch // 4)
+                    chosen = rng.choice(of, batch)
                     rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 6, reading)) for j in chosen]
-                    rows += [encode_facts(model, rng) for _ in range(lines)]
+                    rows += [encode_facts(model, rng, kinds) for _ in range(lines)]
                     loss = answer_loss(model, rows, images[chosen])
             descent.step(i, loss)
             clock.step(done + i, loss)
@@ -854,7 +855,7 @@ def ship(run_dir: Path) -> None:
     write_json(WEIGHTS / f"{path.stem}.json", record)
 
 
-PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 4900), "dit": (train_dit, 3600),
+PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 4000), "dit": (train_dit, 3600),
          "clip": (train_clip, 1500), "pick": (train_pick, 250), "aes": (train_aes, 1000)}
 
 
