@@ -135,7 +135,7 @@ NANO = {1: {"steps": 300, "warmup": 30, "batch_size": 64, "micro_batch": 64,
             "lr": 2e-3, "times": "noisy", "ema_decay": 0.99},
         2: {"steps": 1600, "warmup": 100, "batch_size": 64, "micro_batch": 64,
             "lr": 1e-3, "times": "noisy", "ema_decay": 0.998},
-        3: {"steps": 24, "warmup": 2, "lr": 3e-4, "micro_batch": 32, "num_groups": 4, "group_size": 8,
+        3: {"steps": 24, "warmup": 2, "lr": 1e-4, "micro_batch": 32, "num_groups": 4, "group_size": 8,
             "num_steps": 6, "clip_range": 2e-3, "ema_decay": 0.7, "save_every": 8}}
 # What a run that goes on may be given anew: none of it changes a single weight
 MAY_CHANGE = ("run_dir", "resume", "workers", "max_bad", "max_skipped", "save_every", "keep")
