@@ -20,7 +20,7 @@ from evaluate import (GenevalConfig, ModelConfig, finish, geneval_table, load, n
 from sample import out_folder
 from scoring import (DPG_PROMPTS, GENEVAL_DIGEST, PER_PROMPT, check_request, dpg_items, dpg_scores,
                      found_to_json, geneval_digest, geneval_requests, json_files, need, need_color,
-                     read_detections, read_json, task_table, verdict)
+                     read_detections, read_json, said_by_one, task_table, verdict)
 
 if TYPE_CHECKING:
     import torch

@@ -102,7 +102,8 @@ class DiTConfig:
         sizes = {key: getattr(self, ours) for ours, key in PUBLISHED_KEYS.items()}
         return FIXED_VALUES | sizes | {
             "cross_attention_dim": self.width, "out_channels": self.in_channels,
-            "sample_size": self.sample_size or sample_size, "qk_norm": "rms_norm_across_heads" if self.qk_norm else None}
+            "sample_size": self.sample_size or sample_size,
+            "qk_norm": "rms_norm_across_heads" if self.qk_norm else None}
 
 
 # ------------------------------------------------------------------------------------------------------------

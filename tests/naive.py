@@ -28,7 +28,8 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 def diffusers_velocity(dit: nn.Module) -> tuple[nn.Module, Velocity]:
     """diffusers' SANA with a copy of the weights of our DiT, and its velocity in our convention."""
     from diffusers import SanaTransformer2DModel
-    with torch.device("meta"):
+    # no second copy of the weights; but positions are a buffer that no file holds, so they must be computed
+    with torch.device("meta" if dit.config.interpolation_scale is None else "cpu"):
         theirs = SanaTransformer2DModel.from_config(dit.config.to_json())
     theirs.load_state_dict({name: p.detach().clone() for name, p in dit.state_dict().items()}, assign=True)
     theirs.requires_grad_(any(p.requires_grad for p in dit.parameters()))
