@@ -177,8 +177,8 @@ class TimeEmbed(nn.Module):
 
 
 def sincos_positions(config: DiTConfig, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Where each image token is, (P, M) fp32: sines and cosines of its column in the first half, of its row in
-    the second. Whatever the grid, places run from 0 to base / scale: a larger picture has finer ones."""
+    """Where each image token is, (P, M) fp32: sines and cosines of its column in the first half, of its row
+    in the second. Whatever the grid, places run from 0 to base / scale: a larger picture has finer ones."""
     base, quarter = config.sample_size // config.patch_size, config.width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
     waves = []
@@ -187,7 +187,8 @@ def sincos_positions(config: DiTConfig, grid: tuple[int, int], device: torch.dev
         angles = place[:, None] / config.interpolation_scale * frequencies           # (side, M/4)
         waves.append(torch.cat([angles.sin(), angles.cos()], dim=1).float())         # (side, M/2)
     rows, columns = waves
-    return torch.cat([columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], 2).flatten(0, 1)
+    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)                           # (P, M)
 
 
 class Attention(nn.Module):

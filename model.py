@@ -507,7 +507,7 @@ class ParaUni(nn.Module):
         ids, mask = ids.gather(1, order), mask.gather(1, order)                         # (B, S)
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         out = self.vlm.generate(input_ids=ids, attention_mask=mask,
-                                suppress_tokens=[self.preset.vlm.image_token_id],   # it would ask for a picture
+                                suppress_tokens=[self.preset.vlm.image_token_id],   # else a picture is due
                                 pixel_values=self.pixels(images, as_processor=True), do_sample=False,
                                 max_new_tokens=max_new_tokens, eos_token_id=end,
                                 pad_token_id=self.tokenizer.pad_token_id)

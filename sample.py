@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import (WEIGHTS_HELP, derive_seed, image_grid, knob, parse_config, precision, run_main, save_image,
-                    save_png)
+from common import (WEIGHTS_HELP, derive_seed, image_grid, knob, parse_config, precision, run_main,
+                    save_image, save_png)
 from train import RECIPES
 
 if TYPE_CHECKING:

@@ -256,7 +256,8 @@ def said_by_one(files: list[Path], flag: str, who: str, key: str,
         names.add(str(data.get(who, "not named")))
         parts.append((file, data[key]))
     if len(names) != 1:
-        raise ValueError(f"expected one {who} in the files of {files[0].parent} ({flag}), got {sorted(names)}")
+        raise ValueError(f"expected one {who} in the files of {files[0].parent} ({flag}), "
+                         f"got {sorted(names)}")
     return names.pop(), parts
 
 

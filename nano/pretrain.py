@@ -210,7 +210,7 @@ class Seeing(nn.Module):
 
     def loss(self, tokens: Tensor, chosen: np.ndarray) -> Tensor:
         """tokens (B, patches, width) of the scenes `chosen`. Returns a scalar."""
-        said = self.head(tokens).float().split(self.classes, -1)                        # (B, patches, classes)
+        said = self.head(tokens).float().split(self.classes, -1)                   # (B, patches, classes)
         return sum(F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten())
                    for logits, labels in zip(said, self.labels))
 
@@ -225,6 +225,13 @@ def things_said(prompt: world.Prompt) -> list[list[int]]:
     return [[world.SHAPES.index(shape), 1 + list(world.COLORS).index(color) if color else 0,
              count - 1, 1 + list(world.RELATIONS).index(side) if side else 0]
             for (shape, color, count), side in zip(prompt.include, sides)]
+
+
+def reading_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the classes of SAID for K things side by side: logits (B, K sum(SAID)),
+    labels (B, K len(SAID)), -100 where there is no thing. Returns a scalar."""
+    parts = logits.split(SAID * (labels.shape[1] // len(SAID)), -1)
+    return sum(F.cross_entropy(part, right) for part, right in zip(parts, labels.T))
 
 
 # ----------------------------------------------------------------------------- InternVL
@@ -361,8 +368,8 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
     """Three lessons: the vision tower learns to see (a sixth of the steps) and is left alone from then on,
     the language model to read (a sixth), then the two to answer together.
 
-    Lines of facts are of the first kind while it learns to read: what belongs to what comes quickly from
-    them alone, and hardly at all from a mixture of three kinds (answers right after 4,000 steps: 0.81)."""
+    Lines of facts are of the first kind while it learns to read: with all three kinds from the start, a run
+    of 4,000 steps named only 0.62 of the colours asked for."""
     clock = Clock("vlm", steps, batch=batch, lr=lr)
     tokenizer = build_tokenizer()
     assert len(tokenizer) <= NANO.vlm.vocab_size, (
@@ -494,7 +501,7 @@ def teach_reading(text: TextEncoder, tokenizer: PreTrainedTokenizerFast, scenes:
     reader = nn.ModuleDict({"text": text, "head": nn.Linear(text.position.shape[1], sum(SAID))})
     descent = Descent(reader, steps, 6e-3)
 
-    def read(test: bool) -> tuple[list[Tensor], Tensor]:
+    def read(test: bool) -> tuple[Tensor, Tensor]:
         prompts = []
         while len(prompts) < batch:
             prompt = world.sample_prompt(rng, scenes[rng.integers(len(scenes))], test)
@@ -504,13 +511,12 @@ def teach_reading(text: TextEncoder, tokenizer: PreTrainedTokenizerFast, scenes:
         with precision("cpu", "bf16"):
             said = reader["head"](text(ids)[0]).float()                                 # (B, S, all classes)
         known = labels[..., 0] != -100
-        return said[known].split(SAID, -1), labels[known]                               # (words, ...) each
+        return said[known], labels[known]                                               # (words, ...) each
 
     for i in range(steps):
-        said, labels = read(False)
-        descent.step(i, sum(F.cross_entropy(part, right) for part, right in zip(said, labels.T)))
+        descent.step(i, reading_loss(*read(False)))
     with torch.no_grad():
-        right = [torch.stack([part.argmax(-1) for part in said], 1).eq(labels).all(1)
+        right = [torch.stack([part.argmax(-1) for part in said.split(SAID, -1)], 1).eq(labels).all(1)
                  for said, labels in (read(True) for _ in range(8))]
     return float(torch.cat(right).float().mean())
 
@@ -523,10 +529,9 @@ def logit_normal(count: int, rng: torch.Generator, mean: float = 0.6) -> Tensor:
 def encode_pool(name: str, size: int) -> tuple[list[world.Scene], Tensor]:
     """Scenes and their latents (B, C, h, w)."""
     scenes, vae = pool(name, size), load_vae()
-    images = render_all(scenes)
     with torch.no_grad():
-        return scenes, torch.cat([vae.encode(to_float(images[i:i + 256]) * 2 - 1)
-                                  for i in range(0, size, 256)])
+        return scenes, torch.cat([vae.encode(to_float(part) * 2 - 1)
+                                  for part in render_all(scenes).split(256)])
 
 
 def train_dit(steps: int, batch: int = 64, lr: float = 1e-2) -> None:
@@ -720,10 +725,8 @@ def train_clip(steps: int, batch: int = 96, lr: float = 3e-3) -> None:
                     loss = seeing.loss(model.visual(normalise(to_float(data.images[chosen])))[1], chosen)
                     _, prompts, _ = data.draw(batch)
                     said = reading(model.encode_text(data.encode([p.text for p in prompts]))).float()
-                    known = [things_said(p) for p in prompts]
-                    known = torch.tensor([sum(k + [[-100] * len(SAID)] * (2 - len(k)), []) for k in known])
-                    loss = loss + sum(F.cross_entropy(part, right)
-                                      for part, right in zip(said.split(2 * SAID, -1), known.T))
+                    known = [(things_said(p) + [[-100] * len(SAID)])[:2] for p in prompts]
+                    loss = loss + reading_loss(said, torch.tensor(known).flatten(1))
                 else:
                     model.visual.output_tokens = False
                     loss = contrastive_loss(model, *data.batch(batch, wrong=2))
@@ -815,8 +818,8 @@ def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
     @torch.no_grad()
     def features(name: str, count: int) -> tuple[Tensor, Tensor]:
         scenes, out = pool(name, count), []
-        for i in range(0, count, 250):
-            z = vae.encode(world.render(scenes[i:i + 250]) * 2 - 1)
+        for part in world.render(scenes).split(250):
+            z = vae.encode(part * 2 - 1)
             noisy = z + 0.3 * torch.rand(len(z), 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
             pictures = (vae.decode(noisy) / 2 + 0.5).clamp(0, 1)
             out.append(F.normalize(model.encode_image(normalise(pictures)), dim=-1))

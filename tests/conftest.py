@@ -1,6 +1,7 @@
 """Every test: the project root on sys.path, one thread, no downloads."""
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -11,6 +12,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny_preset() -> Iterator[None]:
+    """`--preset nano` means the tiny model of helpers.py, for the tests of a module."""
+    from helpers import TINY
+    from model import PRESETS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "nano", TINY)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

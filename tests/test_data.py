@@ -340,10 +340,8 @@ def test_reading_ahead_leaves_the_global_generator_alone(shards: Path, tmp_path:
 # ----------------------------------------------------------------------------- latents
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_module.PRESETS, "nano", TINY)
-        yield save_parts(tiny_model(), tmp_path_factory.mktemp("parts"))
+def parts(tmp_path_factory: pytest.TempPathFactory, tiny_preset: None) -> Path:
+    return save_parts(tiny_model(), tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_config_refuses_what_is_not_implemented(key, value):
 def test_config_refuses_unequal_widths_and_vague_qk_norm():
     with pytest.raises(ValueError, match="num_cross_heads"):
         DiTConfig(num_cross_heads=16)
-    with pytest.raises(ValueError, match="interpolation_scale must be None, or positive beside a sample_size"):
+    with pytest.raises(ValueError, match="interpolation_scale must be None, or positive beside a sample"):
         DiTConfig(interpolation_scale=1.0)
     with pytest.raises(ValueError, match="qk_norm"):
         DiTConfig(qk_norm="rms_norm_across_heads")

@@ -25,7 +25,6 @@ from torch import Tensor
 
 import common
 import grpo
-import model as model_module
 import train
 from common import Dist, load_checkpoint, read_metrics, read_safetensors
 from helpers import TINY, save_parts, tiny_model
@@ -34,6 +33,7 @@ from train import TrainConfig
 
 ROOT = Path(train.__file__).parent
 KILLS = int(os.environ.get("PARAUNI_KILLS", "6"))
+pytestmark = pytest.mark.usefixtures("tiny_preset")
 NANO = os.environ.get("PARAUNI_PRESET") == "nano"
 SLOW = pytest.mark.skipif(not os.environ.get("PARAUNI_SLOW"), reason="minutes: needs PARAUNI_SLOW=1")
 SERVER = '''
@@ -105,13 +105,6 @@ def bright(images, prompts):
 def red(images, prompts):
     return images[:, 0].mean((1, 2))
 '''
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_preset() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_module.PRESETS, "nano", TINY)
-        yield
 
 
 @pytest.fixture(scope="module")

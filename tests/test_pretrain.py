@@ -1,7 +1,9 @@
 """Stage 0: the optimizer, the lessons and their labels. Whether the weights are good is told by the scores in
 their training.json; here, that what is taught is true."""
+import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from common import cosine_lr, generator
 from model import PRESETS, ParaUni, build_vlm
 from nano import pretrain, world
+from rewards import build_reward
 
 TOKENIZER = pretrain.build_tokenizer()
 
@@ -80,8 +83,7 @@ def test_heads_look_back_by_one_and_two_tokens(fresh: ParaUni) -> None:
     the tokens are."""
     ids = torch.randint(7, 90, (3, 40), generator=generator(0, "ids"))
     fresh.vlm.set_attn_implementation("eager")
-    seen = fresh.vlm.model.language_model(input_ids=ids,
-                                          output_attentions=True).attentions            # (B, heads, S, S) each
+    seen = fresh.vlm.model.language_model(input_ids=ids, output_attentions=True).attentions
     for layer in seen[:2]:
         for head, back in ((0, 1), (1, 2)):
             there = layer[:, head].diagonal(-back, 1, 2)                                # (B, S - back)
@@ -189,7 +191,8 @@ def test_a_picture_belongs_to_its_own_dialogue(fresh: ParaUni) -> None:
         alone = [pretrain.answer_loss(fresh, [row], images[i:i + 1]) for i, row in enumerate(rows)]
         swapped = pretrain.answer_loss(fresh, rows, images[[0, 2, 1]])
     counts = torch.tensor([sum(t != -100 for t in labels) for _, labels, _ in rows]).float()
-    torch.testing.assert_close(whole, (torch.stack(alone) * counts).sum() / counts.sum(), rtol=1e-5, atol=1e-6)
+    mean = (torch.stack(alone) * counts).sum() / counts.sum()
+    torch.testing.assert_close(whole, mean, rtol=1e-5, atol=1e-6)
     assert (swapped - whole).abs() > 1e-4
 
 
@@ -245,3 +248,30 @@ def test_truth_of_prompts_and_scenes() -> None:
     other = [world.MOODS[(world.MOODS.index(m) + 1) % 3] for m in moods]
     assert truth.of(np.arange(len(scenes)), prompts, moods).diagonal().all()
     assert not truth.of(np.arange(len(scenes)), prompts, other).diagonal().any()
+
+
+def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All six parts, a few steps each on few scenes, every lesson among them; loading is strict, and each
+    training.json has the command and the steps."""
+    pool, prompts = pretrain.pool, world.benchmark_prompts()[::20]
+    monkeypatch.setattr(pretrain, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(pretrain, "pool", lambda name, size, mixed=0.0: pool(name, min(size, 300), mixed))
+    monkeypatch.setattr(pretrain, "answer_score", lambda model, count=0: 0.5)
+    monkeypatch.setattr(pretrain, "right_over_wrong", lambda model: 0.5)
+    monkeypatch.setattr(world, "benchmark_prompts", lambda: prompts)
+    pairs = pretrain.pairs_of_pictures
+    monkeypatch.setattr(pretrain, "pairs_of_pictures", lambda data, vae, count: pairs(data, vae, 16))
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    steps = {"vae": 2, "vlm": 6, "dit": 3, "clip": 3, "pick": 2, "aes": 2}
+    monkeypatch.setattr(pretrain, "PARTS", {part: (pretrain.PARTS[part][0], n) for part, n in steps.items()})
+    monkeypatch.setattr("sys.argv", ["pretrain.py"])
+    pretrain.main()
+    for part, folder in zip(steps, ("vae", "vlm", "transformer", "clip", "pickscore", "aesthetic")):
+        record = json.loads((tmp_path / folder / "training.json").read_text())
+        assert record["command"] == f"python nano/pretrain.py {part}" and record["steps"] == steps[part]
+    model = ParaUni.from_parts(PRESETS["nano"], tmp_path)
+    picture = model.generate(["a red heart"], num_steps=2, seed=0)
+    assert picture.isfinite().all() and model.chat(picture[0], "how many hearts?") is not None
+    for name in ("clip", "pickscore", "aesthetic"):
+        reward = build_reward(name, "cpu", weights=tmp_path)
+        assert reward(picture, ["a red heart"]).isfinite().all()

@@ -6,7 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import grpo
-import model as model_module
 import train
 from common import Dist, generator, load_checkpoint, read_metrics, read_safetensors
 from data import FilePrompts, NanoLatents, NanoPrompts, read_prompts
@@ -30,6 +29,7 @@ REINFORCE = ("--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-st
              "--micro-batch", "4", "--warmup", "0", "--num-eval", "4", "--eval-steps", "2")
 # The file `stop` beside it, "3 SIGTERM", says at which call of `bright` what happens;
 # calls are counted within a run.
+pytestmark = pytest.mark.usefixtures("tiny_preset")
 REWARDS = '''
 import os
 import signal
@@ -61,13 +61,6 @@ def red(images, prompts):
 KEYS = {"epoch", "phase", "reward/bright", "reward/red", "kl", "ratio_dev", "clip_frac", "zero_std",
         "grad_norm", "ldam/fired", "ldam/gamma", "ldam/r_s", "ldam/g_s", "ldam/n_cool", "time/rollout",
         "time/reward", "time/update"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_preset() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_module.PRESETS, "nano", TINY)
-        yield
 
 
 @pytest.fixture(scope="module")
