@@ -32,9 +32,10 @@ class Net(nn.Module):
         self.layers = nn.ModuleList([nn.Conv2d(4, 6, 3), nn.Linear(40, 5)])
         self.word = nn.Embedding(7, 40)
 
-    def forward(self) -> Tensor:
-        drawn = self.layers[0](torch.arange(256.0).square().view(1, 4, 8, 8).sin())
-        return drawn.square().sum() + 9 * self.layers[1](self.word.weight).square().sum()
+    def forward(self, i: int) -> Tensor:
+        """Another loss at each step i, so that momentum matters."""
+        drawn = self.layers[0](((i + 1) * torch.arange(256.0).square()).view(1, 4, 8, 8).sin())
+        return drawn.square().sum() + 9 * self.layers[1](self.word.weight.roll(i, 1)).pow(2 + i).sum()
 
 
 def newton_schulz(update: Tensor) -> Tensor:
@@ -60,9 +61,9 @@ def test_descent_is_muon_on_the_layers_and_adamw_on_the_rest() -> None:
     rest = [p for p in twin.parameters() if all(p is not m for m in matrices)]
     adam, momentum = pretrain.adamw(rest, 1.0, decay), [torch.zeros_like(m) for m in matrices]
     for i in range(3):
-        descent.step(i, net())
+        descent.step(i, net(i))
         twin.zero_grad()
-        twin().backward()
+        twin(i).backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         for group in adam.param_groups:
             group["lr"] = cosine_lr(i, 10, 50, 1.5e-3)
