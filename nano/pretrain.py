@@ -10,7 +10,7 @@
 
 All are the classes of the full size with smaller numbers (`PRESETS["nano"]`). Each part is written under
 weights/nano/ in the layout of its published counterpart, with a training.json beside it: command, seed,
-steps, time and scores.
+steps, time, device and scores. On a GPU if there is one: minutes a part there, an hour or two on a CPU.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +29,15 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import (adamw, cosine_lr, ema_update, generator, precision, read_safetensors, save_safetensors,
-                    write_json)
+from common import (adamw, cosine_lr, ema_update, environment, generator, precision, read_safetensors,
+                    save_safetensors, write_json)
 from dit import DiT, guided_velocity, randn, shift_time
 from model import PRESETS, QUESTION, ParaUni, VLMConfig, build_vlm
 from nano import world
@@ -45,10 +47,21 @@ from vae import DCAE
 SEED = 0
 NANO = PRESETS["nano"]
 WEIGHTS = ROOT / "weights" / "nano"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<unk>"]
 
 
 # ----------------------------------------------------------------------------- shared
+
+def said_of(rng: np.random.Generator, scenes: list[world.Scene], count: int,
+            test: bool = False) -> list[tuple[int, world.Prompt]]:
+    """`count` scenes, by their numbers, each with a prompt that it fulfils."""
+    out = []
+    while len(out) < count:
+        j = int(rng.integers(len(scenes)))
+        out += [(j, prompt)] if (prompt := world.sample_prompt(rng, scenes[j], test)) else []
+    return out
+
 
 def pool(name: str, size: int, mixed: float = 0.0) -> list[world.Scene]:
     """`size` scenes drawn from (seed, name)."""
@@ -59,7 +72,27 @@ def pool(name: str, size: int, mixed: float = 0.0) -> list[world.Scene]:
 def render_all(scenes: list[world.Scene]) -> Tensor:
     """(B, 3, H, W) uint8, a quarter of the memory."""
     return torch.cat([(world.render(scenes[i:i + 1024]) * 255).round().byte()
-                      for i in range(0, len(scenes), 1024)])
+                      for i in range(0, len(scenes), 1024)]).to(DEVICE)
+
+
+class Draws(Dataset):
+    """What `draw` makes of a generator of (seed, name, step), for each step."""
+
+    def __init__(self, name: str, steps: int, draw: Callable[[np.random.Generator], tuple]) -> None:
+        self.name, self.steps, self.draw = name, steps, draw
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple:
+        return self.draw(np.random.default_rng([SEED, *self.name.encode(), step]))
+
+
+def drawn(name: str, steps: int, draw: Callable[[np.random.Generator], tuple]) -> Iterable[tuple]:
+    """The draws of all steps in turn; made by other processes where a GPU would wait for them."""
+    ahead = {"num_workers": 3, "prefetch_factor": 8, "multiprocessing_context": "fork"}
+    return DataLoader(Draws(name, steps, draw), batch_size=None, collate_fn=lambda made: made,
+                      **(ahead if DEVICE.type == "cuda" else {}))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -86,7 +119,7 @@ class Clock:
         self.total, self.count = 0.0, 0
 
     def step(self, i: int, loss: Tensor) -> None:
-        self.total, self.count = self.total + loss.item(), self.count + 1
+        self.total, self.count = self.total + loss.detach(), self.count + 1             # a GPU need not wait
         if (i + 1) % 100 == 0 or i + 1 == self.steps:
             print(f"{self.part:5} {i + 1:6}/{self.steps} loss {self.total / self.count:.4f} "
                   f"{time.time() - self.start:6.0f} s", flush=True)
@@ -94,7 +127,8 @@ class Clock:
 
     def write(self, folder: Path, **scores: float) -> None:
         record = {"command": f"python nano/pretrain.py {self.part}", "seed": SEED, "steps": self.steps,
-                  **self.numbers, "seconds": round(time.time() - self.start), **scores}
+                  **self.numbers, "seconds": round(time.time() - self.start),
+                  "device": environment()["device"], **scores}
         write_json(folder / "training.json", record)
         print(json.dumps(record), flush=True)
 
@@ -138,15 +172,16 @@ def train_vae(steps: int, batch: int = 32, lr: float = 1e-2) -> None:
     clock = Clock("vae", steps, batch=batch, lr=lr)
     vae = DCAE(NANO.vae)
     vae.init_weights(generator(SEED, "vae"))
+    vae.to(DEVICE)
     encode, decode = torch.compile(vae.encode), torch.compile(vae.decode)
     images = render_all(pool("vae", 20000, 0.3))
     descent, rng = Descent(vae, steps, lr), generator(SEED, "vae", "draws")
     for i in range(steps):
         x = to_float(images[torch.randint(len(images), (batch,), generator=rng)]) * 2 - 1
-        with precision("cpu", "bf16"):
+        with precision(DEVICE, "bf16"):
             z = encode(x).float()                                                       # (B, C, h, w)
-            # a decoder that forgives small errors
-            error = decode(z + 0.1 * torch.randn(z.shape, generator=rng)).float() - x   # (B, 3, H, W)
+            noise = 0.1 * torch.randn(z.shape, generator=rng).to(DEVICE)    # the decoder forgives small errors
+            error = decode(z + noise).float() - x                                       # (B, 3, H, W)
         # Channels of mean 0 and spread 1, since one scaling factor must do for all.
         flat = z.transpose(0, 1).flatten(1)                                             # (C, B h w)
         spread = flat.mean(1).square().mean() + (flat.std(1) - 1).square().mean()
@@ -154,8 +189,8 @@ def train_vae(steps: int, batch: int = 32, lr: float = 1e-2) -> None:
         clock.step(i, loss)
     round_to_bf16(vae).eval()
     test, prompts = to_float(render_all(pool("vae test", 1024))), world.benchmark_prompts()
-    drawn = np.random.default_rng([SEED, 4])
-    true = world.render([world.scene_for(drawn, p) for p in prompts])                   # (600, 3, H, W)
+    places = np.random.default_rng([SEED, 4])
+    true = world.render([world.scene_for(places, p) for p in prompts]).to(DEVICE)       # (600, 3, H, W)
     with torch.no_grad():
         z = vae.encode(test * 2 - 1)
         error = ((vae.decode(z) / 2 + 0.5).clamp(0, 1) - test).square().mean((1, 2, 3))
@@ -164,7 +199,7 @@ def train_vae(steps: int, batch: int = 32, lr: float = 1e-2) -> None:
     write_json(folder / "config.json", NANO.vae.to_json())
     save_safetensors(folder / "diffusion_pytorch_model.safetensors", bf16(vae), None)
     # what the judge says of true pictures after decoding bounds every model that draws through this decoder
-    judged = world.task_scores(world.judge(again, prompts), prompts)["overall"]
+    judged = world.task_scores(world.judge(again.cpu(), prompts), prompts)["overall"]
     clock.write(folder, psnr_db=round(float(-10 * error.log10().mean()), 2),
                 latent_std=round(float(z.std()), 3), judge=round(judged, 4))
 
@@ -172,7 +207,7 @@ def train_vae(steps: int, batch: int = 32, lr: float = 1e-2) -> None:
 def load_vae() -> DCAE:
     vae = DCAE(NANO.vae)
     vae.load_state_dict(load_file(WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors"))
-    return vae.eval()
+    return vae.to(DEVICE).eval()
 
 
 # ----------------------------------------------------------------------------- learning to see, and to read
@@ -206,13 +241,13 @@ class Seeing(nn.Module):
         super().__init__()
         self.classes = [len(world.SHAPES) + 1, len(world.COLORS) + 1, 2]
         self.head = nn.Linear(width, sum(self.classes))
-        self.labels = patch_labels(scenes)
+        self.register_buffer("labels", torch.stack(patch_labels(scenes)))               # (3, scenes, patches)
 
-    def loss(self, tokens: Tensor, chosen: np.ndarray) -> Tensor:
+    def loss(self, tokens: Tensor, chosen: np.ndarray | list[int]) -> Tensor:
         """tokens (B, patches, width) of the scenes `chosen`. Returns a scalar."""
         said = self.head(tokens).float().split(self.classes, -1)                   # (B, patches, classes)
-        return sum(F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten())
-                   for logits, labels in zip(said, self.labels))
+        return sum(F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+                   for logits, labels in zip(said, self.labels[:, chosen]))
 
 
 # Of each thing that a prompt names: its shape, its colour or none, its number, its side or none
@@ -375,31 +410,30 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
     assert len(tokenizer) <= NANO.vlm.vocab_size, (
         f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings")
     model = ParaUni(NANO, build_vlm(NANO.vlm), tokenizer)
-    vlm = model.vlm.requires_grad_(True)
-    init_vlm(vlm, generator(SEED, "vlm"))
+    init_vlm(model.vlm, generator(SEED, "vlm"))
+    vlm = model.to(DEVICE).vlm.requires_grad_(True)
     vlm.set_attn_implementation("eager")                         # for the bf16 gradient, as in `precision`
     scenes = pool("vlm", 40000, 0.4)
     told = np.flatnonzero([len(world.prompts_of(scene)) > 0 for scene in scenes])       # a sentence fits
+    everything = np.arange(len(scenes))
     images, seeing = render_all(scenes), Seeing(NANO.vlm.vision_width, scenes)
-    taught, done = nn.ModuleList([vlm, seeing]), 0
-    rng = np.random.default_rng([SEED, 1])
+    taught, done = nn.ModuleList([vlm, seeing]).to(DEVICE), 0
     sixth = max(1, steps // 6)
-    for lesson, count in (("see", sixth), ("read", sixth), ("answer", max(1, steps - 2 * sixth))):
+    lessons = {
+        "see": (sixth, lambda rng: (rng.integers(len(scenes), size=3 * batch), [])),
+        "read": (sixth, lambda rng: draw_rows(model, rng, scenes, told, batch, 1.0, kinds=1, lines=batch)),
+        "answer": (max(1, steps - 2 * sixth),
+                   lambda rng: draw_rows(model, rng, scenes, everything, batch, 0.4, lines=batch // 4))}
+    for lesson, (count, draw) in lessons.items():
         vlm.model.vision_tower.requires_grad_(lesson == "see")
         descent = Descent(taught, count, lr)
-        for i in range(count):
-            with precision("cpu", "bf16"):
+        for i, (chosen, rows) in enumerate(drawn(f"vlm {lesson}", count, draw)):
+            with precision(DEVICE, "bf16"):
                 if lesson == "see":
-                    chosen = rng.integers(len(scenes), size=3 * batch)
                     pixels = model.pixels(to_float(images[chosen]))
                     tokens = vlm.model.vision_tower(pixels).last_hidden_state[:, 1:]    # (B, patches, width)
                     loss = seeing.loss(tokens, chosen)
                 else:
-                    reading, of, kinds, lines = (1.0, told, 1, batch) if lesson == "read" else (
-                        0.4, np.arange(len(scenes)), 3, batch // 4)
-                    chosen = rng.choice(of, batch)
-                    rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 6, reading)) for j in chosen]
-                    rows += [encode_facts(model, rng, kinds) for _ in range(lines)]
                     loss = answer_loss(model, rows, images[chosen])
             descent.step(i, loss)
             clock.step(done + i, loss)
@@ -412,8 +446,16 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
     clock.write(WEIGHTS / "vlm", answers_right=round(answer_score(model), 4))
 
 
+def draw_rows(model: ParaUni, rng: np.random.Generator, scenes: list[world.Scene], of: np.ndarray, batch: int,
+              reading: float, lines: int, kinds: int = 3) -> tuple[np.ndarray, list]:
+    """The numbers of some scenes out of `of`, and encoded a dialogue about each, then some lines of facts."""
+    chosen = rng.choice(of, batch)
+    rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 6, reading)) for j in chosen]
+    return chosen, rows + [encode_facts(model, rng, kinds) for _ in range(lines)]
+
+
 def save_vlm(model: ParaUni) -> None:
-    copy.deepcopy(model.vlm).to(torch.bfloat16).save_pretrained(WEIGHTS / "vlm")
+    copy.deepcopy(model.vlm).to("cpu", torch.bfloat16).save_pretrained(WEIGHTS / "vlm")
     model.tokenizer.save_pretrained(WEIGHTS / "vlm")
 
 
@@ -421,8 +463,8 @@ def answer_loss(model: ParaUni, rows: list[tuple[list[int], list[int], bool]], i
     """Next-token loss on the answers of some dialogues, those about a picture with it;
     row i's picture is images[i]."""
     shown = torch.tensor([seen for _, _, seen in rows])
-    ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in rows],
-                                             batch_first=True, padding_value=pad)
+    ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in rows], batch_first=True,
+                                             padding_value=pad).to(model.device)
                    for k, pad in ((0, 0), (1, -100)))                                   # (B, S) each
     asked = labels[:, 1:] != -100
     embeds = model.embed(ids, to_float(images[shown[:len(images)]]) if shown.any() else None)
@@ -449,7 +491,7 @@ def answer_score(model: ParaUni, count: int = 2000) -> float:
     """Share of right answers to single questions about held-out pictures."""
     images, pairs = world.question_set(count, SEED)
     said = [a for i in range(0, count, 250)
-            for a in model.answer(images[i:i + 250], [q for q, _ in pairs[i:i + 250]], 4)]
+            for a in model.answer(images[i:i + 250].to(model.device), [q for q, _ in pairs[i:i + 250]], 4)]
     return float(np.mean([a == right for a, (_, right) in zip(said, pairs)]))
 
 
@@ -495,29 +537,30 @@ def phrases(tokenizer: PreTrainedTokenizerFast, prompts: list[world.Prompt], ids
 
 
 def teach_reading(text: TextEncoder, tokenizer: PreTrainedTokenizerFast, scenes: list[world.Scene],
-                  rng: np.random.Generator, steps: int, batch: int = 128) -> float:
+                  steps: int, batch: int = 128) -> float:
     """The text encoder learns, before there is a DiT, what `phrases` says, through a linear head that is
     thrown away: SANA's own has read before, too. Returns the share of test words of which all is known."""
-    reader = nn.ModuleDict({"text": text, "head": nn.Linear(text.position.shape[1], sum(SAID))})
+    device = text.position.device
+    reader = nn.ModuleDict({"text": text, "head": nn.Linear(text.position.shape[1], sum(SAID))}).to(device)
     descent = Descent(reader, steps, 6e-3)
 
-    def read(test: bool) -> tuple[Tensor, Tensor]:
-        prompts = []
-        while len(prompts) < batch:
-            prompt = world.sample_prompt(rng, scenes[rng.integers(len(scenes))], test)
-            prompts += [prompt] if prompt else []
+    def draw(rng: np.random.Generator, test: bool = False) -> tuple[Tensor, Tensor]:
+        prompts = [p for _, p in said_of(rng, scenes, batch, test)]
         ids = token_table(tokenizer, [p.text for p in prompts])                         # (B, S)
-        labels = phrases(tokenizer, prompts, ids)                                       # (B, S, 4)
-        with precision("cpu", "bf16"):
-            said = reader["head"](text(ids)[0]).float()                                 # (B, S, all classes)
-        known = labels[..., 0] != -100
-        return said[known], labels[known]                                               # (words, ...) each
+        return ids, phrases(tokenizer, prompts, ids)                                    # (B, S, 4)
 
-    for i in range(steps):
-        descent.step(i, reading_loss(*read(False)))
+    def read(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with precision(device, "bf16"):
+            said = reader["head"](text(ids.to(device))[0]).float()                      # (B, S, all classes)
+        known = labels[..., 0] != -100
+        return said[known], labels[known].to(device)                                    # (words, ...) each
+
+    for i, drawing in enumerate(drawn("reading", steps, draw)):
+        descent.step(i, reading_loss(*read(*drawing)))
+    rng = np.random.default_rng([SEED, *b"reading test"])
     with torch.no_grad():
         right = [torch.stack([part.argmax(-1) for part in said.split(SAID, -1)], 1).eq(labels).all(1)
-                 for said, labels in (read(True) for _ in range(8))]
+                 for said, labels in (read(*draw(rng, test=True)) for _ in range(8))]
     return float(torch.cat(right).float().mean())
 
 
@@ -539,30 +582,33 @@ def train_dit(steps: int, batch: int = 64, lr: float = 1e-2) -> None:
     DiT what the clean picture will show at each place: after REPA (arXiv 2410.06940), with true labels in
     place of another network's features."""
     clock = Clock("dit", steps, batch=batch, lr=lr)
-    tokenizer, words = build_tokenizer(), np.random.default_rng([SEED, 3])
-    rng = generator(SEED, "dit", "draws")
+    tokenizer, rng = build_tokenizer(), generator(SEED, "dit", "draws")
     torch.manual_seed(SEED)
     text, dit = TextEncoder(len(tokenizer), NANO.dit.caption_channels), DiT(NANO.dit)
     dit.init_weights(generator(SEED, "dit"))
-    both = nn.ModuleDict({"text": text, "dit": dit})
+    both = nn.ModuleDict({"text": text, "dit": dit}).to(DEVICE)
     scenes, latents = encode_pool("dit", 40000)
-    words_known = teach_reading(text, tokenizer, scenes, words, max(1, steps // 20))
+    words_known = teach_reading(text, tokenizer, scenes, max(1, steps // 20))
     print(json.dumps({"words_known": round(words_known, 4)}), flush=True)
-    seeing, inside = Seeing(NANO.dit.width, scenes), {}
+    seeing, inside = Seeing(NANO.dit.width, scenes).to(DEVICE), {}
     dit.transformer_blocks[3].register_forward_hook(lambda block, given, tokens: inside.update(tokens=tokens))
     params, descent = dict(both.named_parameters()), Descent(nn.ModuleList([both, seeing]), steps, lr)
     ema = {name: p.detach().clone() for name, p in params.items()}
     network = torch.compile(dit)
-    for i in range(steps):
-        chosen = [(j, p) for j in words.integers(len(scenes), size=batch + 16)
-                  if (p := world.sample_prompt(words, scenes[j]))][:batch]
-        texts = ["" if words.random() < 0.1 else p.text for _, p in chosen]             # caption dropout
-        x0 = latents[[j for j, _ in chosen]]                                            # (B, C, h, w)
-        t, noise = logit_normal(len(x0), rng), torch.randn(x0.shape, generator=rng)
+
+    def draw(rng: np.random.Generator) -> tuple[list[int], Tensor]:
+        chosen, prompts = zip(*said_of(rng, scenes, batch))
+        texts = ["" if rng.random() < 0.1 else p.text for p in prompts]                 # caption dropout
+        return list(chosen), token_table(tokenizer, texts)
+
+    for i, (chosen, ids) in enumerate(drawn("dit", steps, draw)):
+        x0 = latents[chosen]                                                            # (B, C, h, w)
+        t = logit_normal(batch, rng).to(DEVICE)                                         # (B,)
+        noise = torch.randn(x0.shape, generator=rng).to(DEVICE)                         # (B, C, h, w)
         x = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise                # (B, C, h, w)
-        with precision("cpu", "bf16"):
-            v = network(x, t, *text(token_table(tokenizer, texts)))
-            seen = seeing.loss(inside["tokens"], np.array([j for j, _ in chosen]))
+        with precision(DEVICE, "bf16"):
+            v = network(x, t, *text(ids.to(DEVICE)))
+            seen = seeing.loss(inside["tokens"], chosen)
         loss = F.mse_loss(v.float(), noise - x0)
         descent.step(i, loss + 0.25 * seen)
         ema_update(ema, params, min(0.999, (i + 1) / (i + 10)))
@@ -584,20 +630,22 @@ def save_dit(text: TextEncoder, dit: DiT, ema: dict[str, Tensor]) -> None:
 
 def judge_dit(count: int) -> dict[str, float]:
     """Judge scores of the written DiT under its own text encoder on every (600 // count)th test prompt."""
-    tokenizer, vae, dit = build_tokenizer(), load_vae(), DiT(NANO.dit).eval()
-    text = TextEncoder(len(tokenizer), NANO.dit.caption_channels).eval()
+    tokenizer, vae, dit = build_tokenizer(), load_vae(), DiT(NANO.dit).to(DEVICE).eval()
+    text = TextEncoder(len(tokenizer), NANO.dit.caption_channels).to(DEVICE).eval()
     dit.load_state_dict(load_file(WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"))
     text.load_state_dict(load_file(WEIGHTS / "text_encoder" / "model.safetensors"))
     prompts, verdicts = world.benchmark_prompts()[::600 // count], []
     with torch.no_grad():
         for i in range(0, len(prompts), 100):
             part = prompts[i:i + 100]
-            c, mask = text(token_table(tokenizer, [p.text for p in part] + [""]))       # (B + 1, S, E)
+            ids = token_table(tokenizer, [p.text for p in part] + [""]).to(DEVICE)      # (B + 1, S)
+            c, mask = text(ids)                                                         # (B + 1, S, E)
             noise = randn((len(part), *NANO.latent_shape),
-                          [generator(SEED, "judge", i + k) for k in range(len(part))], "cpu")
+                          [generator(SEED, "judge", i + k) for k in range(len(part))], DEVICE)
             doubled = (torch.cat([c[-1:].expand(len(part), -1, -1), c[:-1]]),
                        torch.cat([mask[-1:].expand(len(part), -1), mask[:-1]]))
-            verdicts += world.judge(vae.decode(text_sample(dit, noise, *doubled)) / 2 + 0.5, part)
+            drawings = vae.decode(text_sample(dit, noise, *doubled)) / 2 + 0.5          # (B, 3, H, W)
+            verdicts += world.judge(drawings.cpu(), part)
     return {k: round(v, 4) for k, v in world.task_scores(verdicts, prompts).items()}
 
 
@@ -605,7 +653,8 @@ def text_sample(dit: DiT, noise: Tensor, c: Tensor, mask: Tensor, steps: int = 2
                 shift: float = 3.0) -> Tensor:
     """Euler sampling under masked text of unequal length, guidance 4.5;
     c (2 B, S, E), unconditional half first."""
-    times, x, kv = shift_time(torch.linspace(1, 0, steps + 1), shift), noise, dit.cross_kv(c, mask)
+    times = shift_time(torch.linspace(1, 0, steps + 1, device=noise.device), shift)
+    x, kv = noise, dit.cross_kv(c, mask)
     for t, t_next in zip(times[:-1], times[1:]):
         x = x + (t_next - t) * guided_velocity(dit, x, t.expand(len(x)), kv, 4.5)
     return x
@@ -649,7 +698,7 @@ class Truth:
                 self.sides[i, names.index(relation), a, b] = True
                 self.sides[i, names.index(world.OPPOSITE[relation]), b, a] = True
 
-    def of(self, chosen: np.ndarray, prompts: list[world.Prompt], moods: list[str | None]) -> Tensor:
+    def of(self, chosen: list[int], prompts: list[world.Prompt], moods: list[str | None]) -> Tensor:
         """(scenes, prompts) bool."""
         out = np.ones((len(chosen), len(prompts)), bool)
         for k, (prompt, mood) in enumerate(zip(prompts, moods)):
@@ -672,8 +721,8 @@ def contrastive_loss(model: nn.Module, images: Tensor, ids: Tensor, truth: Tenso
     image = F.normalize(model.encode_image(images), dim=-1)                             # (B, E)
     text = F.normalize(model.encode_text(ids), dim=-1)                                  # (B + M, E)
     logits = model.logit_scale.exp() * image @ text.T                                   # (B, B + M)
-    logits = logits.masked_fill(truth & ~torch.eye(B, len(ids), dtype=torch.bool), -1e4)
-    target = torch.arange(B)
+    logits = logits.masked_fill(truth & ~torch.eye(B, len(ids), dtype=torch.bool, device=truth.device), -1e4)
+    target = torch.arange(B, device=truth.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)) / 2
 
 
@@ -682,25 +731,26 @@ class CaptionedScenes:
     and wrong captions."""
 
     def __init__(self, name: str, size: int, test: bool = False) -> None:
-        drawn, self.rng, self.test = pool(name, size), np.random.default_rng([SEED, *name.encode(), 1]), test
-        self.scenes = [s for s in drawn if world.sample_prompt(self.rng, s, test)]
+        rng, self.test = np.random.default_rng([SEED, *name.encode(), 1]), test
+        self.scenes = [s for s in pool(name, size) if world.sample_prompt(rng, s, test)]
         self.images, self.truth = render_all(self.scenes), Truth(self.scenes)
         self.encode = text_encoder(clip_tokenizer(), CLIP["text_cfg"]["context_length"],
                                    CLIP["text_cfg"]["vocab_size"])
 
-    def draw(self, count: int) -> tuple[np.ndarray, list[world.Prompt], list[str | None]]:
-        picked = [(j, p) for j in self.rng.integers(len(self.scenes), size=2 * count)
-                  if (p := world.sample_prompt(self.rng, self.scenes[j], self.test))][:count]
-        moods = [world.mood(self.scenes[j]) if self.rng.random() < 0.5 else None for j, _ in picked]
-        return np.array([j for j, _ in picked]), [p for _, p in picked], moods
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[list[int], list[world.Prompt]]:
+        return zip(*said_of(rng, self.scenes, count, self.test))
 
-    def batch(self, count: int, wrong: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, 3, H, W) normalised, ids (B + wrong B, S), truth (B, B + wrong B)."""
-        chosen, prompts, moods = self.draw(count)
-        said = prompts + [world.corrupt(self.rng, p) for _ in range(wrong) for p in prompts]
-        moods = moods * (1 + wrong)
+    def batch(self, rng: np.random.Generator, count: int, wrong: int) -> tuple[list[int], Tensor, Tensor]:
+        """The numbers of B scenes, ids (B + wrong B, S), truth (B, B + wrong B)."""
+        chosen, prompts = self.draw(rng, count)
+        moods = [world.mood(self.scenes[j]) if rng.random() < 0.5 else None for j in chosen] * (1 + wrong)
+        said = [*prompts, *(world.corrupt(rng, p) for _ in range(wrong) for p in prompts)]
         ids = self.encode([p.text + (f", {m}" if m else "") for p, m in zip(said, moods)])
-        return normalise(to_float(self.images[chosen])), ids, self.truth.of(chosen, said, moods)
+        return list(chosen), ids, self.truth.of(list(chosen), said, moods)
+
+    def pixels(self, chosen: list[int]) -> Tensor:
+        """Pictures (B, 3, H, W) as CLIP wants them."""
+        return normalise(to_float(self.images[chosen]))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -715,85 +765,103 @@ def train_clip(steps: int, batch: int = 96, lr: float = 3e-3) -> None:
     model, data = build_clip({"model_cfg": CLIP}), CaptionedScenes("clip", 30000)
     seeing, alone = Seeing(CLIP["vision_cfg"]["width"], data.scenes), steps // 3
     reading = nn.Linear(CLIP["embed_dim"], 2 * sum(SAID))
-    for first, last in ((0, alone), (alone, steps)):
-        descent = Descent(nn.ModuleList([model, seeing, reading]), last - first, lr, 0.05)
-        for i in range(first, last):
-            with precision("cpu", "bf16"):
-                if first == 0:
-                    model.visual.output_tokens = True
-                    chosen = data.rng.integers(len(data.scenes), size=batch)
-                    loss = seeing.loss(model.visual(normalise(to_float(data.images[chosen])))[1], chosen)
-                    _, prompts, _ = data.draw(batch)
-                    said = reading(model.encode_text(data.encode([p.text for p in prompts]))).float()
-                    known = [(things_said(p) + [[-100] * len(SAID)])[:2] for p in prompts]
-                    loss = loss + reading_loss(said, torch.tensor(known).flatten(1))
-                else:
-                    model.visual.output_tokens = False
-                    loss = contrastive_loss(model, *data.batch(batch, wrong=2))
-            descent.step(i - first, loss)
-            model.logit_scale.data.clamp_(max=math.log(100))
-            clock.step(i, loss)
-    save_reward(WEIGHTS / "clip", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP},
-                clip_tokenizer())
-    clock.write(WEIGHTS / "clip", beats_wrong_caption=round(right_over_wrong(model.float()), 4))
+    taught = nn.ModuleList([model, seeing, reading]).to(DEVICE)
+
+    def alone_draw(rng: np.random.Generator) -> tuple[list[int], Tensor, Tensor]:
+        chosen, prompts = data.draw(rng, batch)
+        known = [(things_said(p) + [[-100] * len(SAID)])[:2] for p in prompts]
+        return list(chosen), data.encode([p.text for p in prompts]), torch.tensor(known).flatten(1)
+
+    model.visual.output_tokens = True
+    descent = Descent(taught, alone, lr, 0.05)
+    for i, (chosen, ids, known) in enumerate(drawn("clip alone", alone, alone_draw)):
+        with precision(DEVICE, "bf16"):
+            loss = seeing.loss(model.visual(data.pixels(chosen))[1], chosen)
+            said = reading(model.encode_text(ids.to(DEVICE))).float()
+            loss = loss + reading_loss(said, known.to(DEVICE))
+        descent.step(i, loss)
+        clock.step(i, loss)
+    model.visual.output_tokens = False
+    descent = Descent(taught, steps - alone, lr, 0.05)
+    batches = drawn("clip together", steps - alone, lambda rng: data.batch(rng, batch, wrong=2))
+    for i, (chosen, ids, truth) in enumerate(batches):
+        with precision(DEVICE, "bf16"):
+            loss = contrastive_loss(model, data.pixels(chosen), ids.to(DEVICE), truth.to(DEVICE))
+        descent.step(i, loss)
+        model.logit_scale.data.clamp_(max=math.log(100))
+        clock.step(alone + i, loss)
+    round_to_bf16(model).eval()
+    write_clip(WEIGHTS / "clip", model)
+    clock.write(WEIGHTS / "clip", beats_wrong_caption=round(right_over_wrong(model), 4))
+
+
+def write_clip(folder: Path, model: nn.Module) -> None:
+    save_reward(folder, copy.deepcopy(model).to("cpu", torch.bfloat16), {"model_cfg": CLIP}, clip_tokenizer())
+
+
+def load_clip() -> nn.Module:
+    model = build_clip({"model_cfg": CLIP})
+    model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
+    return model.to(DEVICE)
 
 
 @torch.no_grad()
 def right_over_wrong(model: nn.Module, count: int = 2000) -> float:
     """How often a test picture scores higher with its own test prompt
     than with a prompt wrong in one point."""
-    data = CaptionedScenes("clip test", 4 * count, test=True)
-    chosen, prompts, _ = data.draw(count)
-    wrong = [world.corrupt(data.rng, p) for p in prompts]
-    image = F.normalize(model.encode_image(normalise(to_float(data.images[chosen]))), dim=-1)
-    right, other = (F.normalize(model.encode_text(data.encode([p.text for p in said])), dim=-1)
-                    for said in (prompts, wrong))
+    data, rng = CaptionedScenes("clip test", 4 * count, test=True), np.random.default_rng([SEED, 5])
+    chosen, prompts = data.draw(rng, count)
+    wrong = [world.corrupt(rng, p) for p in prompts]
+    image = F.normalize(model.encode_image(data.pixels(list(chosen))), dim=-1)          # (B, E)
+    right, other = (F.normalize(model.encode_text(data.encode([p.text for p in said]).to(DEVICE)), dim=-1)
+                    for said in (prompts, wrong))                                       # (B, E) each
     return float(((image * right).sum(1) > (image * other).sum(1)).float().mean())
 
 
-def pairs_of_pictures(data: CaptionedScenes, vae: DCAE, count: int) -> tuple[list[str], Tensor, Tensor]:
-    """Prompts, better and worse pictures (B, 3, H, W): the worse one shows something else,
+def pairs_of_pictures(data: CaptionedScenes, vae: DCAE, rng: np.random.Generator,
+                      count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts (B, S), better and worse pictures (B, 3, H, W): the worse one shows something else,
     or is decoded from noisier latents.
 
     Both come through the autoencoder, as generated pictures do, and have the same light.
     """
-    chosen, prompts, _ = data.draw(count)
+    chosen, prompts = data.draw(rng, count)
     scenes = [data.scenes[j] for j in chosen]
-    other = [replace(world.scene_for(data.rng, world.corrupt(data.rng, p)), light=s.light)
+    other = [replace(world.scene_for(rng, world.corrupt(rng, p)), light=s.light)
              for p, s in zip(prompts, scenes)]
-    wrong = torch.from_numpy(data.rng.random(count) < 0.5)                              # (B,)
-    low = torch.from_numpy(data.rng.uniform(0.0, 0.3, count)).float()                   # (B,) noise, better
-    high = torch.where(wrong, low, low + torch.from_numpy(data.rng.uniform(0.2, 0.8, count)).float())
+    wrong = torch.from_numpy(rng.random(count) < 0.5)                                   # (B,)
+    low = torch.from_numpy(rng.uniform(0.0, 0.3, count)).float()                        # (B,) noise, better
+    high = torch.where(wrong, low, low + torch.from_numpy(rng.uniform(0.2, 0.8, count)).float())
     better, worse = world.render(scenes), world.render(other)
     worse = torch.where(wrong[:, None, None, None], worse, better)                      # (B, 3, H, W)
     with torch.no_grad():
-        z = vae.encode(torch.cat([better, worse]) * 2 - 1)                              # (2 B, C, h, w)
-        noise = torch.from_numpy(data.rng.standard_normal(z.shape)).float()
-        pictures = vae.decode(z + torch.cat([low, high])[:, None, None, None] * noise) / 2 + 0.5
+        z = vae.encode(torch.cat([better, worse]).to(DEVICE) * 2 - 1)                   # (2 B, C, h, w)
+        noise = torch.cat([low, high])[:, None, None, None] * torch.from_numpy(rng.standard_normal(z.shape))
+        pictures = vae.decode(z + noise.float().to(DEVICE)) / 2 + 0.5
     better, worse = pictures.clamp(0, 1).chunk(2)
-    return [p.text for p in prompts], better, worse
+    return data.encode([p.text for p in prompts]).to(DEVICE), better, worse
 
 
 def train_pick(steps: int, batch: int = 48, lr: float = 3e-4) -> None:
     clock = Clock("pick", steps, batch=batch, lr=lr)
-    model, data, vae = build_clip({"model_cfg": CLIP}), CaptionedScenes("pick", 30000), load_vae()
-    model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
+    model, data, vae = load_clip(), CaptionedScenes("pick", 30000), load_vae()
     descent = Descent(model, steps, lr, 0.05)
     for i in range(steps):
-        texts, better, worse = pairs_of_pictures(data, vae, batch)
-        images, ids, truth = data.batch(batch, wrong=1)
-        with precision("cpu", "bf16"):
-            margin = preference_margin(model, data.encode(texts), better, worse)        # (B,)
-            loss = -F.logsigmoid(margin).mean() + 0.3 * contrastive_loss(model, images, ids, truth)
+        rng = np.random.default_rng([SEED, *b"pick", i])
+        asked, better, worse = pairs_of_pictures(data, vae, rng, batch)
+        chosen, ids, truth = data.batch(rng, batch, wrong=1)
+        with precision(DEVICE, "bf16"):
+            margin = preference_margin(model, asked, better, worse)                     # (B,)
+            loss = -F.logsigmoid(margin).mean() + 0.3 * contrastive_loss(
+                model, data.pixels(chosen), ids.to(DEVICE), truth.to(DEVICE))
         descent.step(i, loss)
         model.logit_scale.data.clamp_(max=math.log(100))
         clock.step(i, loss)
-    save_reward(WEIGHTS / "pickscore", round_to_bf16(model).eval().to(torch.bfloat16), {"model_cfg": CLIP},
-                clip_tokenizer())
-    test = CaptionedScenes("pick test", 4000, test=True)
+    round_to_bf16(model).eval()
+    write_clip(WEIGHTS / "pickscore", model)
+    test, rng = CaptionedScenes("pick test", 4000, test=True), np.random.default_rng([SEED, 6])
     with torch.no_grad():
-        texts, better, worse = pairs_of_pictures(test, vae, 1000)
-        right = (preference_margin(model.float(), test.encode(texts), better, worse) > 0).float().mean()
+        right = (preference_margin(model, *pairs_of_pictures(test, vae, rng, 1000)) > 0).float().mean()
     clock.write(WEIGHTS / "pickscore", prefers_the_better=round(float(right), 4))
 
 
@@ -809,21 +877,20 @@ def preference_margin(model: nn.Module, ids: Tensor, better: Tensor, worse: Tens
 def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
     """Regression of 1 + 9 light from CLIP's unit embedding of pictures that went through the autoencoder."""
     clock = Clock("aes", steps, batch=batch, lr=lr)
-    model, vae = build_clip({"model_cfg": CLIP}), load_vae()
-    model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
+    model, vae = load_clip(), load_vae()
     torch.manual_seed(SEED)
-    head = AestheticHead(CLIP["embed_dim"], (32, 16, 16, 8))
+    head = AestheticHead(CLIP["embed_dim"], (32, 16, 16, 8)).to(DEVICE)
     opt, rng = adamw(head.parameters(), lr, 0.01), generator(SEED, "aes")
 
     @torch.no_grad()
     def features(name: str, count: int) -> tuple[Tensor, Tensor]:
         scenes, out = pool(name, count), []
         for part in world.render(scenes).split(250):
-            z = vae.encode(part * 2 - 1)
-            noisy = z + 0.3 * torch.rand(len(z), 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
-            pictures = (vae.decode(noisy) / 2 + 0.5).clamp(0, 1)
+            z = vae.encode(part.to(DEVICE) * 2 - 1)                                     # (B, C, h, w)
+            noise = 0.3 * torch.rand(len(z), 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
+            pictures = (vae.decode(z + noise.to(DEVICE)) / 2 + 0.5).clamp(0, 1)
             out.append(F.normalize(model.encode_image(normalise(pictures)), dim=-1))
-        return torch.cat(out), torch.tensor([1 + 9 * s.light for s in scenes])
+        return torch.cat(out), torch.tensor([1 + 9 * s.light for s in scenes], device=DEVICE)
 
     x, y = features("aes", 6000)
     for i in range(steps):
@@ -836,9 +903,9 @@ def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
         clock.step(i, loss)
     x, y = features("aes test", 1000)
     head = round_to_bf16(head).eval()
-    save_aesthetic_head(WEIGHTS / "aesthetic", head.to(torch.bfloat16))
+    save_aesthetic_head(WEIGHTS / "aesthetic", copy.deepcopy(head).to("cpu", torch.bfloat16))
     with torch.no_grad():
-        error = (head.float()(x) - y).square().mean().sqrt()
+        error = (head(x) - y).square().mean().sqrt()
     clock.write(WEIGHTS / "aesthetic", rmse=round(float(error), 3))
 
 
