@@ -180,7 +180,8 @@ def train_vae(steps: int, batch: int = 32, lr: float = 1e-2) -> None:
         x = to_float(images[torch.randint(len(images), (batch,), generator=rng)]) * 2 - 1
         with precision(DEVICE, "bf16"):
             z = encode(x).float()                                                       # (B, C, h, w)
-            noise = 0.1 * torch.randn(z.shape, generator=rng).to(DEVICE)    # the decoder forgives small errors
+            # noise: for a decoder that forgives small errors
+            noise = 0.1 * torch.randn(z.shape, generator=rng).to(DEVICE)                # (B, C, h, w)
             error = decode(z + noise).float() - x                                       # (B, 3, H, W)
         # Channels of mean 0 and spread 1, since one scaling factor must do for all.
         flat = z.transpose(0, 1).flatten(1)                                             # (C, B h w)
