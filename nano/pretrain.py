@@ -10,7 +10,7 @@
 
 All are the classes of the full size with smaller numbers (`PRESETS["nano"]`). Each part is written under
 weights/nano/ in the layout of its published counterpart, with a training.json beside it: command, seed,
-steps, time, device and scores. On a GPU if there is one: minutes a part there, an hour or two on a CPU.
+steps, time, device and scores. On a GPU if there is one: minutes a part there, hours on a CPU.
 """
 
 import argparse
@@ -400,7 +400,7 @@ def sines(side: int, width: int) -> Tensor:
     return torch.cat([axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)], 2).flatten(0, 1)
 
 
-def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
+def train_vlm(steps: int, batch: int = 64, lr: float = 6e-3) -> None:
     """Three lessons: the vision tower learns to see (a sixth of the steps) and is left alone from then on,
     the language model to read (a sixth), then the two to answer together.
 
@@ -424,7 +424,7 @@ def train_vlm(steps: int, batch: int = 32, lr: float = 6e-3) -> None:
         "see": (sixth, lambda rng: (rng.integers(len(scenes), size=3 * batch), [])),
         "read": (sixth, lambda rng: draw_rows(model, rng, scenes, told, batch, 1.0, kinds=1, lines=batch)),
         "answer": (max(1, steps - 2 * sixth),
-                   lambda rng: draw_rows(model, rng, scenes, everything, batch, 0.4, lines=batch // 4))}
+                   lambda rng: draw_rows(model, rng, scenes, everything, batch, 0.4, lines=batch // 2))}
     for lesson, (count, draw) in lessons.items():
         vlm.model.vision_tower.requires_grad_(lesson == "see")
         descent = Descent(taught, count, lr)
@@ -578,7 +578,7 @@ def encode_pool(name: str, size: int) -> tuple[list[world.Scene], Tensor]:
                                   for part in render_all(scenes).split(256)])
 
 
-def train_dit(steps: int, batch: int = 64, lr: float = 1e-2) -> None:
+def train_dit(steps: int, batch: int = 192, lr: float = 1e-2) -> None:
     """The flow-matching loss, and a quarter of that of a `Seeing` head that tells from the tokens inside the
     DiT what the clean picture will show at each place: after REPA (arXiv 2410.06940), with true labels in
     place of another network's features."""
@@ -926,8 +926,8 @@ def ship(run_dir: Path) -> None:
     write_json(WEIGHTS / f"{path.stem}.json", record)
 
 
-PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 4000), "dit": (train_dit, 3600),
-         "clip": (train_clip, 1500), "pick": (train_pick, 250), "aes": (train_aes, 1000)}
+PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 5000), "dit": (train_dit, 6000),
+         "clip": (train_clip, 4500), "pick": (train_pick, 800), "aes": (train_aes, 2000)}
 
 
 def main() -> None:
