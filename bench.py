@@ -40,7 +40,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from common import ROOT, knob, parse_config, run_main
+from common import ROOT, compile_modules, knob, parse_config, run_main
 from train import RECIPES
 
 if TYPE_CHECKING:
@@ -299,8 +299,7 @@ def dit_work(cfg: BenchConfig) -> Work:
         theirs, velocity = diffusers_velocity(dit)
         velocities["diffusers"] = theirs, lambda kv: velocity(x, t, c)
     if cfg.compile:
-        for module, _ in velocities.values():
-            module.compile()
+        compile_modules(*(module for module, _ in velocities.values()))
     with torch.no_grad():
         kv = dit.cross_kv(c)
 
@@ -374,7 +373,7 @@ def sample_work(cfg: BenchConfig) -> Work:
     with torch.no_grad():
         given = model.condition(prompts), model.condition([None])                       # (B, N, E), (1, N, E)
     if cfg.compile:
-        model.dit.compile()
+        compile_modules(model.dit)
 
     def ours(clock: Clock) -> None:
         with torch.no_grad():
@@ -390,7 +389,7 @@ def sample_work(cfg: BenchConfig) -> Work:
     from naive import diffusers_velocity
     theirs = diffusers_velocity(model.dit)[0]
     if cfg.compile:
-        theirs.compile()
+        compile_modules(theirs)
     solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
                                          flow_shift=3.0)
     pipe = SanaPipeline(None, None, diffusers_vae(model.vae), theirs, solver)
@@ -446,7 +445,7 @@ def supervised_work(cfg: BenchConfig) -> Work:
     if cfg.vs:
         theirs, velocity = diffusers_velocity(model.dit)
         if cfg.compile:
-            theirs.compile()
+            compile_modules(theirs)
 
         def naive(clock: Clock) -> None:
             theirs.zero_grad(set_to_none=True)
@@ -455,7 +454,7 @@ def supervised_work(cfg: BenchConfig) -> Work:
             update(clock, loss)
         sides["naive"] = naive
     if cfg.compile:
-        model.dit.compile()
+        compile_modules(model.dit)
     return Work(sides, B)
 
 

@@ -120,7 +120,7 @@ OPENUNI = ("wusize/openuni", "main")
 # DC-AE (fp32) in bf16, without activations; plan.py prints what each stage of training needs. Scores: GenEval
 # and DPG-Bench, the goal for a trained model. Those of OpenUni are from arXiv 2505.23661.
 PRESETS = {
-    # The embedded default: 32 x 32 pictures, everything trained by nano/pretrain.py on two CPU cores.
+    # The embedded default: 32 x 32 pictures, every part trained by nano/pretrain.py.
     "nano": Preset(
         image_size=32, num_queries=16,
         vlm=VLMConfig(width=128, num_layers=8, num_heads=4, num_kv_heads=2, mlp_width=384, vocab_size=96,

@@ -57,7 +57,8 @@ class TrainConfig:
     times: str = knob("uniform", "stages 1, 2: distribution of t; noisy: sigmoid of N(1, 1)",
                       choices=("uniform", "noisy"))
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
-    compile: bool = knob(False, "torch.compile LIM and DiT; on by default on CUDA, but for --fsdp")
+    compile: bool = knob(False, "torch.compile LIM and DiT; on by default on CUDA, but for --fsdp "
+                                "and nano, whose whole run is shorter")
     fsdp: bool = knob(False, "split LIM and DiT, gradients and optimizer state over the devices (FSDP2)")
     gradient_checkpointing: bool = knob(False, "compute activations of LIM and DiT again in backward: "
                                                "less memory, more time")
@@ -319,7 +320,7 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
 
 def prepare(cfg: TrainConfig, model, dist) -> dict:
     """What the stage trains, by name, with the model ready to train it; everything else is frozen."""
-    from common import shard
+    from common import compile_modules, shard
     model.requires_grad_(False)
     for p in model.trainable(cfg.stage).values():
         p.requires_grad_(True)
@@ -327,8 +328,7 @@ def prepare(cfg: TrainConfig, model, dist) -> dict:
     if cfg.fsdp:
         shard(model, dist)
     if cfg.compile:
-        model.lim.compile()
-        model.dit.compile()
+        compile_modules(model.lim, model.dit)
     return model.trainable(cfg.stage)
 
 
@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if cfg.fsdp and dist.world_size == 1:
         raise ValueError("--fsdp splits the model over devices and finds one: start several, "
                          "torchrun --nproc-per-node N, or leave it out")
-    cfg = replace(cfg, compile=cfg.compile if chosen else cuda and not cfg.fsdp,
+    cfg = replace(cfg, compile=cfg.compile if chosen else cuda and not cfg.fsdp and cfg.preset != "nano",
                   run_dir=f"runs/stage{cfg.stage}" if cfg.run_dir == "auto" else cfg.run_dir,
                   dtype=("bf16" if cuda else "fp32") if cfg.dtype == "auto" else cfg.dtype)
     try:

@@ -1,4 +1,5 @@
-"""Every test: the project root on sys.path, one thread, no downloads."""
+"""Every test: the project root on sys.path, one thread, no downloads, the CPU alone: results are compared to
+the bit, and a GPU would take bf16 by default."""
 import os
 import sys
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from pathlib import Path
 
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"  # before any Hugging Face library is imported: they read it once
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
