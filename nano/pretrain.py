@@ -327,16 +327,19 @@ def facts(rng: np.random.Generator, kinds: int = 3) -> list[tuple[str, str]]:
 
     "a red heart, a blue star. the star is blue. the red shape is heart."
     "a red heart, a blue star. is there a red star? no. is there a blue star? yes."
-    "a red heart above a blue star. is the star below the heart? yes. is the star left of the heart? no."
+    "a red heart above a blue star. below is star. above is heart. is the star left of the heart? no."
     """
     kind, colors, count = rng.integers(kinds), list(world.COLORS), int(rng.integers(2, 7))
     looks = [(world.SHAPES[s], colors[c]) for s, c in zip(rng.permutation(len(world.SHAPES))[:count],
                                                           rng.permutation(len(colors)))]
     if kind == 2:
         (a, _), (b, _) = looks[:2]
-        relation = str(rng.choice(list(world.RELATIONS)))
-        parts = [(f"{world.noun(*looks[0])} {relation} {world.noun(*looks[1])}.", "")]
-        return parts + [side_question(rng, a, b, relation) for _ in range(6)]
+        relation, colored = str(rng.choice(list(world.RELATIONS))), rng.random() < 0.5
+        first, second = (world.noun(shape, color if colored else None) for shape, color in looks[:2])
+        parts, there = [(f"{first} {relation} {second}.", "")], {relation: a, world.OPPOSITE[relation]: b}
+        for side in rng.permutation(list(there)):
+            parts += [(f"{side.split()[0]} is", there[str(side)]), (".", "")]
+        return parts + [side_question(rng, a, b, relation) for _ in range(4)]
     parts = [(", ".join(world.noun(*look) for look in looks) + ".", "")]
     for k in rng.permutation(count):
         shape, color = looks[k]

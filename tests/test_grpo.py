@@ -433,7 +433,7 @@ def test_a_nan_reward_leaves_out_its_group_only(policy: ParaUni, tmp_path, monke
 def test_an_epoch_without_a_finite_group_changes_nothing_and_is_counted(policy: ParaUni, tmp_path) -> None:
     run = run_of(policy, {"r": lambda images, prompts: torch.full((8,), math.nan)}, tmp_path)
     for average in run.ema.values():
-        average.add_(1)                                                                 # away from the weights
+        average.add_(1)                                                 # away from the weights
     before = {name: (p.detach().clone(), run.ema[name].clone()) for name, p in run.params.items()}
     record = grpo.run_epoch(run, 0)
     assert all(torch.equal(before[name][0], p) and torch.equal(before[name][1], run.ema[name])

@@ -103,7 +103,7 @@ def told(sentence: str) -> tuple[set[tuple[str, str]], str | None, list[str]]:
     """(colour, shape) of a sentence's things, the relation of the first to the second, their shapes."""
     relation = next((r for r in world.RELATIONS if f" {r} " in sentence), None)
     looks = re.findall(rf"\b({'|'.join(world.COLORS)}) ({'|'.join(world.SHAPES)})\b", sentence)
-    return set(looks), relation, [shape for _, shape in looks]
+    return set(looks), relation, re.findall(rf"\b(?:{'|'.join(world.SHAPES)})\b", sentence)
 
 
 def test_facts_are_true() -> None:
@@ -113,7 +113,7 @@ def test_facts_are_true() -> None:
     for _ in range(600):
         (sentence, nothing), *parts = pretrain.facts(rng)
         looks, relation, shapes = told(sentence)
-        assert nothing == "" and len(looks) == len(shapes) and 2 <= len(looks) <= 6
+        assert nothing == "" and len(looks) in (0, len(shapes)) and 2 <= len(shapes) <= 6
         for given, said in parts:
             if match := re.fullmatch(r"is the (\w+) ([a-z ]+) the (\w+)\?", given):
                 first, asked, second = match.groups()
@@ -125,6 +125,10 @@ def test_facts_are_true() -> None:
                 assert said == ("yes" if match.groups() in looks else "no")
                 kinds.add("there")
                 yes.append(said == "yes")
+            elif match := re.fullmatch(r"(left|right|above|below) is", given):
+                there = shapes if relation.startswith(match[1]) else shapes[::-1]
+                assert said == there[0] and (there == shapes or world.OPPOSITE[relation].startswith(match[1]))
+                kinds.add("place")
             elif match := re.fullmatch(r"the (\w+) is", given):
                 assert (said, match[1]) in looks
                 kinds.add("color")
@@ -133,7 +137,7 @@ def test_facts_are_true() -> None:
                 kinds.add("shape")
             else:
                 assert (given, said) == (".", "")
-    assert kinds == {"side", "there", "color", "shape"} and abs(np.mean(yes) - 0.5) < 0.03
+    assert kinds == {"side", "place", "there", "color", "shape"} and abs(np.mean(yes) - 0.5) < 0.03
 
 
 def test_side_questions_are_true() -> None:
