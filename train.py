@@ -58,7 +58,7 @@ class TrainConfig:
                       choices=("uniform", "noisy"))
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
     compile: bool = knob(False, "torch.compile LIM and DiT; on by default on CUDA, but for --fsdp "
-                                "and nano, whose whole run is shorter")
+                                "and nano (a minute or two before the first step)")
     fsdp: bool = knob(False, "split LIM and DiT, gradients and optimizer state over the devices (FSDP2)")
     gradient_checkpointing: bool = knob(False, "compute activations of LIM and DiT again in backward: "
                                                "less memory, more time")

@@ -10,7 +10,7 @@
 
 All are the classes of the full size with smaller numbers (`PRESETS["nano"]`). Each part is written under
 weights/nano/ in the layout of its published counterpart, with a training.json beside it: command, seed,
-steps, time, device and scores. On a GPU if there is one: minutes a part there, hours on a CPU.
+steps, time, device and scores. On a GPU if there is one: the longest part takes 11 minutes on an H100.
 """
 
 import argparse
@@ -54,13 +54,15 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<I
 # ----------------------------------------------------------------------------- shared
 
 def said_of(rng: np.random.Generator, scenes: list[world.Scene], count: int,
-            test: bool = False) -> list[tuple[int, world.Prompt]]:
-    """`count` scenes, by their numbers, each with a prompt that it fulfils."""
-    out = []
-    while len(out) < count:
+            test: bool = False) -> tuple[list[int], list[world.Prompt]]:
+    """The numbers of `count` scenes, and a prompt that each fulfils."""
+    chosen, prompts = [], []
+    while len(chosen) < count:
         j = int(rng.integers(len(scenes)))
-        out += [(j, prompt)] if (prompt := world.sample_prompt(rng, scenes[j], test)) else []
-    return out
+        if prompt := world.sample_prompt(rng, scenes[j], test):
+            chosen.append(j)
+            prompts.append(prompt)
+    return chosen, prompts
 
 
 def pool(name: str, size: int, mixed: float = 0.0) -> list[world.Scene]:
@@ -549,7 +551,7 @@ def teach_reading(text: TextEncoder, tokenizer: PreTrainedTokenizerFast, scenes:
     descent = Descent(reader, steps, 6e-3)
 
     def draw(rng: np.random.Generator, test: bool = False) -> tuple[Tensor, Tensor]:
-        prompts = [p for _, p in said_of(rng, scenes, batch, test)]
+        _, prompts = said_of(rng, scenes, batch, test)
         ids = token_table(tokenizer, [p.text for p in prompts])                         # (B, S)
         return ids, phrases(tokenizer, prompts, ids)                                    # (B, S, 4)
 
@@ -601,9 +603,9 @@ def train_dit(steps: int, batch: int = 192, lr: float = 1e-2) -> None:
     network = torch.compile(dit)
 
     def draw(rng: np.random.Generator) -> tuple[list[int], Tensor]:
-        chosen, prompts = zip(*said_of(rng, scenes, batch))
+        chosen, prompts = said_of(rng, scenes, batch)
         texts = ["" if rng.random() < 0.1 else p.text for p in prompts]                 # caption dropout
-        return list(chosen), token_table(tokenizer, texts)
+        return chosen, token_table(tokenizer, texts)
 
     for i, (chosen, ids) in enumerate(drawn("dit", steps, draw)):
         x0 = latents[chosen]                                                            # (B, C, h, w)
@@ -742,15 +744,15 @@ class CaptionedScenes:
                                    CLIP["text_cfg"]["vocab_size"])
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[list[int], list[world.Prompt]]:
-        return zip(*said_of(rng, self.scenes, count, self.test))
+        return said_of(rng, self.scenes, count, self.test)
 
     def batch(self, rng: np.random.Generator, count: int, wrong: int) -> tuple[list[int], Tensor, Tensor]:
         """The numbers of B scenes, ids (B + wrong B, S), truth (B, B + wrong B)."""
         chosen, prompts = self.draw(rng, count)
         moods = [world.mood(self.scenes[j]) if rng.random() < 0.5 else None for j in chosen] * (1 + wrong)
-        said = [*prompts, *(world.corrupt(rng, p) for _ in range(wrong) for p in prompts)]
+        said = prompts + [world.corrupt(rng, p) for _ in range(wrong) for p in prompts]
         ids = self.encode([p.text + (f", {m}" if m else "") for p, m in zip(said, moods)])
-        return list(chosen), ids, self.truth.of(list(chosen), said, moods)
+        return chosen, ids, self.truth.of(chosen, said, moods)
 
     def pixels(self, chosen: list[int]) -> Tensor:
         """Pictures (B, 3, H, W) as CLIP wants them."""
@@ -774,7 +776,7 @@ def train_clip(steps: int, batch: int = 96, lr: float = 3e-3) -> None:
     def alone_draw(rng: np.random.Generator) -> tuple[list[int], Tensor, Tensor]:
         chosen, prompts = data.draw(rng, batch)
         known = [(things_said(p) + [[-100] * len(SAID)])[:2] for p in prompts]
-        return list(chosen), data.encode([p.text for p in prompts]), torch.tensor(known).flatten(1)
+        return chosen, data.encode([p.text for p in prompts]), torch.tensor(known).flatten(1)
 
     model.visual.output_tokens = True
     descent = Descent(taught, alone, lr, 0.05)
@@ -816,7 +818,7 @@ def right_over_wrong(model: nn.Module, count: int = 2000) -> float:
     data, rng = CaptionedScenes("clip test", 4 * count, test=True), np.random.default_rng([SEED, 5])
     chosen, prompts = data.draw(rng, count)
     wrong = [world.corrupt(rng, p) for p in prompts]
-    image = F.normalize(model.encode_image(data.pixels(list(chosen))), dim=-1)          # (B, E)
+    image = F.normalize(model.encode_image(data.pixels(chosen)), dim=-1)                # (B, E)
     right, other = (F.normalize(model.encode_text(data.encode([p.text for p in said]).to(DEVICE)), dim=-1)
                     for said in (prompts, wrong))                                       # (B, E) each
     return float(((image * right).sum(1) > (image * other).sum(1)).float().mean())

@@ -280,3 +280,25 @@ def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, monkeypatch
     for name in ("clip", "pickscore", "aesthetic"):
         reward = build_reward(name, "cpu", weights=tmp_path)
         assert reward(picture, ["a red heart"]).isfinite().all()
+
+
+def test_draws_depend_on_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, in the same order, by processes that draw ahead, as on a GPU, as by this one."""
+    def draw(rng: np.random.Generator) -> tuple[int]:
+        return (int(rng.integers(1 << 40)),)
+    here = list(pretrain.drawn("a", 40, draw))
+    assert len(set(here)) == 40 and list(pretrain.drawn("a", 3, draw)) == here[:3]
+    assert not set(pretrain.drawn("b", 40, draw)) & set(here)
+    monkeypatch.setattr(pretrain, "DEVICE", torch.device("cuda"))
+    assert list(pretrain.drawn("a", 40, draw)) == here
+
+
+def test_scenes_and_the_prompts_they_fulfil() -> None:
+    scenes = pretrain.pool("said", 60, 0.4)
+    for test in (False, True):
+        chosen, prompts = pretrain.said_of(np.random.default_rng(0), scenes, 50, test)
+        assert len(chosen) == len(prompts) == 50 and len(set(chosen)) > 10
+        for j, prompt in zip(chosen, prompts):
+            assert world.is_test(prompt) == test
+            fits = {(p.include, p.relation) for p in world.prompts_of(scenes[j])}
+            assert (prompt.include, prompt.relation) in fits

@@ -495,3 +495,22 @@ def test_a_folder_that_holds_a_run_is_left_alone(run: Callable, tmp_path: Path) 
     with pytest.raises(ValueError, match="--lr 0.001 -> 0.5"):
         run(1, "run", "--steps", "1", "--resume", "auto", "--lr", "0.5")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+class Seen(Exception):
+    """The configuration that a run would have."""
+
+
+@pytest.mark.parametrize("flags, compiled", [
+    ((), False), (("--compile",), True),
+    (("--preset", "b-512"), True), (("--preset", "b-512", "--no-compile"), False)])
+def test_a_gpu_compiles_all_but_nano(flags: tuple[str, ...], compiled: bool, tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(cfg: TrainConfig) -> None:
+        raise Seen(cfg)
+    monkeypatch.setattr("common.setup_dist", lambda: Dist(0, 1, 0, torch.device("cuda")))
+    monkeypatch.setattr(train, "load_model", seen)
+    with pytest.raises(Seen) as stopped:
+        train.main(["--stage", "1", "--run-dir", str(tmp_path / "run"), *flags])
+    cfg = stopped.value.args[0]
+    assert (cfg.compile, cfg.dtype) == (compiled, "bf16")
