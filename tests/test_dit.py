@@ -12,6 +12,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from torch.distributions import Normal
 
 import dit as dit_file
+from bench import count
 from dit import DiT, DiTConfig, dpm_grid, euler_grid, flow_matching_loss, guided_velocity
 from dit import randn, sample_ode, sde_step
 
@@ -219,6 +220,15 @@ def test_tokens_are_never_copied_around_the_depthwise_convolution():
                                                    for a in (args[0], out)]))
     ff(torch.randn(2, 24, TINY.width, generator=rng()), (6, 4))
     assert pointers == [[True, True]]
+
+
+def test_sampling_keeps_two_wide_tensors_of_the_feed_forward_at_most():
+    ff, x = build().transformer_blocks[0].ff, torch.randn(2, 24, TINY.width, generator=rng())
+    wide = 4 * 2 * 24 * ff.conv_depth.out_channels
+    with torch.no_grad():
+        assert count(lambda: ff(x, (6, 4)), torch.device("cpu")).memory < 2.1 * wide
+        sampled = ff(x, (6, 4))
+    assert torch.equal(ff(x, (6, 4)), sampled)
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing():
