@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from common import (adamw, cosine_lr, ema_update, environment, generator, precision, read_safetensors,
                     save_safetensors, write_json)
 from dit import DiT, guided_velocity, randn, shift_time
-from model import PRESETS, QUESTION, ParaUni, VLMConfig, build_vlm
+from model import PRESETS, PROMPT, QUESTION, ParaUni, VLMConfig, build_vlm
 from nano import world
 from rewards import AestheticHead, build_clip, preprocess, save_aesthetic_head, save_reward, text_encoder
 from vae import DCAE
@@ -322,23 +323,31 @@ def side_question(rng: np.random.Generator, first: str, second: str, true: str) 
     return f"is the {first} {asked} the {second}?", "yes" if asked == true else "no"
 
 
-def facts(rng: np.random.Generator, kinds: int = 3) -> list[tuple[str, str]]:
-    """A line of the first `kinds` of three kinds: a sentence about two to six things, and what follows from
+def facts(rng: np.random.Generator, kinds: tuple[int, ...] = (0, 1, 2)) -> list[tuple[str, str]]:
+    """A line of one of some kinds, 0, 1 and 2: a sentence about two to six things, and what follows from
     it, as (given, answer) in turn. A line asks as much as many dialogues: this is where the language model
     learns what belongs to what.
 
     "a red heart, a blue star. the star is blue. the red shape is heart."
     "a red heart, a blue star. is there a red star? no. is there a blue star? yes."
     "a red heart above a blue star. below is star. above is heart. is the star left of the heart? no."
+
+    Half of the third kind have their sentence, a training prompt, in the frame of a prompt: what stands
+    where is only then to be read off where the queries will be.
     """
-    kind, colors, count = rng.integers(kinds), list(world.COLORS), int(rng.integers(2, 7))
+    kind, colors, count = kinds[rng.integers(len(kinds))], list(world.COLORS), int(rng.integers(2, 7))
     looks = [(world.SHAPES[s], colors[c]) for s, c in zip(rng.permutation(len(world.SHAPES))[:count],
                                                           rng.permutation(len(colors)))]
     if kind == 2:
         (a, _), (b, _) = looks[:2]
         relation, colored = str(rng.choice(list(world.RELATIONS))), rng.random() < 0.5
-        first, second = (world.noun(shape, color if colored else None) for shape, color in looks[:2])
-        parts, there = [(f"{first} {relation} {second}.", "")], {relation: a, world.OPPOSITE[relation]: b}
+        include = tuple((shape, color if colored else None, 1) for shape, color in looks[:2])
+        prompt = world.say("position", include, relation)
+        if world.is_test(prompt):
+            return facts(rng, kinds)
+        wording, there = str(rng.choice(world.WORDINGS)), {relation: a, world.OPPOSITE[relation]: b}
+        parts = [(PROMPT.format(image="", caption=wording + prompt.text) if rng.random() < 0.5
+                  else f"{prompt.text}.", "")]
         for side in rng.permutation(list(there)):
             parts += [(f"{side.split()[0]} is", there[str(side)]), (".", "")]
         return parts + [side_question(rng, a, b, relation) for _ in range(4)]
@@ -354,7 +363,8 @@ def facts(rng: np.random.Generator, kinds: int = 3) -> list[tuple[str, str]]:
     return parts
 
 
-def encode_facts(model: ParaUni, rng: np.random.Generator, kinds: int = 3) -> tuple[list, list, bool]:
+def encode_facts(model: ParaUni, rng: np.random.Generator,
+                 kinds: tuple[int, ...] = (0, 1, 2)) -> tuple[list, list, bool]:
     """A line of facts in the form of `encode_dialogue`."""
     ids, labels = [], []
     for given, said in facts(rng, kinds):
@@ -405,18 +415,26 @@ def sines(side: int, width: int) -> Tensor:
     return torch.cat([axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)], 2).flatten(0, 1)
 
 
-def train_vlm(steps: int, batch: int = 64, lr: float = 6e-3) -> None:
+def train_vlm(steps: int, batch: int = 64, lr: float = 6e-3, go_on: bool = False) -> None:
     """Three lessons: the vision tower learns to see (a sixth of the steps) and is left alone from then on,
     the language model to read (a sixth), then the two to answer together.
 
-    Lines of facts are of the first kind while it learns to read: with all three kinds from the start, a run
-    of 4,000 steps named only 0.62 of the colours asked for."""
+    Lines of facts are of kind 0 while it learns to read: with all three kinds from the start, a run of 4,000
+    steps named only 0.62 of the colours asked for. Later three of five are about sides: what is left of what
+    took longest. `go_on` gives more of the last lesson alone, three lines a dialogue, to the weights that are
+    there."""
     clock = Clock("vlm", steps, batch=batch, lr=lr)
+    if go_on:
+        clock.numbers |= {"command": f"python nano/pretrain.py --more {steps}",
+                          "went_on_from": json.loads((WEIGHTS / "vlm" / "training.json").read_text())}
     tokenizer = build_tokenizer()
     assert len(tokenizer) <= NANO.vlm.vocab_size, (
         f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings")
-    model = ParaUni(NANO, build_vlm(NANO.vlm), tokenizer)
-    init_vlm(model.vlm, generator(SEED, "vlm"))
+    if go_on:
+        model = ParaUni.from_parts(NANO, WEIGHTS)
+    else:
+        model = ParaUni(NANO, build_vlm(NANO.vlm), tokenizer)
+        init_vlm(model.vlm, generator(SEED, "vlm"))
     vlm = model.to(DEVICE).vlm.requires_grad_(True)
     vlm.set_attn_implementation("eager")                         # for the bf16 gradient, as in `precision`
     scenes = pool("vlm", 40000, 0.4)
@@ -425,11 +443,12 @@ def train_vlm(steps: int, batch: int = 64, lr: float = 6e-3) -> None:
     images, seeing = render_all(scenes), Seeing(NANO.vlm.vision_width, scenes)
     taught, done = nn.ModuleList([vlm, seeing]).to(DEVICE), 0
     sixth = max(1, steps // 6)
-    lessons = {
+    answer = partial(draw_rows, model, scenes=scenes, of=everything, batch=batch, reading=0.4,
+                     kinds=(0, 1, 2, 2, 2))
+    lessons = {"answer": (steps, partial(answer, lines=3 * batch))} if go_on else {
         "see": (sixth, lambda rng: (rng.integers(len(scenes), size=3 * batch), [])),
-        "read": (sixth, lambda rng: draw_rows(model, rng, scenes, told, batch, 1.0, kinds=1, lines=batch)),
-        "answer": (max(1, steps - 2 * sixth),
-                   lambda rng: draw_rows(model, rng, scenes, everything, batch, 0.4, lines=batch // 2))}
+        "read": (sixth, lambda rng: draw_rows(model, rng, scenes, told, batch, 1.0, lines=batch, kinds=(0,))),
+        "answer": (max(1, steps - 2 * sixth), partial(answer, lines=batch // 2))}
     for lesson, (count, draw) in lessons.items():
         vlm.model.vision_tower.requires_grad_(lesson == "see")
         descent = Descent(taught, count, lr)
@@ -453,7 +472,7 @@ def train_vlm(steps: int, batch: int = 64, lr: float = 6e-3) -> None:
 
 
 def draw_rows(model: ParaUni, rng: np.random.Generator, scenes: list[world.Scene], of: np.ndarray, batch: int,
-              reading: float, lines: int, kinds: int = 3) -> tuple[np.ndarray, list]:
+              reading: float, lines: int, kinds: tuple[int, ...]) -> tuple[np.ndarray, list]:
     """The numbers of some scenes out of `of`, and encoded a dialogue about each, then some lines of facts."""
     chosen = rng.choice(of, batch)
     rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 6, reading)) for j in chosen]
@@ -942,11 +961,15 @@ def main() -> None:
                         help=f"what to train, of {', '.join(PARTS)} (default: everything)")
     parser.add_argument("--scale", type=float, default=1.0,
                         help="multiplies every number of steps; for a quick look")
+    parser.add_argument("--more", type=int, metavar="STEPS",
+                        help="instead: this many more steps of the last lesson for the vlm that is there")
     parser.add_argument("--ship", type=Path, metavar="RUN_DIR",
                         help="instead: put a stage I or II run's weights among the shipped ones")
     args = parser.parse_args()
     if args.ship:
         return ship(args.ship)
+    if args.more:
+        return train_vlm(args.more, batch=20, lr=3e-3, go_on=True)
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"expected parts of {', '.join(PARTS)}, got {unknown[0]!r}")
     for part in args.parts or PARTS:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from common import cosine_lr, generator
-from model import PRESETS, ParaUni, build_vlm
+from model import PRESETS, PROMPT, ParaUni, build_vlm
 from nano import pretrain, world
 from rewards import build_reward
 
 TOKENIZER = pretrain.build_tokenizer()
+FRAME = "(.+)".join(map(re.escape, PROMPT.format(image="", caption="|CAPTION|").split("|CAPTION|")))
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +109,15 @@ def told(sentence: str) -> tuple[set[tuple[str, str]], str | None, list[str]]:
 
 def test_facts_are_true() -> None:
     """A second reading of what each line says: every answer follows from the line's sentence, and yes comes
-    as often as no."""
-    rng, kinds, yes = np.random.default_rng(0), set(), []
+    as often as no. Sentences about sides are training prompts, half of them in a prompt's frame."""
+    rng, kinds, yes, framed = np.random.default_rng(0), set(), [], []
     for _ in range(600):
         (sentence, nothing), *parts = pretrain.facts(rng)
         looks, relation, shapes = told(sentence)
+        if relation:
+            framed.append(sentence.startswith("<|im_start|>"))
+            said = re.fullmatch(FRAME if framed[-1] else r"(.+)\.", sentence)[1]
+            assert not world.is_test(world.parse_prompt(said))
         assert nothing == "" and len(looks) in (0, len(shapes)) and 2 <= len(shapes) <= 6
         for given, said in parts:
             if match := re.fullmatch(r"is the (\w+) ([a-z ]+) the (\w+)\?", given):
@@ -138,6 +143,7 @@ def test_facts_are_true() -> None:
             else:
                 assert (given, said) == (".", "")
     assert kinds == {"side", "place", "there", "color", "shape"} and abs(np.mean(yes) - 0.5) < 0.03
+    assert 0.4 < np.mean(framed) < 0.6
 
 
 def test_side_questions_are_true() -> None:
