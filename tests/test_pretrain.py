@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import cosine_lr, generator
@@ -286,6 +287,16 @@ def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, monkeypatch
     for name in ("clip", "pickscore", "aesthetic"):
         reward = build_reward(name, "cpu", weights=tmp_path)
         assert reward(picture, ["a red heart"]).isfinite().all()
+
+
+    before = load_file(tmp_path / "vlm" / "model.safetensors")
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--more", "2"])
+    pretrain.main()
+    record = json.loads((tmp_path / "vlm" / "training.json").read_text())
+    after = load_file(tmp_path / "vlm" / "model.safetensors")
+    assert record["command"] == "python nano/pretrain.py --more 2" and record["went_on_from"]["steps"] == 6
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"language_model", "multi_modal_projector"}, "what it learnt to see is left alone"
 
 
 def test_draws_depend_on_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
