@@ -134,8 +134,8 @@ PAPER = {1: {"steps": 100_000, "warmup": 1000, "micro_batch": 32},
              "micro_batch": 8}}                                     # Table 1: 9
 NANO = {1: {"steps": 3000, "warmup": 50, "batch_size": 64, "micro_batch": 64,
             "lr": 2e-3, "times": "noisy", "ema_decay": 0.998},
-        2: {"steps": 1500, "warmup": 100, "batch_size": 64, "micro_batch": 64,
-            "lr": 2e-4, "times": "noisy", "ema_decay": 0.998},
+        2: {"steps": 2000, "warmup": 100, "batch_size": 64, "micro_batch": 64,
+            "lr": 5e-4, "times": "noisy", "ema_decay": 0.998},
         3: {"steps": 24, "warmup": 2, "lr": 1e-4, "micro_batch": 32, "num_groups": 4, "group_size": 8,
             "num_steps": 6, "clip_range": 2e-3, "ema_decay": 0.7, "save_every": 8}}
 # What a run that goes on may be given anew: none of it changes a single weight
