@@ -137,7 +137,7 @@ NANO = {1: {"steps": 3000, "warmup": 50, "batch_size": 64, "micro_batch": 64,
         2: {"steps": 2000, "warmup": 100, "batch_size": 64, "micro_batch": 64,
             "lr": 5e-4, "times": "noisy", "ema_decay": 0.998},
         3: {"steps": 24, "warmup": 2, "lr": 1e-4, "micro_batch": 32, "num_groups": 4, "group_size": 8,
-            "num_steps": 6, "clip_range": 2e-3, "ema_decay": 0.7, "save_every": 8}}
+            "num_steps": 6, "clip_range": 2e-3, "kl_coef": 0.1, "ema_decay": 0.7, "save_every": 8}}
 # What a run that goes on may be given anew: none of it changes a single weight
 MAY_CHANGE = ("run_dir", "resume", "workers", "max_bad", "max_skipped", "save_every", "keep")
 RECIPES = {"nano": NANO, **{f"{kind}{size}": PAPER for kind in ("", "openuni-")
