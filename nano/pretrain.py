@@ -954,7 +954,7 @@ PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 5000), "dit": (train_dit, 6
          "clip": (train_clip, 4500), "pick": (train_pick, 800), "aes": (train_aes, 2000)}
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("parts", nargs="*", metavar="PART",
@@ -965,6 +965,11 @@ def main() -> None:
                         help="instead: this many more steps of the last lesson for the vlm that is there")
     parser.add_argument("--ship", type=Path, metavar="RUN_DIR",
                         help="instead: put a stage I or II run's weights among the shipped ones")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
     args = parser.parse_args()
     if args.ship:
         return ship(args.ship)

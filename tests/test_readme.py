@@ -22,7 +22,7 @@ from bench import BenchConfig
 from common import Dist
 from helpers import tiny_model
 from model import PRESETS
-from nano import world
+from nano import pretrain, world
 from plan import PlanConfig
 from sample import SampleConfig
 
@@ -85,7 +85,7 @@ def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch,
         assert (started.training_script, started.training_script_args) == (script, argv)
     module = import_module(script.removesuffix(".py").replace("/", "."))
     if script == "nano/pretrain.py":
-        assert set(argv) <= module.PARTS.keys()
+        assert set(module.arguments().parse_args(argv).parts) <= module.PARTS.keys()
         return
     inner: Callable = module.parse_config
 
@@ -109,6 +109,7 @@ def test_flags_in_the_prose_exist(pytestconfig: pytest.Config) -> None:
     """Flags of the scripts, and those that torchrun and pytest have themselves."""
     of_evaluate = [getattr(import_module(module), name) for module, name, _ in evaluate.COMMANDS.values()]
     known = {"--help"} | set(launcher()._option_string_actions)
+    known |= set(pretrain.arguments()._option_string_actions)
     known |= {flag for group in pytestconfig._parser._groups for option in group.options
               for flag in option.names()}
     for config in (train.TrainConfig, SampleConfig, data.EncodeConfig, PlanConfig, BenchConfig, *of_evaluate):
