@@ -142,7 +142,7 @@ def test_defaults_then_recipe_then_flags() -> None:
     cfg = parse(["--stage", "3", "--group-size", "4", "--rewards", "clip,aesthetic", "--no-ldam",
                  "--clip-range", "0.5"])
     assert (cfg.group_size, cfg.rewards, cfg.ldam, cfg.clip_range) == (4, ("clip", "aesthetic"), False, 0.5)
-    assert cfg.num_groups == train.NANO[3]["num_groups"] and cfg.kl_coef == TrainConfig().kl_coef
+    assert cfg.num_groups == train.NANO[3]["num_groups"] and cfg.noise_level == TrainConfig().noise_level
     assert parse(["--stage", "3", "--stage", "1"]).steps == train.NANO[1]["steps"]
 
 
