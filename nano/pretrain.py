@@ -11,6 +11,8 @@
 All are the classes of the full size with smaller numbers (`PRESETS["nano"]`). Each part is written under
 weights/nano/ in the layout of its published counterpart, with a training.json beside it: command, seed,
 steps, time, device and scores. On a GPU if there is one: the longest part takes 11 minutes on an H100.
+`--more STEPS` goes on with the vlm that is there. The file is long because it is six trainings in turn; they
+share what is drawn, how it descends and what is written down.
 """
 
 import argparse
@@ -292,17 +294,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
                                    eos_token=SPECIAL[2])
 
 
+def sayable(scene: world.Scene) -> tuple[list[world.Prompt], bool]:
+    """What may be said of a scene in training, and whether the last and fullest prompt is among it, which
+    answers every question."""
+    prompts = world.prompts_of(scene)
+    told = [p for p in prompts if not world.is_test(p)]
+    return told, bool(told) and told[-1] == prompts[-1]
+
+
 def dialogue(rng: np.random.Generator, scene: world.Scene, turns: int,
              reading: float) -> tuple[list[tuple[str, str]], bool]:
     """At most `turns` different questions with answers about a scene, and whether its picture is shown; else,
-    with probability `reading`, a sentence stands in for it: the fullest, which answers every question."""
+    with probability `reading`, the fullest sentence stands in for it, unless that is held out."""
     asked = world.questions(rng, scene) + world.questions(rng, scene)
     if len(scene.things) == 2 and (relation := world.relation_between(*scene.things)):
         first, second = (thing.shape for thing in scene.things)
         asked += [side_question(rng, first, second, relation) for _ in range(3)] if first != second else []
     asked = list(dict.fromkeys(asked))
-    pairs, told = [asked[k] for k in rng.permutation(len(asked))[:turns]], world.prompts_of(scene)
-    shown = not told or rng.random() >= reading
+    pairs, (told, fully) = [asked[k] for k in rng.permutation(len(asked))[:turns]], sayable(scene)
+    shown = not fully or rng.random() >= reading
     if told and rng.random() < 0.4:
         said = told[rng.integers(len(told)) if shown else -1].text
         pairs.insert(int(rng.integers(len(pairs) + 1)), ("describe the picture.", said))
@@ -427,18 +437,17 @@ def train_vlm(steps: int, batch: int = 64, lr: float = 6e-3, go_on: bool = False
     if go_on:
         clock.numbers |= {"command": f"python nano/pretrain.py --more {steps}",
                           "went_on_from": json.loads((WEIGHTS / "vlm" / "training.json").read_text())}
-    tokenizer = build_tokenizer()
-    assert len(tokenizer) <= NANO.vlm.vocab_size, (
-        f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings")
-    if go_on:
         model = ParaUni.from_parts(NANO, WEIGHTS)
     else:
+        tokenizer = build_tokenizer()
+        assert len(tokenizer) <= NANO.vlm.vocab_size, (
+            f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings")
         model = ParaUni(NANO, build_vlm(NANO.vlm), tokenizer)
         init_vlm(model.vlm, generator(SEED, "vlm"))
     vlm = model.to(DEVICE).vlm.requires_grad_(True)
     vlm.set_attn_implementation("eager")                         # for the bf16 gradient, as in `precision`
     scenes = pool("vlm", 40000, 0.4)
-    told = np.flatnonzero([len(world.prompts_of(scene)) > 0 for scene in scenes])       # a sentence fits
+    told = np.flatnonzero([sayable(scene)[1] for scene in scenes])
     everything = np.arange(len(scenes))
     images, seeing = render_all(scenes), Seeing(NANO.vlm.vision_width, scenes)
     taught, done = nn.ModuleList([vlm, seeing]).to(DEVICE), 0
@@ -961,19 +970,24 @@ def arguments() -> argparse.ArgumentParser:
                         help=f"what to train, of {', '.join(PARTS)} (default: everything)")
     parser.add_argument("--scale", type=float, default=1.0,
                         help="multiplies every number of steps; for a quick look")
-    parser.add_argument("--more", type=int, metavar="STEPS",
-                        help="instead: this many more steps of the last lesson for the vlm that is there")
-    parser.add_argument("--ship", type=Path, metavar="RUN_DIR",
-                        help="instead: put a stage I or II run's weights among the shipped ones")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--more", type=int, metavar="STEPS",
+                         help="instead: this many more steps of the last lesson for the vlm that is there")
+    instead.add_argument("--ship", type=Path, metavar="RUN_DIR",
+                         help="instead: put a stage I or II run's weights among the shipped ones")
     return parser
 
 
 def main() -> None:
     parser = arguments()
     args = parser.parse_args()
+    if args.parts and (args.ship or args.more is not None):
+        parser.error(f"expected no parts beside --more and --ship, got {args.parts[0]!r}")
     if args.ship:
         return ship(args.ship)
-    if args.more:
+    if args.more is not None:
+        if args.more < 1:
+            parser.error(f"expected --more of at least 1, got {args.more}")
         return train_vlm(args.more, batch=20, lr=3e-3, go_on=True)
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"expected parts of {', '.join(PARTS)}, got {unknown[0]!r}")

@@ -171,8 +171,9 @@ def test_labels_are_the_answers_and_their_ends(fresh: ParaUni) -> None:
 
 
 def test_dialogues_are_about_their_scene() -> None:
-    """Answers about a picture are those of the scene; a sentence in its place says as much; none twice."""
-    rng = np.random.default_rng(2)
+    """Answers about a picture are those of the scene; a sentence in its place says as much; none twice; no
+    held-out prompt is said."""
+    rng, said = np.random.default_rng(2), []
     for scene in pretrain.pool("dialogue test", 200, 0.4):
         pairs, shown = pretrain.dialogue(rng, scene, 6, 0.5)
         assert 1 <= len(pairs) <= 7
@@ -188,6 +189,9 @@ def test_dialogues_are_about_their_scene() -> None:
                 assert (answer == "yes") == (match[2] == true)
         assert len({question for question, _ in pairs[1:]}) == len(pairs) - 1
         assert shown or ". " in pairs[0][0] and world.prompts_of(scene)
+        said += [answer for question, answer in pairs if question.endswith("describe the picture.")]
+        said += [] if shown else [pairs[0][0].partition(". ")[0].removeprefix("generate an image: ")]
+    assert len(said) > 80 and not any(world.is_test(world.parse_prompt(text)) for text in said)
 
 
 def test_a_picture_belongs_to_its_own_dialogue(fresh: ParaUni) -> None:
@@ -288,7 +292,6 @@ def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, monkeypatch
         reward = build_reward(name, "cpu", weights=tmp_path)
         assert reward(picture, ["a red heart"]).isfinite().all()
 
-
     before = load_file(tmp_path / "vlm" / "model.safetensors")
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--more", "2"])
     pretrain.main()
@@ -297,6 +300,19 @@ def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, monkeypatch
     assert record["command"] == "python nano/pretrain.py --more 2" and record["went_on_from"]["steps"] == 6
     moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"language_model", "multi_modal_projector"}, "what it learnt to see is left alone"
+
+
+@pytest.mark.parametrize(("flags", "why"), [
+    ("--more 0", "--more of at least 1, got 0"), ("vlm --more 5", "no parts beside --more and --ship"),
+    ("--more 5 --ship runs/stage1", "not allowed with"), ("vml", "got 'vml'")])
+def test_bad_flags_start_nothing(flags: str, why: str, monkeypatch: pytest.MonkeyPatch,
+                                 capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *flags.split()])
+    monkeypatch.setattr(pretrain, "PARTS", dict.fromkeys(pretrain.PARTS, (pytest.fail, 1)))
+    monkeypatch.setattr(pretrain, "train_vlm", pytest.fail)
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert why in capsys.readouterr().err
 
 
 def test_draws_depend_on_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
