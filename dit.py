@@ -251,15 +251,15 @@ class MixFFN(nn.Module):
         self.recompute = M >= 1024      # narrow models have memory to spare
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        # the wide tensor (B, P, 2R) gets no name: that would keep it alive beside two others in sampling
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.gated, pointwise(self.conv_inverted, x), grid, use_reentrant=False,
                               preserve_rng_state=False)
-        return self.gated(pointwise(self.conv_inverted, x), grid)        # (B, P, 2R) inside, freed early
+        return self.gated(pointwise(self.conv_inverted, x), grid)        # (B, P, M)
 
     def gated(self, y: Tensor, grid: tuple[int, int]) -> Tensor:
-        y = F.silu(y, inplace=not torch.is_grad_enabled())               # one wide tensor less in sampling
         # read as an image in channels-last memory format, the tokens need no copy
-        y = y.unflatten(1, grid).permute(0, 3, 1, 2)                     # (B, 2R, H/p, W/p), a view
+        y = F.silu(y).unflatten(1, grid).permute(0, 3, 1, 2)             # (B, 2R, H/p, W/p), a view
         y = self.conv_depth(y).permute(0, 2, 3, 1).flatten(1, 2)         # (B, P, 2R), channels-last as was
         value, gate = y.chunk(2, dim=2)                                  # (B, P, R) each
         return pointwise(self.conv_point, value * F.silu(gate))          # (B, P, M)
