@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+DENSE = torch.contiguous_format
 CrossKV = list[tuple[Tensor, ...]]                              # see DiT.cross_kv
 Generators = torch.Generator | list[torch.Generator] | None     # see randn
 
@@ -125,12 +126,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out_i = sum_j (q_i·k_j) v_j / sum_j (q_i·k_j) = q_i (sum_j k_j^T v_j) / q_i·(sum_j k_j)
 
     The right side needs one d x d matrix per head for all tokens: O(P), where softmax pays O(P^2).
-    q, k, v and the result are (B, P, h, d) fp32.
+    q, k, v and the result are (B, h, P, d) fp32.
     """
     # a column of ones beside v: the same two products give numerator and denominator
-    kv = k.permute(0, 2, 3, 1) @ F.pad(v, (0, 1), value=1.0).transpose(1, 2)     # (B, h, d, d + 1)
-    out = q.transpose(1, 2) @ kv                                         # (B, h, P, d + 1)
-    return (out[..., :-1] / (out[..., -1:] + 1e-15)).transpose(1, 2)     # (B, P, h, d)
+    out = q @ (k.transpose(2, 3) @ F.pad(v, (0, 1), value=1.0))          # (B, h, P, d + 1)
+    return out[..., :-1] / (out[..., -1:] + 1e-15)                       # (B, h, P, d)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -212,12 +212,12 @@ class LinearAttention(Attention):
     """Self-attention of the image tokens: ReLU kernel, no softmax, no scale, and no positions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q = F.relu(self.heads(self.norm_q(self.to_q(x))))                # (B, P, h, d)
-        k = F.relu(self.heads(self.norm_k(self.to_k(x))))                # (B, P, h, d)
-        v = self.heads(self.to_v(x))                                     # (B, P, h, d)
+        q, k, v = F.relu(self.norm_q(self.to_q(x))), F.relu(self.norm_k(self.to_k(x))), self.to_v(x)
         with torch.autocast(x.device.type, enabled=False):  # a sum over P tokens is too long for bf16
-            out = linear_attention(q.float(), k.float(), v.float())      # (B, P, h, d) fp32
-        return self.to_out(out.to(v.dtype).flatten(2))                   # (B, P, M)
+            # one copy each makes them fp32 and head-major, as the products want them
+            out = linear_attention(*(self.heads(y).transpose(1, 2).to(torch.float32, memory_format=DENSE)
+                                     for y in (q, k, v)))                # (B, h, P, d) fp32
+        return self.to_out(out.transpose(1, 2).to(v.dtype, memory_format=DENSE).flatten(2))      # (B, P, M)
 
 
 class CrossAttention(Attention):
@@ -233,6 +233,56 @@ class CrossAttention(Attention):
         q = self.norm_q(self.to_q(x)).reshape(len(k), -1, x.shape[2])    # (B/G, G P, M)
         out = F.scaled_dot_product_attention(self.heads(q).transpose(1, 2), k, v, attn_mask=bias)
         return self.to_out(out.transpose(1, 2).reshape(x.shape))         # (B, P, M)
+
+
+def as_image(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, P, R) read as an image (B, R, H/p, W/p) in channels-last memory format: a view."""
+    return x.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)                           # (B, P, R), a view
+
+
+class Gated(torch.autograd.Function):
+    """gated() with one wide tensor kept for the backward pass, y, from which it computes the others again.
+
+    By hand, and not by torch's checkpoint, whose bookkeeping holds up the processor that starts the kernels.
+    With s = silu(y), [value, gate] = conv(s), h = value silu(gate) and out = h W^T:
+
+        dh = dout W      dW = dout^T h      dvalue = dh silu(gate)      dgate = dh value silu'(gate)
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, depth: Tensor, bias: Tensor, point: Tensor, grid: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(y, depth, bias, point)
+        ctx.grid = grid
+        return gated(y, depth, bias, point, grid)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        y, depth, bias, point = ctx.saved_tensors
+        learns = ctx.needs_input_grad[1]                # false in stage 1, where the DiT is frozen
+        s = F.silu(as_image(y, ctx.grid))                                            # (B, 2R, H/p, W/p)
+        value, gate = as_tokens(F.conv2d(s, depth, bias, padding=1, groups=len(depth))).chunk(2, dim=2)
+        opened, d_h = F.silu(gate), d_out @ point                                    # (B, P, R) each
+        d_point = d_out.flatten(0, 1).T @ (value * opened).flatten(0, 1) if learns else None     # (M, R)
+        d_z = torch.empty_like(y)                                                    # (B, P, 2R)
+        d_value, d_gate = d_z.chunk(2, dim=2)                                        # views of it
+        torch.mul(d_h, opened, out=d_value)
+        torch.ops.aten.silu_backward.grad_input(d_h.mul_(value), gate, grad_input=d_gate)
+        d_s, d_depth, d_bias = torch.ops.aten.convolution_backward(
+            as_image(d_z, ctx.grid), s, depth, [len(depth)], [1, 1], [1, 1], [1, 1], False, [0, 0],
+            len(depth), [True, learns, learns])
+        d_y = torch.ops.aten.silu_backward(as_tokens(d_s), y)                        # (B, P, 2R)
+        return d_y, d_depth, d_bias, d_point, None
+
+
+def gated(y: Tensor, depth: Tensor, bias: Tensor, point: Tensor, grid: tuple[int, int]) -> Tensor:
+    y = F.silu(as_image(y, grid))                                                    # (B, 2R, H/p, W/p)
+    y = as_tokens(F.conv2d(y, depth, bias, padding=1, groups=len(depth)))            # (B, P, 2R)
+    value, gate = y.chunk(2, dim=2)                                                  # (B, P, R) each
+    return F.linear(value * F.silu(gate), point)                                     # (B, P, M)
 
 
 class MixFFN(nn.Module):
@@ -251,18 +301,13 @@ class MixFFN(nn.Module):
         self.recompute = M >= 1024      # narrow models have memory to spare
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        # the wide tensor (B, P, 2R) gets no name: that would keep it alive beside two others in sampling
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.gated, pointwise(self.conv_inverted, x), grid, use_reentrant=False,
-                              preserve_rng_state=False)
-        return self.gated(pointwise(self.conv_inverted, x), grid)        # (B, P, M)
-
-    def gated(self, y: Tensor, grid: tuple[int, int]) -> Tensor:
-        # read as an image in channels-last memory format, the tokens need no copy
-        y = F.silu(y).unflatten(1, grid).permute(0, 3, 1, 2)             # (B, 2R, H/p, W/p), a view
-        y = self.conv_depth(y).permute(0, 2, 3, 1).flatten(1, 2)         # (B, P, 2R), channels-last as was
-        value, gate = y.chunk(2, dim=2)                                  # (B, P, R) each
-        return pointwise(self.conv_point, value * F.silu(gate))          # (B, P, M)
+        depth, bias, point = self.conv_depth.weight, self.conv_depth.bias, self.conv_point.weight.flatten(1)
+        # compiled, what is kept and what is computed again is the compiler's choice
+        if self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = pointwise(self.conv_inverted, x)                                     # (B, P, 2R)
+            return Gated.apply(y, depth.to(y.dtype), bias.to(y.dtype), point.to(y.dtype), grid)
+        # the wide tensor gets no name: that would keep it alive beside two others in sampling
+        return gated(pointwise(self.conv_inverted, x), depth, bias, point, grid)     # (B, P, M)
 
 
 class Block(nn.Module):

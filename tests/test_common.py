@@ -218,12 +218,13 @@ def test_generator_leaves_the_global_state_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_modules_compile_without_the_fusion_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_compile_one_by_one_without_the_fusion_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
     monkeypatch.setattr(inductor.triton, "mix_order_reduction", True)
-    nets = nn.Linear(2, 2), nn.Linear(2, 2)
-    common.compile_modules(*nets)
-    assert all(net._compiled_call_impl is not None for net in nets)
+    net = nn.Sequential(nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
+    common.compile_blocks(net)
+    assert all(block._compiled_call_impl is not None for block in net[1])
+    assert net._compiled_call_impl is net[0]._compiled_call_impl is None
     assert inductor.triton.mix_order_reduction is False
 
 

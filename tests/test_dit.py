@@ -173,10 +173,10 @@ def test_autocast_leaves_linear_attention_in_fp32(monkeypatch):
 
 
 def test_linear_attention_is_the_quadratic_sum():
-    q, k, v = (torch.rand(2, 9, 3, 4, generator=rng(i)) for i in range(3))
-    weights = torch.einsum("bihd,bjhd->bhij", q, k)
+    q, k, v = (torch.rand(2, 3, 9, 4, generator=rng(i)) for i in range(3))
+    weights = torch.einsum("bhid,bhjd->bhij", q, k)
     weights = weights / weights.sum(-1, keepdim=True)
-    assert error(dit_file.linear_attention(q, k, v), torch.einsum("bhij,bjhd->bihd", weights, v)) < 1e-6
+    assert error(dit_file.linear_attention(q, k, v), torch.einsum("bhij,bhjd->bhid", weights, v)) < 1e-6
     assert dit_file.linear_attention(torch.zeros_like(q), k, v).abs().max() == 0
 
 
@@ -213,13 +213,18 @@ def test_one_condition_serves_a_group_of_images():
         assert error(dit(x, t, c, m), dit(x, t, c.repeat_interleave(3, 0), repeated)) < 1e-5
 
 
-def test_tokens_are_never_copied_around_the_depthwise_convolution():
-    ff, pointers = build().transformer_blocks[0].ff, []
-    ff.conv_depth.register_forward_hook(
-        lambda module, args, out: pointers.append([a.is_contiguous(memory_format=torch.channels_last)
-                                                   for a in (args[0], out)]))
-    ff(torch.randn(2, 24, TINY.width, generator=rng()), (6, 4))
-    assert pointers == [[True, True]]
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tokens_are_never_copied_around_the_depthwise_convolution(recompute, monkeypatch):
+    ff, dense, conv2d = build().transformer_blocks[0].ff, [], F.conv2d
+
+    def spy(x, *args, **more):
+        out = conv2d(x, *args, **more)
+        dense.extend(image.is_contiguous(memory_format=torch.channels_last) for image in (x, out))
+        return out
+    monkeypatch.setattr(F, "conv2d", spy)
+    ff.recompute = recompute
+    ff(torch.randn(2, 24, TINY.width, generator=rng()), (6, 4)).sum().backward()
+    assert dense == [True] * (4 if recompute else 2)
 
 
 def test_sampling_keeps_two_wide_tensors_of_the_feed_forward_at_most():
@@ -246,21 +251,40 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_feed_forward_recomputes_its_wide_tensors_and_changes_nothing(checkpointing):
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_feed_forward_recomputes_its_wide_tensors_and_changes_nothing(dtype, frozen, checkpointing,
+                                                                          monkeypatch):
     x, t, c = inputs()
-    grads, calls = [], []
+    results, calls, conv2d = [], [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **more: calls.append(recompute) or conv2d(*args, **more))
     for recompute in (False, True):
-        dit = build()
+        dit = build().requires_grad_(not frozen)
         dit.gradient_checkpointing = checkpointing
-        ff = dit.transformer_blocks[0].ff
-        ff.recompute = recompute
-        ff.conv_depth.register_forward_pre_hook(lambda *_, r=recompute: calls.append(r))
-        dit(x, t, c).square().mean().backward()
-        grads.append([p.grad for p in dit.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    assert calls.count(False) == 1 + checkpointing and calls.count(True) == 2 + checkpointing
+        for block in dit.transformer_blocks:
+            block.ff.recompute = recompute
+        leaf = c.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            v = dit(x, t, leaf)
+        v.square().mean().backward()
+        results.append([v, leaf.grad, *(p.grad for p in dit.parameters() if not frozen)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and leaf.grad.abs().max() > 0
+    assert [calls.count(r) for r in (False, True)] == [n * TINY.num_layers for n in
+                                                       (1 + checkpointing, 2 + checkpointing)]
     with torch.device("meta"):
         assert DiT(dataclasses.replace(DiTConfig(), num_layers=1)).transformer_blocks[0].ff.recompute
+
+
+def test_the_feed_forward_keeps_one_wide_tensor_for_its_gradient():
+    ff, x, saved = build().transformer_blocks[0].ff, torch.randn(2, 24, TINY.width, generator=rng()), []
+    wide, kept = 4 * 2 * 24 * ff.conv_depth.out_channels, []
+    keep = lambda y: saved.append(y.untyped_storage()) or y                      # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+        for ff.recompute in (False, True):
+            saved.clear()
+            ff(x, (6, 4))
+            kept.append(len({storage.data_ptr() for storage in saved if storage.nbytes() >= wide}))
+    assert kept == [3, 1]
 
 
 def test_compiles_without_a_graph_break():

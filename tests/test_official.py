@@ -816,7 +816,7 @@ def stage_3(preset: str, folder: Path, dtype: str) -> tuple[dict, float]:
     argv = ["--stage", "3", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
     answer = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-2000:]
-    return read_metrics(folder / "run" / "metrics.jsonl")[0], float(answer.stdout.rpartition("RESULT")[2])
+    return read_metrics(folder / "run" / "metrics.jsonl")[-1], float(answer.stdout.rpartition("RESULT")[2])
 
 
 def test_full_b_512_reinforces_on_a_cpu(full: None, tmp_path: Path) -> None:
