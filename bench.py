@@ -40,7 +40,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from common import ROOT, compile_blocks, knob, parse_config, run_main
+from common import ROOT, compile_blocks, compile_modules, knob, parse_config, run_main
 from train import RECIPES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class BenchConfig:
     guidance_scale: float = knob(4.5, "classifier-free guidance; 1 turns it off")
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU; weights where nothing is trained, else "
                               "matrix products", choices=("auto", "fp32", "bf16"))
-    compile: bool = knob(False, "torch.compile the DiT, on both sides")
+    compile: bool = knob(False, "torch.compile, on both sides: the whole DiT, or in stages its blocks")
     gradient_checkpointing: bool = knob(False, "compute activations of LIM and DiT again in backward")
     layer_chunk: int = knob(0, "VLM layers that LIM takes at a time; 0: all")
     rounds: int = knob(5, "runs that count, of each side")
@@ -299,7 +299,7 @@ def dit_work(cfg: BenchConfig) -> Work:
         theirs, velocity = diffusers_velocity(dit)
         velocities["diffusers"] = theirs, lambda kv: velocity(x, t, c)
     if cfg.compile:
-        compile_blocks(*(module for module, _ in velocities.values()))
+        compile_modules(*(module for module, _ in velocities.values()))
     with torch.no_grad():
         kv = dit.cross_kv(c)
 
@@ -373,7 +373,7 @@ def sample_work(cfg: BenchConfig) -> Work:
     with torch.no_grad():
         given = model.condition(prompts), model.condition([None])                       # (B, N, E), (1, N, E)
     if cfg.compile:
-        compile_blocks(model.dit)
+        compile_modules(model.dit)
 
     def ours(clock: Clock) -> None:
         with torch.no_grad():
@@ -389,7 +389,7 @@ def sample_work(cfg: BenchConfig) -> Work:
     from naive import diffusers_velocity
     theirs = diffusers_velocity(model.dit)[0]
     if cfg.compile:
-        compile_blocks(theirs)
+        compile_modules(theirs)
     solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
                                          flow_shift=3.0)
     pipe = SanaPipeline(None, None, diffusers_vae(model.vae), theirs, solver)
@@ -445,7 +445,7 @@ def supervised_work(cfg: BenchConfig) -> Work:
     if cfg.vs:
         theirs, velocity = diffusers_velocity(model.dit)
         if cfg.compile:
-            compile_blocks(theirs)
+            compile_modules(*theirs.transformer_blocks)
 
         def naive(clock: Clock) -> None:
             theirs.zero_grad(set_to_none=True)
@@ -454,7 +454,7 @@ def supervised_work(cfg: BenchConfig) -> Work:
             update(clock, loss)
         sides["naive"] = naive
     if cfg.compile:
-        compile_blocks(model.dit)
+        compile_blocks(model)
     return Work(sides, B)
 
 

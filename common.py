@@ -741,22 +741,24 @@ def load_optimizer(opt: torch.optim.Optimizer, state: dict) -> None:
     opt.load_state_dict({**state, "state": entries})
 
 
-def compile_blocks(*modules: nn.Module) -> None:
-    """torch.compile, in place, the blocks of each module's first list, one by one: equal blocks share what
-    the first of them compiled, so depth costs no compile time. Without one fusion of Inductor's on GPUs, of
-    sums over rows with sums over columns: for the gradient of the DiT at a width of 2,240 it failed an
-    assertion (torch 2.11, H100)."""
+def compile_modules(*modules: nn.Module) -> None:
+    """torch.compile, in place. Without one fusion of Inductor's on GPUs, of sums over rows with sums over
+    columns: for the gradient of the DiT at a width of 2,240 it failed an assertion (torch 2.11, H100)."""
     import torch._dynamo
     import torch._inductor.config as inductor
-    from torch import nn
 
     inductor.triton.mix_order_reduction = False
     # trap: all compiled modules share one count of what was compiled, and beyond 8 torch falls back to eager;
     # stage 3 needs more, for LIM and DiT, with and without gradient, pictures of training and held-out ones
     torch._dynamo.config.recompile_limit = 64
     for module in modules:
-        for block in next(part for part in module.modules() if isinstance(part, nn.ModuleList)):
-            block.compile()
+        module.compile()
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile LIM and DiT of a ParaUni block by block: equal blocks share what the first of them compiled, so
+    that depth costs no compile time."""
+    compile_modules(*model.lim.connector.layers, *model.dit.transformer_blocks)
 
 
 @contextmanager

@@ -402,7 +402,7 @@ def start(cfg: "TrainConfig", model: ParaUni, dist: Dist) -> Run:
         if cfg.fsdp:
             shard(each, dist)
         if cfg.compile:
-            compile_blocks(each.lim, each.dit)
+            compile_blocks(each)
     heldout = (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else nano_prompts(test=True))[:cfg.num_eval]
     source = (FilePrompts(read_prompts(cfg.prompts), cfg.num_groups, cfg.seed) if cfg.prompts
               else NanoPrompts(cfg.seed))

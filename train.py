@@ -328,7 +328,7 @@ def prepare(cfg: TrainConfig, model, dist) -> dict:
     if cfg.fsdp:
         shard(model, dist)
     if cfg.compile:
-        compile_blocks(model.lim, model.dit)
+        compile_blocks(model)
     return model.trainable(cfg.stage)
 
 

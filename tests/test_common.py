@@ -25,6 +25,7 @@ from common import (
     prepare_run_dir, read_metrics, read_safetensors, run_main, save_checkpoint, save_image, save_png,
     save_safetensors, setup_dist,
 )
+from helpers import tiny_model
 
 ROOT = Path(common.__file__).parent
 
@@ -221,10 +222,10 @@ def test_generator_leaves_the_global_state_alone() -> None:
 def test_blocks_compile_one_by_one_without_the_fusion_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
     monkeypatch.setattr(inductor.triton, "mix_order_reduction", True)
-    net = nn.Sequential(nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
-    common.compile_blocks(net)
-    assert all(block._compiled_call_impl is not None for block in net[1])
-    assert net._compiled_call_impl is net[0]._compiled_call_impl is None
+    model = tiny_model()
+    common.compile_blocks(model)
+    blocks = [*model.lim.connector.layers, *model.dit.transformer_blocks]
+    assert blocks == [part for part in model.modules() if part._compiled_call_impl is not None]
     assert inductor.triton.mix_order_reduction is False
 
 
