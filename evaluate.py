@@ -441,9 +441,8 @@ def keep_images(cfg: ReconstructConfig, model: "ParaUni", dtype: str, originals:
 
 def through_autoencoder(model: "ParaUni", originals: "Tensor", batch_size: int) -> "Tensor":
     import torch
-    weight = next(model.vae.parameters())
     with torch.no_grad():
-        return torch.cat([model.decode(model.vae.encode(part.to(weight.device, weight.dtype) * 2 - 1)).cpu()
+        return torch.cat([model.decode(model.vae.encode(part.to(model.device) * 2 - 1)).cpu()
                           for part in originals.split(batch_size)])                     # (B, 3, H, W)
 
 

@@ -496,8 +496,7 @@ class ParaUni(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = 64) -> Tensor:
         """Latents -> pictures (B, 3, H, W) fp32 in [0, 1]."""
-        dtype = next(self.vae.parameters()).dtype
-        return (self.vae.decode(latents.to(dtype), chunk=chunk).float() / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(latents, chunk=chunk).float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def answer(self, images: Tensor, questions: list[str], max_new_tokens: int = 32) -> list[str]:

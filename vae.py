@@ -381,12 +381,17 @@ class DCAE(nn.Module):
         self.decoder = Decoder(config)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
+    @property
     def spatial_compression(self) -> int:
         return 2 ** (len(self.config.encoder_block_out_channels) - 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, in_channels, H, W) in [-1, 1] -> latents (B, Z, H/f, W/f), times scaling_factor.
 
+        Any float dtype goes in, here and in decode; that of the weights comes out.
         Raises ValueError if H or W is not divisible by f = spatial_compression.
         """
         f, channels = self.spatial_compression, self.config.in_channels
@@ -395,7 +400,7 @@ class DCAE(nn.Module):
         if images.shape[2] % f or images.shape[3] % f:
             raise ValueError(f"encode needs height and width divisible by {f}, got {images.shape[2]} x "
                              f"{images.shape[3]}; resize or crop the images")
-        z = self.encoder(images.contiguous(memory_format=torch.channels_last))    # (B, Z, H/f, W/f)
+        z = self.encoder(images.to(self.dtype, memory_format=torch.channels_last))    # (B, Z, H/f, W/f)
         return (z * self.config.scaling_factor).contiguous()
 
     def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
@@ -408,7 +413,8 @@ class DCAE(nn.Module):
             raise ValueError(f"decode expects latents (B, {Z}, H, W), got {tuple(latents.shape)}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"decode: chunk must be at least 1 image, got {chunk}")
-        z = (latents / self.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+        z = latents.to(self.dtype) / self.config.scaling_factor                   # (B, Z, H, W)
+        z = z.contiguous(memory_format=torch.channels_last)
         images = [self.decoder(part) for part in z.split(chunk or len(z))]
         return torch.cat(images).contiguous()                                     # (B, in_channels, H*f, W*f)
 

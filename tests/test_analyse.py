@@ -266,6 +266,8 @@ def test_the_heldout_loss_is_the_mean_over_pictures_whatever_the_batch() -> None
     with torch.no_grad():
         model.dit.proj_out.weight.mul_(3)
     assert analyse.heldout_loss(model, 0, count=6, batch=6) > whole
+    model.vae.bfloat16()                                # as the published and the shipped files are
+    assert analyse.heldout_loss(model, 0, count=6, batch=6) > whole
 
 
 # ----------------------------------------------------------------------------- ablate: all runs
