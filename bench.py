@@ -147,10 +147,9 @@ def count(run: Callable[[], None], device: "torch.device") -> Cost:
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import flop_registry
     aten, products, alive, now, peak, flops = torch.ops.aten, Counter(), set(), 0, 0, 0
-    fused = "_scaled_dot_product_flash_attention"
-    formulas = dict(flop_registry)
-    for end in ("", "_backward"):                   # the CPU's kernels do the same and are not registered
-        formulas[getattr(aten, f"{fused}_for_cpu{end}")] = flop_registry[getattr(aten, fused + end)]
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> int:
+        return 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
     def convolved(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> int:
         return 2 * weight[0].numel() * (x if transposed else out).numel()
@@ -174,8 +173,11 @@ def count(run: Callable[[], None], device: "torch.device") -> Cost:
                 flops += convolved(args[0], args[1], out, args[6])
             elif kind is aten.convolution_backward:     # trap: the registered formula forgets the groups
                 flops += sum(args[10][:2]) * convolved(args[1], args[2], args[0], args[7])
-            elif kind in formulas:
-                flops += formulas[kind](*args, **kwargs, out_val=out)
+            elif "scaled_dot_product" in kind.__name__:         # whatever the kernel
+                back = "backward" in kind.__name__              # five products, where forward takes two
+                flops += 5 * attended(*args[1:4]) // 2 if back else attended(*args[:3])
+            elif kind in flop_registry:
+                flops += flop_registry[kind](*args, **kwargs, out_val=out)
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     storage = tensor.untyped_storage()

@@ -264,16 +264,19 @@ class Gated(torch.autograd.Function):
         y, depth, bias, point = ctx.saved_tensors
         learns = ctx.needs_input_grad[1]                # false in stage 1, where the DiT is frozen
         s = F.silu(as_image(y, ctx.grid))                                            # (B, 2R, H/p, W/p)
-        value, gate = as_tokens(F.conv2d(s, depth, bias, padding=1, groups=len(depth))).chunk(2, dim=2)
+        z = as_tokens(F.conv2d(s, depth, bias, padding=1, groups=len(depth)))        # (B, P, 2R)
+        (value, gate), d_z = z.chunk(2, dim=2), torch.empty_like(z)                  # (B, P, R) each, views
+        d_value, d_gate = d_z.chunk(2, dim=2)
         opened, d_h = F.silu(gate), d_out @ point                                    # (B, P, R) each
-        d_point = d_out.flatten(0, 1).T @ (value * opened).flatten(0, 1) if learns else None     # (M, R)
-        d_z = torch.empty_like(y)                                                    # (B, P, 2R)
-        d_value, d_gate = d_z.chunk(2, dim=2)                                        # views of it
         torch.mul(d_h, opened, out=d_value)
         torch.ops.aten.silu_backward.grad_input(d_h.mul_(value), gate, grad_input=d_gate)
+        h = opened.mul_(value)                                                       # (B, P, R)
+        d_point = d_out.flatten(0, 1).T @ h.flatten(0, 1) if learns else None        # (M, R)
+        del z, value, gate, opened, d_h, h                                           # the widest tensors
         d_s, d_depth, d_bias = torch.ops.aten.convolution_backward(
             as_image(d_z, ctx.grid), s, depth, [len(depth)], [1, 1], [1, 1], [1, 1], False, [0, 0],
             len(depth), [True, learns, learns])
+        del d_z, s
         d_y = torch.ops.aten.silu_backward(as_tokens(d_s), y)                        # (B, P, 2R)
         return d_y, d_depth, d_bias, d_point, None
 
