@@ -487,9 +487,9 @@ def stage3_run(cfg: BenchConfig, model: "ParaUni") -> Iterator["Run"]:
 
 
 def stage3_sides(cfg: BenchConfig, run: "Run") -> dict[str, Side]:
-    """An epoch as grpo.py does it and, with --vs naive, as its peers would."""
+    """An epoch as grpo.py does it and, with --vs naive, as its peers would, with diffusers' DiT."""
     import torch
-    from common import generator
+    from common import adamw, generator
     from grpo import group_advantages, run_epoch
     import naive as peers
     model, settings = run.model, run.cfg
@@ -502,22 +502,32 @@ def stage3_sides(cfg: BenchConfig, run: "Run") -> dict[str, Side]:
         else:
             clock.mark("epoch")
 
+    if not cfg.vs:
+        return {"ours": ours}
+    (theirs, velocity), (frozen, velocity_ref) = (peers.diffusers_velocity(each.dit)
+                                                  for each in (model, run.reference))
+    params = [*theirs.parameters(), *(p for name, p in run.params.items() if not name.startswith("dit."))]
+    opt = adamw(params, settings.lr, settings.weight_decay)
+    if cfg.compile:
+        compile_modules(*theirs.transformer_blocks, *frozen.transformer_blocks)
+
     def naive(clock: Clock) -> None:
         groups = [run.source.draw(0, g) for g in range(cfg.num_groups)]                 # P
         said = [p for p in groups for _ in range(cfg.group_size)]                       # B
         rngs = [generator("picture", cfg.seed, 0, g, m)
                 for g in range(cfg.num_groups) for m in range(cfg.group_size)]
-        latents, log_probs = peers.rollout(model, said, rngs, settings)
+        latents, log_probs = peers.rollout(model, velocity, said, rngs, settings)
         clock.mark("rollout")
         scores = next(iter(run.scorers.values()))(model.decode(latents[-1]), said)      # (B,)
         advantages = group_advantages(scores.view(cfg.num_groups, -1)).flatten()        # (B,)
         clock.mark("reward")
-        run.opt.zero_grad(set_to_none=True)
-        peers.accumulate_gradient(model, run.reference, said, latents, log_probs, advantages, settings)
-        torch.nn.utils.clip_grad_norm_(run.params.values(), settings.clip_norm)
-        run.opt.step()
+        opt.zero_grad(set_to_none=True)
+        peers.accumulate_gradient(model, velocity, run.reference, velocity_ref, said, latents, log_probs,
+                                  advantages, settings)
+        torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
+        opt.step()
         clock.mark("update")
-    return {"ours": ours, "naive": naive} if cfg.vs else {"ours": ours}
+    return {"ours": ours, "naive": naive}
 
 
 # ----------------------------------------------------------------------------- reports

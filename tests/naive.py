@@ -6,7 +6,7 @@ trained: encoded for every picture, and in the update for every picture and time
 through LIM, VLM and queries each time. Formulas are written out here once more, nothing is shared with
 grpo.py. Left out: LDAM's noise, groups of more than one device.
 
-`velocity` is any f(x, t, c) -> v: our DiT, or diffusers' (diffusers_velocity).
+`velocity` is any f(x, t, c) -> v: our DiT, or diffusers' (diffusers_velocity), which is what peers have.
 
 Letters: B pictures, K steps, L VLM layers, S prompt tokens, N queries, D VLM width, E condition width,
 C H W latent.
@@ -65,13 +65,13 @@ def stage1_loss(model: ParaUni, velocity: Velocity, x0: Tensor, prompts: list[st
     return (v.float() - (noise - x0)).square().mean()
 
 
-def guided(model: ParaUni, x: Tensor, t: float, c: Tensor, c_uncond: Tensor, cfg) -> Tensor:
+def guided(velocity: Velocity, x: Tensor, t: float, c: Tensor, c_uncond: Tensor, cfg) -> Tensor:
     """Velocity with guidance, the condition of both halves given as it is: (B, C, H, W)."""
     times = torch.full((len(x),), t, device=x.device)
     with precision(x.device, cfg.dtype):
         if cfg.guidance_scale <= 1:
-            return model.dit(x, times, c).float()
-        v = model.dit(torch.cat([x, x]), torch.cat([times, times]), torch.cat([c_uncond, c])).float()
+            return velocity(x, times, c).float()
+        v = velocity(torch.cat([x, x]), torch.cat([times, times]), torch.cat([c_uncond, c])).float()
     v_uncond, v_cond = v.chunk(2)
     return v_uncond + cfg.guidance_scale * (v_cond - v_uncond)
 
@@ -90,7 +90,7 @@ def encode(model: ParaUni, prompts: list[str], cfg) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def rollout(model: ParaUni, prompts: list[str], generators: list[torch.Generator],
+def rollout(model: ParaUni, velocity: Velocity, prompts: list[str], generators: list[torch.Generator],
             cfg) -> tuple[Tensor, Tensor]:
     """Latents (K + 1, B, C, H, W) and log-probabilities (K - 1, B) of pictures, a prompt each."""
     sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
@@ -101,7 +101,7 @@ def rollout(model: ParaUni, prompts: list[str], generators: list[torch.Generator
         latents, log_probs = [randn((len(c), *model.preset.latent_shape), rngs, model.device)], []
         for k, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
             x = latents[-1]
-            v = guided(model, x, t, c, c_uncond, cfg)
+            v = guided(velocity, x, t, c, c_uncond, cfg)
             if k == cfg.num_steps - 1:
                 latents.append(x + (t_next - t) * v)
                 continue
@@ -113,8 +113,9 @@ def rollout(model: ParaUni, prompts: list[str], generators: list[torch.Generator
     return torch.cat(latents, 1), torch.cat(log_probs, 1)
 
 
-def accumulate_gradient(model: ParaUni, reference: ParaUni, prompts: list[str], latents: Tensor,
-                        log_probs: Tensor, advantages: Tensor, cfg) -> None:
+def accumulate_gradient(model: ParaUni, velocity: Velocity, reference: ParaUni, velocity_ref: Velocity,
+                        prompts: list[str], latents: Tensor, log_probs: Tensor, advantages: Tensor,
+                        cfg) -> None:
     """Add the gradient of clipped objective and KL to .grad, one picture chunk and timestep after another."""
     sigmas, steps = euler_grid(cfg.num_steps, cfg.shift)[0].tolist(), cfg.num_steps - 1
     for i in range(0, len(prompts), cfg.micro_batch):
@@ -122,9 +123,9 @@ def accumulate_gradient(model: ParaUni, reference: ParaUni, prompts: list[str], 
         for k in range(steps):
             x, x_next = latents[k, part], latents[k + 1, part]
             args = sigmas[k], sigmas[k + 1], cfg.noise_level
-            step = transition(x, guided(model, x, sigmas[k], *encode(model, said, cfg), cfg), *args)
+            step = transition(x, guided(velocity, x, sigmas[k], *encode(model, said, cfg), cfg), *args)
             with torch.no_grad():
-                v = guided(reference, x, sigmas[k], *encode(reference, said, cfg), cfg)
+                v = guided(velocity_ref, x, sigmas[k], *encode(reference, said, cfg), cfg)
                 mean_ref = transition(x, v, *args).mean
             ratio = (step.log_prob(x_next).mean((1, 2, 3)) - log_probs[k, part]).exp()  # (b,)
             bounded = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)

@@ -68,8 +68,9 @@ def test_naive_stage_1_has_the_same_loss_and_gradient(peer: str) -> None:
     assert_same_gradients(gradients(model, 1), theirs)
 
 
+@pytest.mark.parametrize("peer", ["ours", "diffusers"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_naive_stage_3_has_the_same_pictures_and_gradient(guidance: float) -> None:
+def test_naive_stage_3_has_the_same_pictures_and_gradient(guidance: float, peer: str) -> None:
     cfg, model, reference = replace(CFG, guidance_scale=guidance), learner(3), tiny_model()
     with torch.no_grad():                       # away from the reference, so that the KL has a gradient
         for p in model.trainable(3).values():
@@ -78,12 +79,17 @@ def test_naive_stage_3_has_the_same_pictures_and_gradient(guidance: float) -> No
     prefix = model.encode_prefix([*SAID, None])
     rolled = rollout(model, reference, prefix, [generator(*key) for key in keys], None, trained, cfg)
     said = [p for p in SAID for _ in range(3)]
-    latents, log_probs = naive.rollout(model, said, [generator(*key) for key in keys], cfg)
+    dit, velocity = (model.dit, model.dit) if peer == "ours" else naive.diffusers_velocity(model.dit)
+    velocity_ref = reference.dit if peer == "ours" else naive.diffusers_velocity(reference.dit)[1]
+    latents, log_probs = naive.rollout(model, velocity, said, [generator(*key) for key in keys], cfg)
     assert error(rolled.latents, latents) < 1e-5 and error(rolled.log_prob[:2], log_probs) < 1e-5
     advantages = torch.tensor([1.0, -0.5, -0.5, 0.2, 1.1, -1.3])
     accumulate_gradient(model, prefix, rolled, advantages, None, cfg, anchor=False)
     ours = gradients(model, 3)
-    naive.accumulate_gradient(model, reference, said, rolled.latents, rolled.log_prob, advantages, cfg)
+    naive.accumulate_gradient(model, velocity, reference, velocity_ref, said, rolled.latents,
+                              rolled.log_prob, advantages, cfg)
+    for name, p in model.dit.named_parameters():        # peers have a DiT of their own
+        p.grad = dict(dit.named_parameters())[name].grad
     assert_same_gradients(ours, gradients(model, 3))
 
 
@@ -99,8 +105,9 @@ def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
         accumulate_gradient(model, prefix, rolled, advantages, None, cfg, anchor=False)
 
     def peers() -> None:
-        latents, log_probs = naive.rollout(model, said, [generator(*key) for key in keys], cfg)
-        naive.accumulate_gradient(model, reference, said, latents, log_probs, advantages, cfg)
+        latents, log_probs = naive.rollout(model, model.dit, said, [generator(*key) for key in keys], cfg)
+        naive.accumulate_gradient(model, model.dit, reference, reference.dit, said, latents, log_probs,
+                                  advantages, cfg)
     few, many = count(ours, CPU), count(peers, CPU)
     assert 1.2 * few.flops < many.flops and few.memory < many.memory
 
