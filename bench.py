@@ -23,6 +23,8 @@ untimed eager run. The peak is the best of square products; the matmul bound is 
 products that a run makes, each by itself on tensors of the same shape. Memory is the allocator's peak on
 CUDA; on a CPU the peak of all live tensors in an eager run, so that it does not depend on the machine.
 
+It is long because each measurement has two sides, ours and a peer's, and none of it is needed to train.
+
 Letters: B pictures, N queries, E condition width, C h w latent, G pictures a group, P groups.
 """
 import json

@@ -19,6 +19,8 @@ keeps its place in the batch with weight 0: every good sample comes once an epoc
 shape. Filters and crop are the published ones; transparent pixels lie on white, which the published code
 leaves to chance.
 
+It is long because strangers' files are wrong in many ways, and each has its own sentence.
+
 Letters: B items of a batch, C h w latent, S side of a picture in pixels; n the number of an item, counted
 over all steps.
 """

@@ -25,6 +25,8 @@ Differs from Flow-GRPO: the last step is taken without noise, so rewards see cle
 trained, as there); the KL is that of the two Gaussians, dt included; advantages are divided by the group's
 own std.
 
+The mathematics is the first third. The rest makes a run of it: phases, resuming, log, pictures.
+
 Letters: P prompts (groups), G members of a group, B = P G pictures, K steps, N queries, E condition width,
 C H W latent.
 """
