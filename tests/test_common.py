@@ -174,9 +174,20 @@ def test_run_main_passes_argv_on() -> None:
     assert seen == [["--x"], "called"]
 
 
-@pytest.mark.parametrize("bug", [lambda: int("x"), lambda: json.loads("{"), lambda: {}["key"], lambda: 1 / 0])
+def test_run_main_names_the_flags_where_memory_is_full(capsys: pytest.CaptureFixture) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0 has 79 GiB. More")
+    with pytest.raises(SystemExit) as stop:
+        run_main(full)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1 and "36.00 MiB" in said and "More" not in said
+    assert "--micro-batch" in said and "--gradient-checkpointing" in said
+
+
+@pytest.mark.parametrize("bug", [lambda: int("x"), lambda: json.loads("{"), lambda: {}["key"], lambda: 1 / 0,
+                                 lambda: torch.zeros(2) @ torch.zeros(3)])
 def test_run_main_leaves_bugs_alone(bug: Callable) -> None:
-    with pytest.raises((ValueError, KeyError, ZeroDivisionError)):
+    with pytest.raises((ValueError, KeyError, ZeroDivisionError, RuntimeError)):
         run_main(bug)
 
 
