@@ -137,8 +137,8 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
         if type(error).__name__ != "OutOfMemoryError":      # torch's, known without importing it
             raise
         print("error: the GPU's memory is full: lower --micro-batch (the gradient stays the same) or add "
-              "--gradient-checkpointing to train.py, lower --batch-size elsewhere; `python plan.py` says what "
-              f"fits. torch: {'. '.join(str(error).split('. ')[:3])}", file=sys.stderr)
+              "--gradient-checkpointing to train.py, lower --batch-size elsewhere; `python plan.py` says "
+              f"what fits. torch: {'. '.join(str(error).split('. ')[:3])}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -176,7 +176,7 @@ def test_run_main_passes_argv_on() -> None:
 
 def test_run_main_names_the_flags_where_memory_is_full(capsys: pytest.CaptureFixture) -> None:
     def full() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0 has 79 GiB. More")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0 has 79 GB. More")
     with pytest.raises(SystemExit) as stop:
         run_main(full)
     said = capsys.readouterr().err
