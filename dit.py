@@ -260,6 +260,7 @@ class Gated(torch.autograd.Function):
         return gated(y, depth, bias, point, grid)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         y, depth, bias, point = ctx.saved_tensors
         learns = ctx.needs_input_grad[1]                # false in stage 1, where the DiT is frozen
@@ -272,7 +273,7 @@ class Gated(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(d_h.mul_(value), gate, grad_input=d_gate)
         h = opened.mul_(value)                                                       # (B, P, R)
         d_point = d_out.flatten(0, 1).T @ h.flatten(0, 1) if learns else None        # (M, R)
-        del z, value, gate, opened, d_h, h                                           # the widest tensors
+        del z, value, gate, opened, d_h, h              # before the convolution's gradient needs as much
         d_s, d_depth, d_bias = torch.ops.aten.convolution_backward(
             as_image(d_z, ctx.grid), s, depth, [len(depth)], [1, 1], [1, 1], [1, 1], False, [0, 0],
             len(depth), [True, learns, learns])
