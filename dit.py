@@ -212,12 +212,14 @@ class LinearAttention(Attention):
     """Self-attention of the image tokens: ReLU kernel, no softmax, no scale, and no positions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = F.relu(self.norm_q(self.to_q(x))), F.relu(self.norm_k(self.to_k(x))), self.to_v(x)
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)         # (B, P, M) each
+        dtype = v.dtype
+        # one copy each makes them fp32 and head-major, as the products want them; only then relu, whose
+        # result is the same tensor that the products keep for the gradient
+        q, k, v = (self.heads(y).transpose(1, 2).to(torch.float32, memory_format=DENSE) for y in (q, k, v))
         with torch.autocast(x.device.type, enabled=False):  # a sum over P tokens is too long for bf16
-            # one copy each makes them fp32 and head-major, as the products want them
-            out = linear_attention(*(self.heads(y).transpose(1, 2).to(torch.float32, memory_format=DENSE)
-                                     for y in (q, k, v)))                # (B, h, P, d) fp32
-        return self.to_out(out.transpose(1, 2).to(v.dtype, memory_format=DENSE).flatten(2))      # (B, P, M)
+            out = linear_attention(F.relu(q), F.relu(k), v)              # (B, h, P, d) fp32
+        return self.to_out(out.transpose(1, 2).to(dtype, memory_format=DENSE).flatten(2))        # (B, P, M)
 
 
 class CrossAttention(Attention):

@@ -113,8 +113,8 @@ def report(cfg: ReportConfig) -> dict:
     counts = {"pictures": page.count("<img "), "tables": page.count("<table>")}
     for said in left_out:
         print(f"left out: {said}")
-    print(f"{path}: {len(runs)} runs, {counts['pictures']} pictures, {counts['tables']} tables, "
-          f"{len(page) / 1e6:.1f} MB")
+    print(f"{path}: {len(runs)} run{'s' * (len(runs) != 1)}, {counts['pictures']} pictures, "
+          f"{counts['tables']} tables, {len(page) / 1e6:.1f} MB")
     return {"path": str(path), "runs": len(runs), **counts, "left_out": left_out}
 
 

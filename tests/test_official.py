@@ -822,4 +822,4 @@ def stage_3(preset: str, folder: Path, dtype: str) -> tuple[dict, float]:
 def test_full_b_512_reinforces_on_a_cpu(full: None, tmp_path: Path) -> None:
     record, peak = stage_3("b-512", tmp_path, "bfloat16")
     print(f"\nb-512, stage 3, two pictures: ratio_dev {record['ratio_dev']:.1e}, peak {peak:.1f} GB")
-    assert peak <= 16 and record["grad_norm"] > 0
+    assert peak <= 18 and record["grad_norm"] > 0
