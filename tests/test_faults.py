@@ -403,6 +403,22 @@ def test_lim_and_dit_compile_in_one_piece_and_only_once() -> None:
     assert [counter.frame_count for counter in counters] == warm and max(warm) <= 2
 
 
+def test_equal_blocks_are_compiled_once_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    model, counter = tiny_model(), CompileCounter()
+    blocks = [*model.lim.connector.layers, *model.dit.transformer_blocks]
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: setattr(
+        module, "_compiled_call_impl", torch.compile(module._call_impl, backend=counter, fullgraph=True)))
+    common.compile_blocks(model)
+    for count, B in enumerate((2, 3, 4, 5, 6, 2)):
+        c = model.lim(torch.randn(TINY.vlm.num_layers, B, TINY.num_queries, TINY.vlm.width)).mean(0)
+        model.dit(torch.randn(B, *TINY.latent_shape), torch.rand(B), c).mean().backward()
+        if count == 1:
+            warm = counter.frame_count
+    assert counter.frame_count == warm <= 4 and len(blocks) > 2          # two kinds; one size, then any
+
+
 @SLOW
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_memory_stays_flat_over_300_steps_of_nano(stage: int, parts: Path, tmp_path: Path,
