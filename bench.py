@@ -42,7 +42,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from common import ROOT, compile_blocks, compile_modules, knob, parse_config, run_main
+from common import ROOT, compile_model, compile_modules, knob, parse_config, run_main
 from train import RECIPES
 
 if TYPE_CHECKING:
@@ -458,7 +458,7 @@ def supervised_work(cfg: BenchConfig) -> Work:
             update(clock, loss)
         sides["naive"] = naive
     if cfg.compile:
-        compile_blocks(model)
+        compile_model(model)
     return Work(sides, B)
 
 
