@@ -42,7 +42,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from common import ROOT, compile_model, compile_modules, knob, parse_config, run_main
+from common import ROOT, compile_modules, compile_parts, knob, parse_config, run_main
 from train import RECIPES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class BenchConfig:
     guidance_scale: float = knob(4.5, "classifier-free guidance; 1 turns it off")
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU; weights where nothing is trained, else "
                               "matrix products", choices=("auto", "fp32", "bf16"))
-    compile: bool = knob(False, "torch.compile, on both sides: the whole DiT, or in stages its blocks")
+    compile: bool = knob(False, "torch.compile, on both sides: the whole DiT; in stages as train.py does")
     gradient_checkpointing: bool = knob(False, "compute activations of LIM and DiT again in backward")
     layer_chunk: int = knob(0, "VLM layers that LIM takes at a time; 0: all")
     rounds: int = knob(5, "runs that count, of each side")
@@ -449,7 +449,7 @@ def supervised_work(cfg: BenchConfig) -> Work:
     if cfg.vs:
         theirs, velocity = diffusers_velocity(model.dit)
         if cfg.compile:
-            compile_modules(*theirs.transformer_blocks)
+            compile_parts(model.device, theirs)
 
         def naive(clock: Clock) -> None:
             theirs.zero_grad(set_to_none=True)
@@ -458,7 +458,7 @@ def supervised_work(cfg: BenchConfig) -> Work:
             update(clock, loss)
         sides["naive"] = naive
     if cfg.compile:
-        compile_model(model)
+        compile_parts(model.device, model.lim, model.dit)
     return Work(sides, B)
 
 
@@ -511,7 +511,7 @@ def stage3_sides(cfg: BenchConfig, run: "Run") -> dict[str, Side]:
     params = [*theirs.parameters(), *(p for name, p in run.params.items() if not name.startswith("dit."))]
     opt = adamw(params, settings.lr, settings.weight_decay)
     if cfg.compile:
-        compile_modules(*theirs.transformer_blocks, *frozen.transformer_blocks)
+        compile_parts(model.device, theirs, frozen)
 
     def naive(clock: Clock) -> None:
         groups = [run.source.draw(0, g) for g in range(cfg.num_groups)]                 # P

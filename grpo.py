@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import (Dist, RunLog, StopSignal, adamw, all_gather_list, all_reduce_mean, average_gradients,
-                    check_skips, clip_gradients, compile_model, cosine_lr, derive_seed, ema_update,
+                    check_skips, clip_gradients, compile_parts, cosine_lr, derive_seed, ema_update,
                     gathered, generator, image_grid, load_checkpoint, load_into, load_optimizer, precision,
                     read_metrics, save_checkpoint, save_png, shard, weights_of, whole)
 from data import FilePrompts, NanoPrompts, nano_prompts, read_prompts
@@ -404,7 +404,7 @@ def start(cfg: "TrainConfig", model: ParaUni, dist: Dist) -> Run:
         if cfg.fsdp:
             shard(each, dist)
         if cfg.compile:
-            compile_model(each)
+            compile_parts(each.device, each.lim, each.dit)
     heldout = (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else nano_prompts(test=True))[:cfg.num_eval]
     source = (FilePrompts(read_prompts(cfg.prompts), cfg.num_groups, cfg.seed) if cfg.prompts
               else NanoPrompts(cfg.seed))

@@ -320,7 +320,7 @@ def train_supervised(cfg: TrainConfig, model, dist, checkpoint: Path | None) -> 
 
 def prepare(cfg: TrainConfig, model, dist) -> dict:
     """What the stage trains, by name, with the model ready to train it; everything else is frozen."""
-    from common import compile_model, shard
+    from common import compile_parts, shard
     model.requires_grad_(False)
     for p in model.trainable(cfg.stage).values():
         p.requires_grad_(True)
@@ -328,7 +328,7 @@ def prepare(cfg: TrainConfig, model, dist) -> dict:
     if cfg.fsdp:
         shard(model, dist)
     if cfg.compile:
-        compile_model(model)
+        compile_parts(model.device, model.lim, model.dit)
     return model.trainable(cfg.stage)
 
 

@@ -130,6 +130,16 @@ def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
     assert alternate({"b": side("b", 0.02)}, 1, "cpu")["b"][0]["sleep"] < 0.02         # sleeping is no work
 
 
+def test_flops_of_attention_are_two_products_forward_and_five_back() -> None:
+    q, k, v = (torch.randn(2, 3, tokens, 8, requires_grad=True) for tokens in (5, 7, 7))
+    product = 2 * 2 * 3 * 5 * 7 * 8
+
+    def attend() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert count(attend, CPU).flops == 2 * product
+    assert count(lambda: attend().sum().backward(), CPU).flops == 7 * product
+
+
 def test_flops_and_products_are_counted_by_hand() -> None:
     x, w, b = torch.randn(6, 4), torch.randn(5, 4, requires_grad=True), torch.randn(5)
     stack = torch.randn(3, 5, 7)

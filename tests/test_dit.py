@@ -287,6 +287,16 @@ def test_the_feed_forward_keeps_one_wide_tensor_for_its_gradient():
     assert kept == [3, 1]
 
 
+def test_the_relu_of_linear_attention_keeps_nothing_of_its_own_for_the_gradient():
+    attention, x, kept = build().transformer_blocks[0].attn1.bfloat16(), torch.ones(2, 24, TINY.width), {}
+    keep = lambda y: kept.update({y.untyped_storage().data_ptr(): y}) or y       # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+        attention(x.bfloat16().requires_grad_())
+    kinds = [y.dtype for y in kept.values() if y.numel() >= x.numel()]
+    # bf16: the layers' input and output, two norms of two each; fp32: q, k, v beside 1, the numerator
+    assert (kinds.count(torch.bfloat16), kinds.count(torch.float32)) == (6, 4)
+
+
 def test_compiles_without_a_graph_break():
     dit, (x, t, c) = build(), inputs()
     dit.transformer_blocks[0].ff.recompute = True

@@ -410,9 +410,7 @@ def test_equal_blocks_are_compiled_once_and_not_again(monkeypatch: pytest.Monkey
     blocks = [*model.lim.connector.layers, *model.dit.transformer_blocks]
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: setattr(
         module, "_compiled_call_impl", torch.compile(module._call_impl, backend=counter, fullgraph=True)))
-    with monkeypatch.context() as on_a_gpu:
-        on_a_gpu.setattr(type(model), "device", torch.device("cuda"))
-        common.compile_model(model)
+    common.compile_parts(torch.device("cuda"), model.lim, model.dit)
     for count, B in enumerate((2, 3, 4, 5, 6, 2)):
         c = model.lim(torch.randn(TINY.vlm.num_layers, B, TINY.num_queries, TINY.vlm.width)).mean(0)
         model.dit(torch.randn(B, *TINY.latent_shape), torch.rand(B), c).mean().backward()

@@ -149,6 +149,15 @@ def test_scaling_factor_is_applied_on_both_sides() -> None:
         assert torch.equal(scaled.decode(z * 0.25), ours.decode(z))
 
 
+def test_any_float_dtype_goes_in_and_that_of_the_weights_comes_out() -> None:
+    ours, _ = pair(PLAIN)
+    ours.bfloat16()
+    image, z = draw((1, 3, 16, 24), 4), draw((1, 8, 4, 6), 5)
+    with torch.no_grad():
+        for call, x in ((ours.encode, image), (ours.decode, z)):
+            assert call(x).dtype == torch.bfloat16 and torch.equal(call(x), call(x.bfloat16()))
+
+
 def test_chunked_decode_is_equal() -> None:
     ours, _ = pair(PLAIN)
     z = draw((5, 8, 4, 6), 4)
