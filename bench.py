@@ -286,7 +286,7 @@ def dit_work(cfg: BenchConfig) -> Work:
     from dit import DiT
     from common import generator
     from model import PRESETS
-    from naive import diffusers_velocity
+    from naive import diffusers_dit, velocity
     preset, B = PRESETS[cfg.preset], cfg.batch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dit = DiT(replace(preset.dit, num_layers=cfg.blocks or preset.dit.num_layers))
@@ -300,8 +300,8 @@ def dit_work(cfg: BenchConfig) -> Work:
     t = torch.linspace(0.1, 0.9, B, device=device)                                      # (B,)
     velocities = {"ours": (dit, lambda kv: dit(x, t, kv=kv) if cfg.what == "step" else dit(x, t, c))}
     if cfg.vs:
-        theirs, velocity = diffusers_velocity(dit)
-        velocities["diffusers"] = theirs, lambda kv: velocity(x, t, c)
+        theirs = diffusers_dit(dit)
+        velocities["diffusers"] = theirs, lambda kv: velocity(theirs, x, t, c)
     if cfg.compile:
         compile_modules(*(module for module, _ in velocities.values()))
     with torch.no_grad():
@@ -390,8 +390,8 @@ def sample_work(cfg: BenchConfig) -> Work:
     if not cfg.vs:
         return Work({"ours": ours}, cfg.batch)
     from diffusers import DPMSolverMultistepScheduler, SanaPipeline
-    from naive import diffusers_velocity
-    theirs = diffusers_velocity(model.dit)[0]
+    from naive import diffusers_dit
+    theirs = diffusers_dit(model.dit)
     if cfg.compile:
         compile_modules(theirs)
     solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
@@ -416,25 +416,30 @@ def supervised_work(cfg: BenchConfig) -> Work:
     import torch
     from common import adamw, precision
     from dit import flow_matching_loss
-    from naive import diffusers_velocity, stage1_loss
+    from naive import peer_of, stage1_loss
     model, B = load(cfg), cfg.batch
     model.requires_grad_(False)
-    params = list(model.trainable(int(cfg.what[-1])).values())
-    for p in params:
+    for p in model.trainable(stage := int(cfg.what[-1])).values():
         p.requires_grad_(True)
-    opt = adamw(params, 1e-6, 0.05)
     said = [None, *captions(B - 1)]
     x0, noise = (draw(cfg, name, (B, *model.preset.latent_shape), model.device)         # (B, C, h, w)
                  for name in ("x0", "noise"))
     t = torch.linspace(0.1, 0.9, B, device=model.device)                                # (B,)
 
-    def update(clock: Clock, loss: "Tensor") -> None:
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        clock.mark("backward")
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        opt.step()
-        clock.mark("optimizer")
+    def updater(learner: "ParaUni") -> Callable[[Clock, "Tensor"], None]:
+        params = list(learner.trainable(stage).values())
+        opt = adamw(params, 1e-6, 0.05)
+
+        def update(clock: Clock, loss: "Tensor") -> None:
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            clock.mark("backward")
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            opt.step()
+            clock.mark("optimizer")
+        return update
+
+    update = updater(model)
 
     def ours(clock: Clock) -> None:
         prefix = model.encode_prefix(said, max_tokens=model.preset.train_tokens)
@@ -447,15 +452,15 @@ def supervised_work(cfg: BenchConfig) -> Work:
         update(clock, loss)
     sides = {"ours": ours}
     if cfg.vs:
-        theirs, velocity = diffusers_velocity(model.dit)
+        peer = peer_of(model)
+        update_peer = updater(peer)
         if cfg.compile:
-            compile_parts(model.device, theirs)
+            compile_parts(model.device, peer.lim, peer.dit)
 
         def naive(clock: Clock) -> None:
-            theirs.zero_grad(set_to_none=True)
-            loss = stage1_loss(model, velocity, x0, said, t, noise, cfg.dtype)
+            loss = stage1_loss(peer, x0, said, t, noise, cfg.dtype)
             clock.mark("forward")
-            update(clock, loss)
+            update_peer(clock, loss)
         sides["naive"] = naive
     if cfg.compile:
         compile_parts(model.device, model.lim, model.dit)
@@ -489,7 +494,7 @@ def stage3_run(cfg: BenchConfig, model: "ParaUni") -> Iterator["Run"]:
 
 
 def stage3_sides(cfg: BenchConfig, run: "Run") -> dict[str, Side]:
-    """An epoch as grpo.py does it and, with --vs naive, as its peers would, with diffusers' DiT."""
+    """An epoch as grpo.py does it and, with --vs naive, as its peers would, of the parts that they have."""
     import torch
     from common import adamw, generator
     from grpo import group_advantages, run_epoch
@@ -506,26 +511,24 @@ def stage3_sides(cfg: BenchConfig, run: "Run") -> dict[str, Side]:
 
     if not cfg.vs:
         return {"ours": ours}
-    (theirs, velocity), (frozen, velocity_ref) = (peers.diffusers_velocity(each.dit)
-                                                  for each in (model, run.reference))
-    params = [*theirs.parameters(), *(p for name, p in run.params.items() if not name.startswith("dit."))]
+    peer, reference = peers.peer_of(model), peers.peer_of(run.reference)
+    params = list(peer.trainable(3).values())
     opt = adamw(params, settings.lr, settings.weight_decay)
     if cfg.compile:
-        compile_parts(model.device, theirs, frozen)
+        compile_parts(model.device, *(part for each in (peer, reference) for part in (each.lim, each.dit)))
 
     def naive(clock: Clock) -> None:
         groups = [run.source.draw(0, g) for g in range(cfg.num_groups)]                 # P
         said = [p for p in groups for _ in range(cfg.group_size)]                       # B
         rngs = [generator("picture", cfg.seed, 0, g, m)
                 for g in range(cfg.num_groups) for m in range(cfg.group_size)]
-        latents, log_probs = peers.rollout(model, velocity, said, rngs, settings)
+        latents, log_probs = peers.rollout(peer, said, rngs, settings)
         clock.mark("rollout")
         scores = next(iter(run.scorers.values()))(model.decode(latents[-1]), said)      # (B,)
         advantages = group_advantages(scores.view(cfg.num_groups, -1)).flatten()        # (B,)
         clock.mark("reward")
         opt.zero_grad(set_to_none=True)
-        peers.accumulate_gradient(model, velocity, run.reference, velocity_ref, said, latents, log_probs,
-                                  advantages, settings)
+        peers.accumulate_gradient(peer, reference, said, latents, log_probs, advantages, settings)
         torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
         opt.step()
         clock.mark("update")

@@ -6,72 +6,102 @@ trained: encoded for every picture, and in the update for every picture and time
 through LIM, VLM and queries each time. Formulas are written out here once more, nothing is shared with
 grpo.py. Left out: LDAM's noise, groups of more than one device.
 
-`velocity` is any f(x, t, c) -> v: our DiT, or diffusers' (diffusers_velocity), which is what peers have.
+`peer` is a ParaUni made of what peers have, see peer_of: diffusers' DiT, transformers' SigLIP as connector.
 
 Letters: B pictures, K steps, L VLM layers, S prompt tokens, N queries, D VLM width, E condition width,
 C H W latent.
 """
+import copy
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
 from common import precision
-from dit import euler_grid, randn
+from dit import DiT, euler_grid, randn
+from lim import LIM
 from model import PROMPT, UNCONDITIONAL, ParaUni
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-def diffusers_velocity(dit: nn.Module) -> tuple[nn.Module, Velocity]:
-    """diffusers' SANA with a copy of the weights of our DiT, and its velocity in our convention."""
+def diffusers_dit(dit: DiT) -> nn.Module:
+    """diffusers' SANA with a copy of the weights of our DiT."""
     from diffusers import SanaTransformer2DModel
     # no second copy of the weights; but positions are a buffer that no file holds, so they must be computed
     with torch.device("meta" if dit.config.interpolation_scale is None else "cpu"):
         theirs = SanaTransformer2DModel.from_config(dit.config.to_json())
     theirs.load_state_dict({name: p.detach().clone() for name, p in dit.state_dict().items()}, assign=True)
-    theirs.requires_grad_(any(p.requires_grad for p in dit.parameters()))
-    return theirs, lambda x, t, c: theirs(x.to(theirs.dtype), c.to(theirs.dtype), 1000 * t,
-                                          return_dict=False)[0]
+    return theirs.requires_grad_(any(p.requires_grad for p in dit.parameters()))
 
 
-def condition(model: ParaUni, prompts: list[str | None], max_tokens: int | None = None) -> Tensor:
+def velocity(theirs: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """The velocity of diffusers' SANA in our convention, (B, C, H, W)."""
+    return theirs(x.to(theirs.dtype), c.to(theirs.dtype), 1000 * t, return_dict=False)[0]
+
+
+def siglip_connector(lim: LIM) -> nn.Module:
+    """transformers' SigLIP encoder, of which OpenUni's connector is a copy, with the weights of ours."""
+    from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionConfig
+
+    class Connector(SiglipEncoder):
+        def forward(self, rows: Tensor) -> Tensor:                                      # (R, N, D)
+            return super().forward(inputs_embeds=rows).last_hidden_state
+
+    config, ours = lim.config, lim.connector
+    settings = SiglipVisionConfig(
+        hidden_size=config.width, intermediate_size=config.mlp_width, num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
+        attention_dropout=0.0)
+    settings._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        theirs = Connector(settings)
+    theirs.load_state_dict({name: p.detach().clone() for name, p in ours.state_dict().items()}, assign=True)
+    return theirs.requires_grad_(any(p.requires_grad for p in ours.parameters()))
+
+
+def peer_of(model: ParaUni) -> ParaUni:
+    """The same model of the parts that peers have, weights copied under the same names; VLM and autoencoder,
+    which do not learn, are shared."""
+    peer = copy.deepcopy(model, {id(part): part for part in (model.vlm, model.vae, model.dit)})
+    peer.lim.connector, peer.dit = siglip_connector(model.lim), diffusers_dit(model.dit)
+    return peer
+
+
+def condition(peer: ParaUni, prompts: list[str | None], max_tokens: int | None = None) -> Tensor:
     """One condition a picture, (B, N, E): prompt and queries in one pass of the VLM, all with gradient."""
     texts = [UNCONDITIONAL.format(image="") if p is None else PROMPT.format(image="", caption=p)
              for p in prompts]
-    ids, mask = model.tokenize(texts, max_tokens)                                       # (B, S)
-    B, N = len(ids), model.preset.num_queries
-    words = model.vlm.get_input_embeddings()(ids)                                       # (B, S, D)
-    queries = model.queries.to(words.dtype).expand(B, -1, -1)                           # (B, N, D)
+    ids, mask = peer.tokenize(texts, max_tokens)                                        # (B, S)
+    B, N = len(ids), peer.preset.num_queries
+    words = peer.vlm.get_input_embeddings()(ids)                                        # (B, S, D)
+    queries = peer.queries.to(words.dtype).expand(B, -1, -1)                            # (B, N, D)
     mask = torch.cat([mask, mask.new_ones(B, N)], 1)                                    # (B, S + N)
-    out = model.vlm.model.language_model(
+    out = peer.vlm.model.language_model(
         inputs_embeds=torch.cat([words, queries], 1), attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False, output_hidden_states=True)
     q = torch.stack([h[:, -N:] for h in out.hidden_states[1:]])                         # (L, B, N, D)
-    rows = q.flatten(0, 1).to(model.queries.dtype)                                      # (L B, N, D)
-    c = model.lim.agglayer_norm(model.lim.projector(model.lim.connector(rows)))         # (L B, N, E)
+    rows = q.flatten(0, 1).to(peer.queries.dtype)                                       # (L B, N, D)
+    c = peer.lim.agglayer_norm(peer.lim.projector(peer.lim.connector(rows)))            # (L B, N, E)
     return c.unflatten(0, (-1, B)).mean(0)                                              # (B, N, E)
 
 
-def stage1_loss(model: ParaUni, velocity: Velocity, x0: Tensor, prompts: list[str | None], t: Tensor,
-                noise: Tensor, dtype: str = "fp32") -> Tensor:
+def stage1_loss(peer: ParaUni, x0: Tensor, prompts: list[str | None], t: Tensor, noise: Tensor,
+                dtype: str = "fp32") -> Tensor:
     """The flow-matching loss of a batch, a condition for each picture."""
     with precision(x0.device, dtype):
-        c = condition(model, prompts, model.preset.train_tokens)                        # (B, N, E)
+        c = condition(peer, prompts, peer.preset.train_tokens)                          # (B, N, E)
         s = t[:, None, None, None]
-        v = velocity((1 - s) * x0 + s * noise, t, c)                                    # (B, C, H, W)
+        v = velocity(peer.dit, (1 - s) * x0 + s * noise, t, c)                          # (B, C, H, W)
     return (v.float() - (noise - x0)).square().mean()
 
 
-def guided(velocity: Velocity, x: Tensor, t: float, c: Tensor, c_uncond: Tensor, cfg) -> Tensor:
+def guided(dit: nn.Module, x: Tensor, t: float, c: Tensor, c_uncond: Tensor, cfg) -> Tensor:
     """Velocity with guidance, the condition of both halves given as it is: (B, C, H, W)."""
     times = torch.full((len(x),), t, device=x.device)
     with precision(x.device, cfg.dtype):
         if cfg.guidance_scale <= 1:
-            return velocity(x, times, c).float()
-        v = velocity(torch.cat([x, x]), torch.cat([times, times]), torch.cat([c_uncond, c])).float()
+            return velocity(dit, x, times, c).float()
+        v = velocity(dit, torch.cat([x, x]), torch.cat([times, times]), torch.cat([c_uncond, c])).float()
     v_uncond, v_cond = v.chunk(2)
     return v_uncond + cfg.guidance_scale * (v_cond - v_uncond)
 
@@ -83,25 +113,25 @@ def transition(x: Tensor, v: Tensor, t: float, t_next: float, noise_level: float
     return Normal(mean, torch.tensor(sigma * math.sqrt(-dt), device=x.device))
 
 
-def encode(model: ParaUni, prompts: list[str], cfg) -> tuple[Tensor, Tensor]:
+def encode(peer: ParaUni, prompts: list[str], cfg) -> tuple[Tensor, Tensor]:
     """Conditions of pictures, and the unconditional one as often."""
-    with precision(model.device, cfg.dtype):
-        return condition(model, prompts), condition(model, [None] * len(prompts))
+    with precision(peer.device, cfg.dtype):
+        return condition(peer, prompts), condition(peer, [None] * len(prompts))
 
 
 @torch.no_grad()
-def rollout(model: ParaUni, velocity: Velocity, prompts: list[str], generators: list[torch.Generator],
+def rollout(peer: ParaUni, prompts: list[str], generators: list[torch.Generator],
             cfg) -> tuple[Tensor, Tensor]:
     """Latents (K + 1, B, C, H, W) and log-probabilities (K - 1, B) of pictures, a prompt each."""
     sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
     parts = []
     for i in range(0, len(prompts), cfg.micro_batch):
         rngs = generators[i:i + cfg.micro_batch]
-        c, c_uncond = encode(model, prompts[i:i + cfg.micro_batch], cfg)
-        latents, log_probs = [randn((len(c), *model.preset.latent_shape), rngs, model.device)], []
+        c, c_uncond = encode(peer, prompts[i:i + cfg.micro_batch], cfg)
+        latents, log_probs = [randn((len(c), *peer.preset.latent_shape), rngs, peer.device)], []
         for k, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
             x = latents[-1]
-            v = guided(velocity, x, t, c, c_uncond, cfg)
+            v = guided(peer.dit, x, t, c, c_uncond, cfg)
             if k == cfg.num_steps - 1:
                 latents.append(x + (t_next - t) * v)
                 continue
@@ -113,9 +143,8 @@ def rollout(model: ParaUni, velocity: Velocity, prompts: list[str], generators: 
     return torch.cat(latents, 1), torch.cat(log_probs, 1)
 
 
-def accumulate_gradient(model: ParaUni, velocity: Velocity, reference: ParaUni, velocity_ref: Velocity,
-                        prompts: list[str], latents: Tensor, log_probs: Tensor, advantages: Tensor,
-                        cfg) -> None:
+def accumulate_gradient(peer: ParaUni, reference: ParaUni, prompts: list[str], latents: Tensor,
+                        log_probs: Tensor, advantages: Tensor, cfg) -> None:
     """Add the gradient of clipped objective and KL to .grad, one picture chunk and timestep after another."""
     sigmas, steps = euler_grid(cfg.num_steps, cfg.shift)[0].tolist(), cfg.num_steps - 1
     for i in range(0, len(prompts), cfg.micro_batch):
@@ -123,9 +152,9 @@ def accumulate_gradient(model: ParaUni, velocity: Velocity, reference: ParaUni, 
         for k in range(steps):
             x, x_next = latents[k, part], latents[k + 1, part]
             args = sigmas[k], sigmas[k + 1], cfg.noise_level
-            step = transition(x, guided(velocity, x, sigmas[k], *encode(model, said, cfg), cfg), *args)
+            step = transition(x, guided(peer.dit, x, sigmas[k], *encode(peer, said, cfg), cfg), *args)
             with torch.no_grad():
-                v = guided(velocity_ref, x, sigmas[k], *encode(reference, said, cfg), cfg)
+                v = guided(reference.dit, x, sigmas[k], *encode(reference, said, cfg), cfg)
                 mean_ref = transition(x, v, *args).mean
             ratio = (step.log_prob(x_next).mean((1, 2, 3)) - log_probs[k, part]).exp()  # (b,)
             bounded = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
