@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -774,20 +774,19 @@ def compile_parts(device: torch.device, *parts: nn.Module) -> None:
         for block in next(each for each in part.modules() if isinstance(each, nn.ModuleList))]))
 
 
-@contextmanager
-def precision(device: str | torch.device, dtype: str) -> Iterator[None]:
-    """Forward passes in "fp32", or with matrix products in "bf16" (autocast)."""
+def precision(device: str | torch.device, dtype: str) -> AbstractContextManager:
+    """Forward passes in "fp32", or with matrix products in "bf16" (autocast).
+
+    It also picks the attention kernel, and that choice outlives the block: gradient checkpointing computes
+    forward passes again in the backward pass, after the block, and must find the kernel of the first time."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    if dtype == "fp32":
-        yield
-        return
-    kind = torch.device(device).type
-    # On a CPU the fused attention kernel's bf16 gradient takes several times as long as the plain one's.
-    backends = ([SDPBackend.MATH] if kind == "cpu"
-                else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    with torch.autocast(kind, torch.bfloat16), sdpa_kernel(backends):
-        yield
+    kind, kernels = torch.device(device).type, torch.backends.cuda
+    # On a CPU the fused kernel's bf16 gradient takes twice as long as plain products and a softmax in bf16,
+    # and several times as long where heads and sequences are short.
+    kernels.enable_flash_sdp(kind != "cpu" or dtype == "fp32")
+    kernels.allow_fp16_bf16_reduction_math_sdp(kind == "cpu")
+    kernels.enable_cudnn_sdp(False)
+    return nullcontext() if dtype == "fp32" else torch.autocast(kind, torch.bfloat16)
 
 
 def check_skips(in_a_row: int, most: int, where: str) -> None:

@@ -157,12 +157,15 @@ def chunk_kv(dit: DiT, c: Tensor, c_uncond: Tensor, groups: slice, pictures: sli
         return dit.cross_kv(c)
 
 
-def conditions(model: ParaUni, prefix: Prefix, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def conditions(model: ParaUni, prefix: Prefix, noise: Tensor | None,
+               cfg: "TrainConfig") -> tuple[Tensor, Tensor]:
     """(c, c_uncond) of a prefix of P prompts and, last, the unconditional one: (P, N, E) and (1, N, E).
 
     noise  (L, B, N, E), what LDAM multiplies into each picture's layers, less one; then c is (B, N, E)
+    Both are fp32 in every precision, as the update sums the gradients of all pictures and steps in them.
     """
-    layers = model.condition_layers(prefix)                                             # (L, P + 1, N, E)
+    with precision(model.device, cfg.dtype):
+        layers = model.condition_layers(prefix).float()                                 # (L, P + 1, N, E)
     c_layers, c_uncond = layers[:, :-1], model.fuse(layers[:, -1:])                     # (1, N, E)
     if noise is None:
         return model.fuse(c_layers), c_uncond
@@ -179,7 +182,7 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, generators: lis
     latents = [randn((B, *policy.preset.latent_shape), generators, device)]             # x_0 (B, C, H, W)
     log_probs, means_ref = [], []
     sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
-    c, c_ref = conditions(policy, prefix, noise), conditions(reference, prefix, noise)
+    c, c_ref = (conditions(model, prefix, noise, cfg) for model in (policy, reference))
     parts = [(b, chunk_kv(policy.dit, *c, g, b, B, cfg), chunk_kv(reference.dit, *c_ref, g, b, B, cfg))
              for g, b in chunks(P, B // P, cfg.micro_batch)]
     for k, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
@@ -217,7 +220,7 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
     """
     P, B, steps = len(prefix.mask) - 1, len(advantages), len(rolled.trained)
     sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
-    roots = conditions(policy, prefix, noise)
+    roots = conditions(policy, prefix, noise, cfg)
     leaves = [c.detach().requires_grad_() for c in roots]
     kl_sum, off = torch.zeros((), device=policy.device), []
     for groups, b in chunks(P, B // P, cfg.micro_batch):
@@ -540,8 +543,9 @@ def picture_grid(run: Run, models: list[ParaUni], columns: int,
     a row of `columns` (or two, for one model) each."""
     count = min(columns * (2 if len(models) == 1 else 1), len(run.heldout))
     said = run.heldout[:count]                                # the nano world's list takes the tasks in turn
-    images = torch.cat([m.generate(said, run.cfg.eval_steps, run.cfg.eval_guidance_scale, seed=run.cfg.seed)
-                        for m in models])
+    with precision(run.model.device, run.cfg.dtype):
+        images = torch.cat([m.generate(said, run.cfg.eval_steps, run.cfg.eval_guidance_scale,
+                                       seed=run.cfg.seed) for m in models])
     return image_grid(images, min(columns, count), max(1, 96 // images.shape[-1]), said * len(models), titles)
 
 

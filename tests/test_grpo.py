@@ -163,7 +163,7 @@ def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float
     prefix, noise, rolled = roll(policy, cfg, gamma)
     assert rolled.log_prob[:-1].abs().min() > 0 and (rolled.log_prob[-1] == 0).all()
     sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
-    c = conditions(policy, prefix, noise)
+    c = conditions(policy, prefix, noise, cfg)
     for groups, b in chunks(2, cfg.group_size, micro_batch):
         kv = chunk_kv(policy.dit, *c, groups, b, 8, cfg)
         for k in rolled.trained:
@@ -216,7 +216,7 @@ def test_steps_outside_the_window_are_euler_steps(policy: ParaUni, size: int, ep
     assert rolled.trained == ([1] if size else [0, 1, 2])
     sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
     with torch.no_grad():
-        kv = chunk_kv(policy.dit, *conditions(policy, prefix, None), slice(0, 2), slice(0, 8), 8, cfg)
+        kv = chunk_kv(policy.dit, *conditions(policy, prefix, None, cfg), slice(0, 2), slice(0, 8), 8, cfg)
         for k in range(4):
             x = rolled.latents[k]
             v = guided_velocity(policy.dit, x, torch.full((8,), sigmas[k]), kv, cfg.guidance_scale)
@@ -304,6 +304,30 @@ def test_gradients_add_up_over_chunks_and_calls(policy: ParaUni) -> None:
     for name, p in policy.trainable(3).items():
         assert (p.grad - 2 * once[name]).norm() <= 1e-4 * once[name].norm() + 1e-9, name
     assert all(p.grad is None for part in (policy.vlm, policy.vae) for p in part.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_conditions_are_made_in_the_precision_of_the_run_and_summed_in_fp32(policy: ParaUni,
+                                                                            dtype: str) -> None:
+    made: list[torch.dtype] = []
+    policy.lim.projector.register_forward_hook(lambda module, args, out: made.append(out.dtype))
+    c = conditions(policy, policy.encode_prefix([*PROMPTS, None]), None, replace(CFG, dtype=dtype))
+    assert made == [torch.float32 if dtype == "fp32" else torch.bfloat16]
+    assert [x.dtype for x in c] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradient_checkpointing_changes_nothing_in_any_precision(policy: ParaUni, dtype: str) -> None:
+    """The trap: computed again after its `with precision`, attention must still take the same kernel."""
+    cfg, found = replace(CFG, dtype=dtype, kl_coef=0.5), []
+    prefix, noise, rolled = roll(policy, cfg)
+    for again in (False, True):
+        policy.lim.gradient_checkpointing = policy.dit.gradient_checkpointing = again
+        policy.zero_grad(set_to_none=True)
+        accumulate_gradient(policy, prefix, rolled, torch.linspace(-1, 1, 8), noise, cfg, anchor=False)
+        found.append({name: p.grad for name, p in policy.trainable(3).items()})
+    for name, grad in found[0].items():
+        assert grad.abs().max() > 0 and torch.equal(grad, found[1][name]), name
 
 
 def test_kl_is_0_at_the_start_and_pulls_back_afterwards(policy: ParaUni) -> None:
