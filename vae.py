@@ -18,6 +18,7 @@ Inside the network tensors have the shape (B, C, H, W) but lie in memory channel
 linear maps act on the C numbers of one pixel, which are then neighbours.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -27,14 +28,13 @@ from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------- config
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
 CHOICES = {"encoder_block_types": ("ResBlock", "EfficientViTBlock"),
            "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
            "downsample_block_type": ("Conv", "conv", "pixel_unshuffle"),
            "upsample_block_type": ("interpolate", "pixel_shuffle"),
            "decoder_norm_types": ("rms_norm",),
-           "decoder_act_fns": tuple(ACTIVATIONS),
-           "decoder_conv_act_fn": tuple(ACTIVATIONS)}
+           "decoder_act_fns": ("silu", "relu"),
+           "decoder_conv_act_fn": ("silu", "relu")}
 PER_STAGE = ("encoder_block_types", "encoder_block_out_channels", "encoder_layers_per_block",
              "encoder_qkv_multiscales", "decoder_block_types", "decoder_block_out_channels",
              "decoder_layers_per_block", "decoder_qkv_multiscales", "decoder_norm_types", "decoder_act_fns")
@@ -134,21 +134,37 @@ def per_stage(value: str | tuple[str, ...], S: int) -> tuple[str, ...]:
 
 # ---------------------------------------------------------------------------------------------------- blocks
 
+# What no gradient will ask for is overwritten in place: at 512 px a tensor of the finest stage has 134 MB in
+# fp32, and on a CPU the pages of a fresh one cost several times the arithmetic.
+
+def silu(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def relu(x: Tensor) -> Tensor:
+    return F.relu(x, inplace=not torch.is_grad_enabled())
+
+
+ACTIVATIONS = {"silu": silu, "relu": relu}
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the channels of each pixel, with weight and bias (unlike most RMSNorms)."""
+    """Root-mean-square norm over the channels of each pixel, with weight and bias (unlike most RMSNorms).
+    Every norm but the last ends a residual branch: `skip` is what its result is added to."""
 
     def __init__(self, C: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(C))
         self.bias = nn.Parameter(torch.zeros(C))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         pixels = x.movedim(1, -1)                                                 # (B, H, W, C)
         # the norm in one pass over the picture: squares in a tensor of their own would double the time
         norm = torch.linalg.vector_norm(pixels, dim=-1, keepdim=True, dtype=torch.float32)
         y = pixels * torch.rsqrt(norm.square() / x.shape[1] + 1e-5)               # (B, H, W, C) fp32
         y = y.to(self.weight.dtype)     # bf16 rounds here, before the weight, in the published model
-        return torch.addcmul(self.bias, y, self.weight).movedim(-1, 1)            # (B, C, H, W)
+        y = torch.addcmul(self.bias, y, self.weight, out=None if torch.is_grad_enabled() else y)
+        return (y if skip is None else y.add_(skip.movedim(1, -1))).movedim(-1, 1)      # (B, C, H, W)
 
 
 class ResBlock(nn.Module):
@@ -162,7 +178,7 @@ class ResBlock(nn.Module):
         self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(self.act(self.conv1(x))))                 # (B, C, H, W)
+        return self.norm(self.conv2(self.act(self.conv1(x))), x)                  # (B, C, H, W)
 
 
 class MultiscaleProjection(nn.Module):
@@ -202,7 +218,7 @@ class LinearAttention(nn.Module):
         q, k, v = heads.permute(3, 0, 2, 1, 4).unbind()                           # (B, G, N, d) each
         out = relu_attention(q, k, v).transpose(1, 2).reshape(B, H, W, -1)        # (B, H, W, dG) fp32
         out = out.to(qkv.dtype)
-        return x + self.norm_out(self.to_out(out).movedim(-1, 1))                 # (B, C, H, W)
+        return self.norm_out(self.to_out(out).movedim(-1, 1), x)                  # (B, C, H, W)
 
 
 def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -229,8 +245,8 @@ class GLUMBConv(nn.Module):
         self.norm = RMSNorm(C)
 
     def forward(self, x: Tensor) -> Tensor:
-        u, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)  # (B, 4C, H, W) each
-        return x + self.norm(self.conv_point(u * F.silu(gate)))                   # (B, C, H, W)
+        u, gate = self.conv_depth(silu(self.conv_inverted(x))).chunk(2, dim=1)    # (B, 4C, H, W) each
+        return self.norm(self.conv_point(u * silu(gate)), x)                      # (B, C, H, W)
 
 
 class EfficientViTBlock(nn.Module):
@@ -279,13 +295,16 @@ def doubling_kernel(weight: Tensor) -> Tensor:
 
 
 class Up(nn.Module):
-    """Twice the resolution: a convolution, plus each channel repeated 4 Co / Ci times, as 2x2 patches."""
+    """Twice the resolution: a convolution, plus each channel repeated n = 4 Co / Ci times, as 2x2 patches."""
 
     def __init__(self, Ci: int, Co: int, shuffle: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(Ci, 4 * Co if shuffle else Co, 3, padding=1)
         self.shuffle = shuffle
-        self.repeats = 4 * Co // Ci
+        n, self.Co = 4 * Co // Ci, Co
+        # pixel (i, j) of patch c shows channel (4c + 2i + j) // n: for n = 4, 2, 1 a view can say so
+        self.patch = {4: (1, 1), 2: (2, 1), 1: (2, 2)}[math.gcd(n, 4)]
+        self.repeats = n // math.gcd(n, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shuffle:
@@ -293,7 +312,11 @@ class Up(nn.Module):
         else:
             kernel = doubling_kernel(self.conv.weight)                            # (Ci, Co, 4, 4)
             y = F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)         # (B, Co, 2H, 2W)
-        return y + F.pixel_shuffle(x.repeat_interleave(self.repeats, dim=1), 2)   # (B, Co, 2H, 2W)
+        if self.repeats > 1:
+            x = x.repeat_interleave(self.repeats, dim=1)
+        skip = x.unflatten(1, (self.Co, *self.patch)).permute(0, 1, 4, 2, 5, 3)   # (B, Co, H, 1|2, W, 1|2)
+        y.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(skip)                  # (B, Co, H, 2, W, 2)
+        return y                                                                  # (B, Co, 2H, 2W)
 
 
 def make_block(kind: str, C: int, d: int, kernels: tuple[int, ...], act: str) -> nn.Module:

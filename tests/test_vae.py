@@ -205,22 +205,39 @@ def test_init_weights_sets_every_parameter_from_the_generator() -> None:
     assert 0.01 < images.std() < 100
 
 
-def test_doubling_and_convolving_is_one_transposed_convolution_of_four_ninths_the_work() -> None:
-    up, x = vae.Up(8, 4, shuffle=False), draw((2, 8, 3, 5), 1)
-    up.conv.weight.data, up.conv.bias.data = draw((4, 8, 3, 3), 2), draw((4,), 3)
+@pytest.mark.parametrize(("coarse", "fine", "shuffle"), [
+    (8, 4, False), (8, 8, False), (8, 2, False), (4, 8, False), (4, 3, False), (4, 6, True), (8, 4, True)])
+def test_up_is_doubling_a_convolution_and_a_shortcut_of_pixels(coarse: int, fine: int, shuffle: bool) -> None:
+    """With doubling, as one transposed convolution of four ninths the work."""
+    up, x = vae.Up(coarse, fine, shuffle), draw((2, coarse, 3, 5), 1)
+    up.conv.weight.data, up.conv.bias.data = (draw(tuple(p.shape), i) for i, p in enumerate(
+        (up.conv.weight, up.conv.bias), 2))
 
     def plain(x: Tensor) -> Tensor:
-        doubled = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")
-        shortcut = torch.nn.functional.pixel_shuffle(x.repeat_interleave(up.repeats, dim=1), 2)
-        return up.conv(doubled) + shortcut
+        y = (torch.nn.functional.pixel_shuffle(up.conv(x), 2) if shuffle
+             else up.conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")))
+        return y + torch.nn.functional.pixel_shuffle(x.repeat_interleave(4 * fine // coarse, dim=1), 2)
     flops = []
     for function in (up, plain):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             function(x)
         flops.append(counter.get_total_flops())
-    assert 9 * flops[0] == 4 * flops[1]
+    assert flops[0] == flops[1] if shuffle else 9 * flops[0] == 4 * flops[1]
     (y, gradient), (want, want_gradient) = value_and_grad(up, x), value_and_grad(plain, x)
     assert error(y, want) < 1e-6 and error(gradient, want_gradient) < 1e-6
+
+
+@pytest.mark.parametrize("config", [ODD, ONE_NAME])
+def test_overwriting_without_gradient_changes_no_bit_and_no_input(config: DCAEConfig) -> None:
+    ours = DCAE(config)
+    ours.init_weights(torch.Generator().manual_seed(1))
+    images = draw((2, config.in_channels, 16, 16), 4)
+    latents = ours.encode(images)                                               # with gradient: nothing is
+    pictures, given = ours.decode(latents), (images.clone(), latents.detach().clone())
+    with torch.no_grad():
+        assert torch.equal(ours.encode(images), latents) and torch.equal(ours.decode(latents), pictures)
+    assert torch.equal(images, given[0]) and torch.equal(latents, given[1])
+    assert pictures.requires_grad
 
 
 def test_compiles_into_one_graph() -> None:
