@@ -321,10 +321,11 @@ def dit_work(cfg: BenchConfig) -> Work:
 
 
 def kernels(cfg: BenchConfig, trains: bool) -> AbstractContextManager:
-    """Ours trains as train.py does, which picks the attention kernel whose gradient is fast."""
+    """Ours trains as train.py does, which picks the attention kernel whose gradient is fast; as that choice
+    stays, the other side gets torch's own back."""
     import torch
     from common import precision
-    return precision("cuda" if torch.cuda.is_available() else "cpu", cfg.dtype) if trains else nullcontext()
+    return precision("cuda" if torch.cuda.is_available() else "cpu", cfg.dtype if trains else "fp32")
 
 
 def decode_work(cfg: BenchConfig) -> Work:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import vae
+from bench import count
 from vae import DCAE, DCAEConfig, relu_attention
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
@@ -225,6 +226,20 @@ def test_up_is_doubling_a_convolution_and_a_shortcut_of_pixels(coarse: int, fine
     assert flops[0] == flops[1] if shuffle else 9 * flops[0] == 4 * flops[1]
     (y, gradient), (want, want_gradient) = value_and_grad(up, x), value_and_grad(plain, x)
     assert error(y, want) < 1e-6 and error(gradient, want_gradient) < 1e-6
+
+
+def test_without_gradient_little_fresh_memory_is_asked_for() -> None:
+    """An activation takes none, doubling its convolution and the shuffling of it; a residual block takes five
+    times its input with gradient, twice without."""
+    x, up, block = draw((2, 8, 32, 32), 1), vae.Up(8, 8, shuffle=True), vae.ResBlock(8, "silu")
+    x = x.contiguous(memory_format=torch.channels_last)
+    size = 4 * x.numel()
+    with torch.no_grad():
+        assert all(act(y := x.clone()).data_ptr() == y.data_ptr() for act in (vae.silu, vae.relu))
+        assert count(lambda: up(x), x.device).memory < 2.5 * 4 * size           # the result has 4 sizes
+        assert count(lambda: block(x), x.device).memory < 2.5 * size
+    assert vae.silu(x).data_ptr() != x.data_ptr() and vae.relu(x).data_ptr() != x.data_ptr()
+    assert count(lambda: block(x), x.device).memory > 3.5 * size
 
 
 @pytest.mark.parametrize("config", [ODD, ONE_NAME])
