@@ -1,38 +1,30 @@
-"""Rewards against transformers' CLIPModel and processors; weight layouts; own functions; refusals."""
-import copy
+"""Rewards, converted from transformers' CLIPModel, against it and its processors; functions of one's own."""
 import json
 import math
-import os
+import shutil
+import sys
 from pathlib import Path
 
 import matplotlib
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
+from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import rewards
-from rewards import LAION_HEAD, AestheticHead, Reward, build_clip, build_reward, preprocess, save_reward
+from common import ROOT, Refused
+from rewards import AestheticHead, Reward, build_reward, preprocess
+from tools import convert
 
 T = 32                                                      # the tiny tower's picture size
 SHAPES = [(512, 600), (600, 512), (511, 389), (100, 171), (40, 33), (T, 71), (71, T), (T, T)]   # W, H
 PROMPTS = ["a red heart", "two stars, it's night", "a red heart", "word " * 100]
-NANO_CFG = {"model_cfg": {
-    "embed_dim": 24, "quick_gelu": False,
-    "vision_cfg": {"image_size": T, "patch_size": 4, "width": 32, "head_width": 16, "layers": 2},
-    "text_cfg": {"context_length": 8, "vocab_size": 9, "width": 32, "heads": 2, "layers": 2}},
-    "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.2]}}
 
 
 def photo() -> Image.Image:
@@ -41,12 +33,12 @@ def photo() -> Image.Image:
 
 
 def to_tensor(*pictures: Image.Image) -> Tensor:
-    return torch.stack([pil_to_tensor(p) for p in pictures]).float() / 255                  # (B, 3, H, W)
+    return torch.stack([transforms.functional.pil_to_tensor(p) for p in pictures]) / 255    # (B, 3, H, W)
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
     """Every tensor away from its initial value, so that a lost bias or norm weight shows."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim:
@@ -54,14 +46,19 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
-def nano_tokenizer(end_last: bool = True) -> Tokenizer:
-    words = ["[PAD]", "[UNK]", "a", "red", "blue", "heart", "star"]
-    words = [*words, "word", "[END]"] if end_last else [*words, "[END]", "word"]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="$A [END]", special_tokens=[("[END]", words.index("[END]"))])
-    return tokenizer
+def hf_processor(size: int) -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def torchvision_pixels(images: Tensor) -> Tensor:
+    return transforms.Compose([transforms.Resize(T), transforms.CenterCrop(T),
+                               transforms.Normalize(rewards.MEAN, rewards.STD)])(images)    # (B, 3, T, T)
+
+
+def hf_scores(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
+    texts = tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        return model(pixel_values=pixels, **texts).logits_per_image.diagonal()              # (B,)
 
 
 @pytest.fixture(scope="module")
@@ -74,55 +71,30 @@ def hf_tokenizer() -> CLIPTokenizer:
 
 
 @pytest.fixture(scope="module", params=["gelu", "quick_gelu"])
-def hf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
-       hf_tokenizer: CLIPTokenizer) -> tuple[CLIPModel, Path]:
-    """A tiny CLIPModel, and a weights folder with it as clip/ and pickscore/ in Hugging Face's layout."""
-    old_file = request.param == "quick_gelu"                # eos_token_id 2 and position_ids, like OpenAI's
+def hf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[CLIPModel, Path]:
+    """A tiny CLIPModel, and what tools/convert.py makes of it and of a head in LAION's layout."""
     text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
-            "hidden_act": request.param, "eos_token_id": 2 if old_file else 49407}
+            "hidden_act": request.param, "eos_token_id": 2 if request.param == "quick_gelu" else 49407}
     vision = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
               "hidden_act": request.param, "image_size": T, "patch_size": 8, "layer_norm_eps": 1e-3}
     model = randomise(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24,
                                            logit_scale_init_value=math.log(100))))
     folder = tmp_path_factory.mktemp(request.param)
-    for name in ("clip", "pickscore"):
+    for name in ("clip-vit-large-patch14", "PickScore_v1"):
         model.save_pretrained(folder / name)
-    if old_file:
-        state = load_file(folder / "clip" / "model.safetensors")
-        state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-        state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
-        save_file(state, folder / "clip" / "model.safetensors")
-    hf_tokenizer.backend_tokenizer.save(str(folder / "pickscore" / "tokenizer.json"))
-    return model, folder
+        hf_processor(T).save_pretrained(folder / name)
+    # constants that OpenAI's file has and that are no weights
+    path = folder / "clip-vit-large-patch14" / "model.safetensors"
+    state = load_file(path) | {"text_model.embeddings.position_ids": torch.arange(77)[None],
+                               "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    path.unlink()
+    save_file(state, path, {"format": "pt"})
+    torch.save(randomise(AestheticHead(768)).state_dict(), folder / convert.LAION_HEAD)
+    convert.main(["rewards", "--source", str(folder), "--out", str(folder / "rewards")])
+    return model, folder / "rewards"
 
 
-@pytest.fixture
-def nano(tmp_path: Path) -> Path:
-    """A weights folder of all three rewards, written as the trainer of the nano models writes it."""
-    clip = randomise(build_clip(NANO_CFG))
-    for name in ("clip", "pickscore"):
-        save_reward(tmp_path / name, clip, NANO_CFG, nano_tokenizer())
-    rewards.save_aesthetic_head(tmp_path / "aesthetic", randomise(AestheticHead(24, (12, 8, 6, 4))))
-    return tmp_path
-
-
-def hf_processor(size: int) -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-
-
-def torchvision_pixels(images: Tensor, size: int = T) -> Tensor:
-    return transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size),
-                               transforms.Normalize(rewards.MEAN, rewards.STD)])(images)    # (B, 3, T, T)
-
-
-def hf_scores(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
-    texts = tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-    with torch.no_grad():
-        return model(pixel_values=pixels, **texts).logits_per_image.diagonal()              # (B,)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------
-
+# ----------------------------------------------------------------------------- pictures
 
 @pytest.mark.parametrize("size", [T, 224])
 def test_pictures_like_the_hf_processor(size: int) -> None:
@@ -139,371 +111,170 @@ def test_pictures_like_torchvision() -> None:
     for shape in SHAPES:
         images = to_tensor(photo().resize(shape))
         torch.testing.assert_close(preprocess(images, T), torchvision_pixels(images), atol=1e-6, rtol=0)
+    # the last has the tower's size: it is not resized at all
+    assert torch.equal(preprocess(images, T, (0.0,) * 3, (1.0,) * 3), images)
 
 
-def test_pictures_of_tower_size_are_not_resized() -> None:
-    images = torch.rand(2, 3, T, T, generator=torch.Generator().manual_seed(0))
-    zero, one = (0.0,) * 3, (1.0,) * 3
-    assert torch.equal(preprocess(images, T, zero, one), images)
-    assert torch.equal(preprocess(images, T, zero, one, like_pil=True), (images * 255).round() / 255)
+# ----------------------------------------------------------------------------- scores
 
-
-# ---- scores against transformers -------------------------------------------------------------------------
-
-def test_clip_score_matches_transformers(hf: tuple[CLIPModel, Path], hf_tokenizer: CLIPTokenizer) -> None:
+@pytest.mark.parametrize("name, divisor", [("clip", 30), ("pickscore", 26)])
+def test_scores_match_transformers(hf: tuple[CLIPModel, Path], hf_tokenizer: CLIPTokenizer, name: str,
+                                   divisor: float) -> None:
     model, folder = hf
-    images = to_tensor(*(photo().rotate(angle) for angle in (0, 90, 120, 180)))             # (4, 3, 600, 512)
-    expected = hf_scores(model, hf_tokenizer, torchvision_pixels(images), PROMPTS) / 30
-    assert expected.std() > 0.01                            # the pictures and prompts are told apart
-    scores = build_reward("clip", "cpu", weights=folder)(images, PROMPTS)
-    assert scores.shape == (4,) and scores.dtype == torch.float32
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-
-
-def test_pickscore_matches_transformers(hf: tuple[CLIPModel, Path], hf_tokenizer: CLIPTokenizer) -> None:
-    model, folder = hf
-    reward = build_reward("pickscore", "cpu", weights=folder)
-    for shape, tolerance in [((T, T), 1e-5), ((512, 600), 2e-3)]:  # 2e-3: one grey level
+    reward = build_reward(name, "cpu", folder)
+    for shape in [(T, T), (512, 600)]:
         pictures = [photo().rotate(angle).resize(shape) for angle in (0, 90, 120, 180)]
-        pixels = hf_processor(T)(pictures, return_tensors="pt")["pixel_values"]
-        expected = hf_scores(model, hf_tokenizer, pixels, PROMPTS) / 26
-        torch.testing.assert_close(reward(to_tensor(*pictures), PROMPTS), expected, atol=tolerance, rtol=0)
+        images = to_tensor(*pictures)
+        pixels = (torchvision_pixels(images) if name == "clip" else
+                  hf_processor(T)(pictures, return_tensors="pt")["pixel_values"])           # (4, 3, T, T)
+        expected = hf_scores(model, hf_tokenizer, pixels, PROMPTS) / divisor
+        assert expected.std() > 0.01                        # the pictures and prompts are told apart
+        # a grey level in PIL's resizing may differ
+        tolerance = 2e-3 if name == "pickscore" and shape != (T, T) else 1e-5
+        torch.testing.assert_close(reward(images, PROMPTS), expected, atol=tolerance, rtol=0)
 
 
-def test_key_map_keeps_every_number(hf: tuple[CLIPModel, Path], tmp_path: Path) -> None:
-    """The mapped tensors, saved in open_clip's layout, give the scores of the other layout, bit for bit."""
+def test_aesthetic_score_matches_transformers(hf: tuple[CLIPModel, Path], tmp_path: Path) -> None:
     model, folder = hf
-    mapped = rewards.hf_clip_to_open_clip(model.state_dict())
-    assert sum(v.numel() for v in mapped.values()) == sum(p.numel() for p in model.parameters())
-    first = build_reward("clip", "cpu", weights=folder)
-    quick = model.config.text_config.hidden_act == "quick_gelu"
-    cfg = {"model_cfg": {
-        "embed_dim": 24, "quick_gelu": quick,
-        "vision_cfg": {"image_size": T, "patch_size": 8, "width": 64, "head_width": 16, "layers": 2,
-                       "mlp_ratio": 2.5, "norm_kwargs": {"eps": 1e-3}},
-        "text_cfg": {"width": 48, "heads": 3, "layers": 2, "mlp_ratio": 2.0}}}
-    clip = build_clip(cfg)
-    clip.load_state_dict(mapped)
-    save_reward(tmp_path / "clip", clip, cfg)
-    images = to_tensor(photo(), photo().rotate(180))
-    second = build_reward("clip", "cpu", weights=tmp_path)
-    assert torch.equal(first(images, PROMPTS[:2]), second(images, PROMPTS[:2]))
+    assert sum(p.numel() for p in rewards.load_aesthetic_head(folder / "aesthetic").parameters()) == 927_969
+    # the published head is too wide for the tiny tower
+    head = randomise(AestheticHead(24, (12, 8, 6, 4)))
+    (tmp_path / "clip").symlink_to(folder / "clip")
+    (tmp_path / "aesthetic").mkdir()
+    save_file(head.state_dict(), tmp_path / "aesthetic" / "aesthetic.safetensors")
+    pictures = [photo().resize((T, T)), photo().rotate(90).resize((T, T))]
+    with torch.no_grad():
+        features = model.get_image_features(**hf_processor(T)(pictures, return_tensors="pt")).pooler_output
+        expected = head(features / features.norm(dim=-1, keepdim=True))                     # (B,)
+    scores = build_reward("aesthetic", "cpu", tmp_path)(to_tensor(*pictures), ["", ""])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("act, vision, text, params", [
     ("quick_gelu", (1024, 24, 16), (768, 12, 12), 427_616_513),         # openai/clip-vit-large-patch14
     ("gelu", (1280, 32, 16), (1024, 24, 16), 986_109_441)])              # CLIP-H, PickScore_v1
-def test_full_size_tensors_fit(tmp_path: Path, act: str, vision: tuple[int, int, int],
-                               text: tuple[int, int, int], params: int) -> None:
-    """Shapes only: every tensor of the published architectures finds its place in open_clip's."""
+def test_published_tensors_find_their_place(act: str, vision: tuple, text: tuple, params: int) -> None:
     def tower(width: int, layers: int, heads: int) -> dict:
         return {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-                "num_attention_heads": heads, "hidden_act": act}
-    config = {"text_config": tower(*text), "projection_dim": text[0],
-              "vision_config": tower(*vision) | {"image_size": 224, "patch_size": 14}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+                "num_attention_heads": heads, "hidden_act": act, "eos_token_id": 2}
+    config = CLIPConfig(text_config=tower(*text), projection_dim=text[0],
+                        vision_config=tower(*vision) | {"image_size": 224, "patch_size": 14})
     with torch.device("meta"):
-        mapped = rewards.hf_clip_to_open_clip(CLIPModel(CLIPConfig(**config)).state_dict())
-        clip = build_clip(rewards.hf_config_to_open_clip(tmp_path))
-    assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in clip.state_dict().items()}
+        tensors = convert.open_clip_tensors(CLIPModel(config).state_dict())
+        clip = CLIP(**convert.open_clip_config(config))
+    convert.check_fit(tensors, clip.state_dict(), Path("clip"))
     assert sum(p.numel() for p in clip.parameters()) == params
     assert clip.visual.transformer.resblocks[0].attn.num_heads == vision[2]
     assert clip.transformer.resblocks[0].attn.num_heads == text[2]
 
 
-TOWERS = {"clip": ("quick_gelu", (1024, 24, 16), (768, 12, 12)),           # openai/clip-vit-large-patch14
-          "pickscore": ("gelu", (1280, 32, 16), (1024, 24, 16))}             # PickScore_v1, a CLIP-H
-
-
-def check_true_widths(name: str, layers: int, folder: Path, hf_tokenizer: CLIPTokenizer) -> None:
-    """A reward on random weights of the published widths, from a folder in Hugging Face's layout, against
-    CLIPModel, on photographs of the tower's size, and of another, where rounding to grey levels comes in."""
-    act, *towers = TOWERS[name]
-    vision, text = ({"hidden_size": width, "intermediate_size": 4 * width, "hidden_act": act,
-                     "num_hidden_layers": min(depth, layers), "num_attention_heads": heads}
-                    for width, depth, heads in towers)
-    model = CLIPModel(CLIPConfig(text_config=text | {"eos_token_id": 2}, projection_dim=towers[1][0],
-                                 vision_config=vision | {"image_size": 224, "patch_size": 14},
-                                 logit_scale_init_value=math.log(100))).eval()
-    model.save_pretrained(folder / name)
-    wanted = []
-    small = [photo().rotate(angle).resize((224, 224)) for angle in (0, 90, 180)]
-    large = [photo().rotate(angle) for angle in (0, 90, 180)]
-    for pictures in (small, large):
-        pixels = (hf_processor(224)(pictures, return_tensors="pt")["pixel_values"] if name == "pickscore" else
-                  torchvision_pixels(to_tensor(*pictures), 224))
-        wanted.append(hf_scores(model, hf_tokenizer, pixels, PROMPTS[:3]) / rewards.DIVISORS[name])
-    del model
-    reward = build_reward(name, "cpu", weights=folder)
-    off = [(reward(to_tensor(*pictures), PROMPTS[:3]) - want).abs().max().item()
-           for pictures, want in zip((small, large), wanted, strict=True)]
-    print(f"\n{name}, true widths, {layers} layers: off by {off[0]:.1e} and, resized, {off[1]:.1e}")
-    assert off[0] <= 1e-5 and off[1] <= (1e-3 if name == "pickscore" else 1e-5)
-
-
-@pytest.mark.parametrize("name", ["clip", "pickscore"])
-def test_true_widths_match_transformers(name: str, tmp_path: Path, hf_tokenizer: CLIPTokenizer) -> None:
-    check_true_widths(name, 1, tmp_path, hf_tokenizer)
-
-
-@pytest.mark.parametrize("name", ["clip", "pickscore"])
-def test_full_size_matches_transformers(name: str, tmp_path: Path, hf_tokenizer: CLIPTokenizer,
-                                        request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--full"):
-        pytest.skip("all layers: pytest --full, 8 GB of memory")
-    check_true_widths(name, 32, tmp_path, hf_tokenizer)
-
-
-def test_hf_tokenizer_and_open_clips_agree(hf_tokenizer: CLIPTokenizer) -> None:
-    theirs = rewards.text_encoder(hf_tokenizer.backend_tokenizer, 77, 49408)(PROMPTS)
-    assert torch.equal(theirs, rewards.text_encoder(None, 77, 49408)(PROMPTS))
-    assert theirs[3, 76] == 49407                           # cut at 77, the end token kept
-
-
-# ---- the aesthetic head ----------------------------------------------------------------------------------
-
-def collapse(head: AestheticHead) -> tuple[Tensor, Tensor]:
-    """The five layers as one affine map, in fp64."""
-    layers = [copy.deepcopy(head.layers[i]).double() for i in (0, 2, 4, 6, 7)]
-    weight, bias = layers[0].weight, layers[0].bias
-    for layer in layers[1:]:
-        weight, bias = layer.weight @ weight, layer.weight @ bias + layer.bias
-    return weight[0], bias[0]
-
-
-def test_aesthetic_is_one_affine_map_of_a_unit_vector(hf: tuple[CLIPModel, Path], tmp_path: Path) -> None:
-    model, folder = hf
-    head = randomise(AestheticHead(24, (12, 8, 6, 4)))
-    rewards.save_aesthetic_head(tmp_path / "aesthetic", head)
-    (tmp_path / "clip").symlink_to(folder / "clip")
-    pictures = [photo().resize((T, T)), photo().rotate(90).resize((T, T))]
-    with torch.no_grad():
-        features = model.get_image_features(**hf_processor(T)(pictures, return_tensors="pt")).pooler_output
-        weight, bias = collapse(head)
-        expected = F.normalize(features, dim=-1).double() @ weight + bias                   # (B,)
-    scores = build_reward("aesthetic", "cpu", weights=tmp_path)(to_tensor(*pictures), ["", ""])
-    torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
-
-
-def test_laion_layout_loads_from_a_pickle_of_tensors(tmp_path: Path) -> None:
-    head = randomise(AestheticHead(768))
-    torch.save(head.state_dict(), tmp_path / LAION_HEAD)
-    loaded = rewards.load_aesthetic_head(tmp_path)
-    assert sum(p.numel() for p in loaded.parameters()) == 927_969
-    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), loaded.parameters(), strict=True))
-
-
-def test_the_published_laion_head() -> None:
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not (folder / LAION_HEAD).is_file():
-        pytest.skip(f"the published {LAION_HEAD} is not on this machine")
-    head = rewards.load_aesthetic_head(folder)
-    weight, bias = collapse(head)
-    assert sum(p.numel() for p in head.parameters()) == 927_969
-    assert weight.norm().item() == pytest.approx(17.9956, abs=1e-4)
-    assert bias.item() == pytest.approx(5.23665, abs=1e-5)
-
-
-# ---- a vocabulary of its own, and the module as a whole --------------------------------------------------
-
-def test_own_tokenizer_is_pooled_at_its_end_token(nano: Path) -> None:
-    score = build_reward("clip", "cpu", weights=nano).score
-    texts = ["a red heart", "star", "a blue star " * 9]
-    ids = score.encode(texts)                                                               # (U, S)
-    assert ids.tolist() == [[2, 3, 5, 8, 0, 0, 0, 0], [6, 8, 0, 0, 0, 0, 0, 0], [2, 4, 6, 2, 4, 6, 2, 8]]
-    clip, end = score.clip, torch.tensor([3, 1, 7])
-    with torch.no_grad():
-        x = clip.transformer(clip.token_embedding(ids) + clip.positional_embedding, attn_mask=clip.attn_mask)
-        expected = clip.ln_final(x)[range(3), end] @ clip.text_projection                   # (U, E)
-        torch.testing.assert_close(clip.encode_text(ids), expected)
-
-
-def test_tokenizers_that_would_be_misread_are_refused(nano: Path) -> None:
-    with pytest.raises(ValueError, match=r"ends a text with \[7\], its highest id is 8"):
-        rewards.text_encoder(nano_tokenizer(end_last=False), 8, 9)
-    with pytest.raises(ValueError, match="below vocab_size"):
-        rewards.text_encoder(nano_tokenizer(), 8, 8)
-    (nano / "clip" / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="vocab_size 9, open_clip's BPE has 49408: put tokenizer.json"):
-        build_reward("clip", "cpu", weights=nano)
-
-
-def test_preprocess_cfg_of_the_folder_is_used(nano: Path) -> None:
-    picture = build_reward("pickscore", "cpu", weights=nano).score.picture
-    assert picture == {"size": T, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.2], "like_pil": True}
-    assert build_reward("clip", "cpu", weights=nano).score.picture["like_pil"] is False
+@pytest.mark.parametrize("tower, field, value, sentence", [
+    ("text_config", "hidden_act", "relu", "expected gelu, or quick_gelu"),
+    ("text_config", "eos_token_id", 7, "eos_token_id is 7"),
+    ("vision_config", "hidden_size", 128, "0 tensors are missing .* misshaped .*visual"),
+    ("vision_config", "num_hidden_layers", 3, "12 tensors are missing")])
+def test_a_clip_that_cannot_be_served_is_refused(hf: tuple[CLIPModel, Path], tmp_path: Path, tower: str,
+                                                 field: str, value: str | int, sentence: str) -> None:
+    source = shutil.copytree(hf[1].parent / "PickScore_v1", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config[tower][field] = value
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused, match=sentence):
+        convert.convert_clip(source, tmp_path / "clip")
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore", "aesthetic"])
-def test_a_reward_is_frozen_fp32_and_leaves_the_seed_alone(nano: Path, name: str) -> None:
+def test_nanos_rewards_are_frozen_fp32_and_leave_the_seed_alone(name: str) -> None:
     images = torch.rand(5, 3, 40, 48, generator=torch.Generator().manual_seed(0))
-    prompts = ["a red heart", "star", "star", "a star", "blue"]
+    prompts = ["a red heart", "a blue star", "a blue star", "two red stars", "a red heart"]
     before = torch.get_rng_state()
-    reward = build_reward(name, "cpu", weights=nano)
+    reward = build_reward(name, "cpu")
     assert torch.equal(before, torch.get_rng_state())
-    assert isinstance(reward, Reward)
     assert not any(module.training for module in reward.modules())
     assert not any(p.requires_grad for p in reward.parameters())
     scores = reward(images.requires_grad_(), prompts)
     assert not scores.requires_grad and scores.dtype == torch.float32 and scores.std() > 0
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(reward(images, prompts), scores)
-    chunked = build_reward(name, "cpu", weights=nano, batch_size=2)(images, prompts)
-    torch.testing.assert_close(chunked, scores, atol=1e-5, rtol=0)
+    one_by_one = [reward(images[i:i + 1], prompts[i:i + 1]) for i in range(5)]
+    torch.testing.assert_close(torch.cat(one_by_one), scores, atol=1e-5, rtol=0)
 
 
-def test_text_once_a_prompt_and_images_in_chunks(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reward = build_reward("clip", "cpu", weights=nano, batch_size=4)
-    clip, texts, pictures = reward.score.clip, [], []
-    encode_text = clip.encode_text
-    monkeypatch.setattr(clip, "encode_text", lambda ids: (texts.append(len(ids)), encode_text(ids))[1])
-    clip.visual.register_forward_hook(lambda module, args, out: pictures.append(len(args[0])))
-    images = torch.rand(6, 3, T, T, generator=torch.Generator().manual_seed(0))
-    reward(images, ["star", "a star", "star", "star", "a star", "star"])
-    assert texts == [2] and pictures == [4, 2]
+def test_own_tokenizer_is_pooled_at_its_end_token() -> None:
+    clip, encode, _ = rewards.load_clip(ROOT / "weights" / "nano" / "clip")
+    ids = encode(["a red heart", "star", "a blue star " * 9])                               # (U, S)
+    end = torch.tensor([3, 1, 19])                          # a text that was cut keeps its end
+    assert ids.shape == (3, 20) and ids[range(3), end].tolist() == [76] * 3 and ids[0, 4:].sum() == 0
+    with torch.no_grad():
+        x = clip.token_embedding(ids) + clip.positional_embedding
+        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))                    # (U, S, width)
+        torch.testing.assert_close(clip.encode_text(ids), x[range(3), end] @ clip.text_projection)
 
 
-def test_the_trained_nano_rewards_load() -> None:
-    if not all((rewards.NANO_WEIGHTS / name).is_dir() for name in ("clip", "pickscore", "aesthetic")):
-        pytest.skip("weights/nano holds no trained rewards yet")
-    for name in ("clip", "pickscore", "aesthetic"):
-        scores = build_reward(name, "cpu")(torch.zeros(2, 3, T, T), ["a red heart", "a blue star"])
-        assert scores.shape == (2,) and scores.isfinite().all()
-
-
-# ---- functions of one's own ------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- functions of one's own
 
 OWN = """
 import torch
-def brightness(images, prompts): return images.mean(dim=(1, 2, 3))
-def broken(images, prompts): return images.mean(dim=(1, 2))
+from common import half
+def brightness(images, prompts): return half(images).mean(dim=(1, 2, 3))
+def flip(images, prompts):
+    prompts.clear()
+    return images.mul_(-1).add_(1).mean(dim=(1, 2, 3))
 def integers(images, prompts): return torch.arange(len(images))
 def plain(images, prompts): return [1.0] * len(images)
+def wide(images, prompts): return images.mean(dim=(1, 2))
 def blind(images, prompts): return torch.full((len(images),), float("nan"))
 """
+IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_function_from_a_file_or_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_reward.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for name in (f"{tmp_path / 'own_reward.py'}:brightness", "own_reward:brightness"):
-        scores = build_reward(name, "cpu")(images, ["a", "b", "c"])
-        torch.testing.assert_close(scores, images.mean(dim=(1, 2, 3)))
-    assert build_reward("own_reward:blind", "cpu")(images, ["a", "b", "c"]).isnan().all()   # the caller masks
-
-
-@pytest.mark.parametrize("function, came", [
-    ("broken", r"Tensor.*float32.*\[2, 8\]"), ("integers", "int64"), ("plain", "list")])
-def test_a_function_that_returns_what_is_no_reward(tmp_path: Path, function: str, came: str) -> None:
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A user's folder, whose common.py has the name of ours."""
     (tmp_path / "own.py").write_text(OWN)
-    reward = build_reward(f"{tmp_path / 'own.py'}:{function}", "cpu")
-    with pytest.raises(ValueError, match=rf"own.py:{function} returned .*{came}.*expected .*\(2,\)"):
-        reward(torch.zeros(2, 3, 8, 8), ["a", "b"])
+    (tmp_path / "common.py").write_text("def half(x): return x / 2\n")
+    return tmp_path
 
 
-def test_names_that_lead_nowhere(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(OWN)
-    with pytest.raises(ValueError, match="unknown reward 'hps': expected clip, pickscore, aesthetic, pac"):
-        build_reward("hps", "cpu")
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        build_reward(f"{tmp_path}/other.py:f", "cpu")
-    with pytest.raises(ValueError, match="cannot import no_such_package.rewards"):
-        build_reward("no_such_package.rewards:f", "cpu")
-    with pytest.raises(ValueError, match="has no function 'sharpness'"):
-        build_reward(f"{tmp_path}/own.py:sharpness", "cpu")
+def test_a_function_from_a_file_or_a_module_finds_what_lies_beside_it(
+        own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    # a module of the current folder
+    (own / "other").mkdir()
+    (own / "other" / "own.py").write_text("from common import red\ndef f(x, prompts): return red(x)\n")
+    (own / "other" / "common.py").write_text("def red(x): return x[:, 0].mean(dim=(1, 2))\n")
+    monkeypatch.chdir(own / "other")
+    assert torch.equal(build_reward("own:f", "cpu")(IMAGES, PROMPTS[:3]), IMAGES[:, 0].mean(dim=(1, 2)))
+    # a file of the same name in another folder
+    scores = build_reward(f"{own / 'own.py'}:brightness", "cpu")(IMAGES, PROMPTS[:3])
+    assert torch.equal(scores, (IMAGES / 2).mean(dim=(1, 2, 3)))
+    assert sys.modules["common"].Refused is Refused         # and ours is ours again
 
 
-@pytest.mark.parametrize("images, prompts, sentence", [
-    (torch.zeros(2, 3, 8, 8), ["a"], "2, 3, 8, 8.*and 1 prompts"),
-    (torch.zeros(2, 3, 8, 8), "ab", "a list of B prompts"),
-    (torch.zeros(2, 8, 8, 3), ["a", "b"], r"images \(B, 3, H, W\)"),
-    (torch.full((1, 3, 8, 8), -1.0), ["a"], r"must lie in \[0, 1\], these span \[-1, -1\]"),
-    (torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), ["a"], r"these span \[255, 255\]")])
-def test_wrong_inputs(images: Tensor, prompts: list[str], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        Reward("own", lambda x, p: x.mean(dim=(1, 2, 3)), "cpu")(images, prompts)
+def test_no_reward_changes_what_another_one_sees(own: Path) -> None:
+    images, prompts = IMAGES.clone(), ["a", "b", "c"]
+    flip = build_reward(f"{own / 'own.py'}:flip", "cpu")
+    torch.testing.assert_close(flip(images, prompts), 1 - IMAGES.mean(dim=(1, 2, 3)))
+    assert torch.equal(images, IMAGES) and prompts == ["a", "b", "c"]
 
 
-# ---- files that are missing, damaged, or do not fit ------------------------------------------------------
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-def test_missing_and_truncated_files(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(FileNotFoundError, match="model.safetensors does not exist; weights= must name"):
-        build_reward("clip", "cpu", weights=tmp_path_factory.mktemp("empty"))
-    cut(nano / "clip" / "model.safetensors")
-    for name in ("clip", "aesthetic"):                      # the aesthetic score stands on clip/
-        with pytest.raises(ValueError, match="clip/model.safetensors is truncated or damaged"):
-            build_reward(name, "cpu", weights=nano)
-    cut(nano / "pickscore" / "open_clip_config.json")
-    with pytest.raises(ValueError, match="open_clip_config.json is truncated or damaged"):
-        build_reward("pickscore", "cpu", weights=nano)
-    torch.save(AestheticHead(24).state_dict(), nano / LAION_HEAD)
-    cut(nano / LAION_HEAD)
-    with pytest.raises(ValueError, match="linearMSE.pth is truncated or damaged"):
-        rewards.load_aesthetic_head(nano)
+@pytest.mark.parametrize("function, came", [("wide", r"\[3, 8\]"), ("integers", "int64"), ("plain", "list")])
+def test_what_is_no_reward_is_refused(own: Path, function: str, came: str) -> None:
+    with pytest.raises(Refused, match=rf"own.py:{function} returned .*{came}.*expected .*\(3,\)"):
+        build_reward(f"{own / 'own.py'}:{function}", "cpu")(IMAGES, PROMPTS[:3])
+    assert build_reward(f"{own / 'own.py'}:blind", "cpu")(IMAGES, PROMPTS[:3]).isnan().all()
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    class Code:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "it_ran"),)
-    torch.save({"layers.0.weight": Code()}, tmp_path / LAION_HEAD)
-    with pytest.raises(ValueError, match="was refused: .*could run code"):
-        rewards.load_aesthetic_head(tmp_path)
-    assert not (tmp_path / "it_ran").exists()
+@pytest.mark.parametrize("name, sentence", [
+    ("hps", "unknown reward 'hps': expected clip, pickscore, aesthetic"),
+    ("other.py:f", "cannot import other.py"),
+    ("clip", "python tools/convert.py rewards")])
+def test_names_that_lead_nowhere(name: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=sentence):
+        build_reward(name, "cpu", tmp_path)
 
 
-def test_tensors_that_do_not_fit(nano: Path) -> None:
-    path = nano / "clip" / "model.safetensors"
-    state = load_file(path)
-    save_file({k: v for k, v in state.items() if k != "ln_final.bias"}, path)
-    with pytest.raises(ValueError, match=r"differ, first ln_final.bias: expected \(32,\), found none such"):
-        build_reward("clip", "cpu", weights=nano)
-    save_file(state | {"extra": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"first extra: expected none such, found \(2,\)"):
-        build_reward("clip", "cpu", weights=nano)
-    save_file(state, path)
-    rewards.save_aesthetic_head(nano / "aesthetic", AestheticHead(25, (12, 8, 6, 4)))
-    with pytest.raises(ValueError, match="reads embeddings of 25 numbers, the tower in clip/ gives 24"):
-        build_reward("aesthetic", "cpu", weights=nano)
-    save_file({"weight": torch.zeros(1)}, nano / "aesthetic" / "aesthetic.safetensors")
-    with pytest.raises(ValueError, match="is no aesthetic head"):
-        build_reward("aesthetic", "cpu", weights=nano)
-
-
-@pytest.mark.parametrize("tower, field, value, sentence", [
-    ("text_config", "hidden_act", "relu", "hidden_act must be gelu, or quick_gelu, in both towers"),
-    ("text_config", "eos_token_id", 7, "open_clip pools at the highest id, 49407"),
-    ("vision_config", "hidden_size", 128, "does not fit its architecture")])
-def test_hf_configs_that_cannot_be_served(hf: tuple[CLIPModel, Path], tmp_path: Path, tower: str, field: str,
-                                          value: str | int, sentence: str) -> None:
-    source, folder = hf[1] / "clip", tmp_path / "clip"
-    folder.mkdir()
-    (folder / "model.safetensors").symlink_to(source / "model.safetensors")
-    config = json.loads((source / "config.json").read_text())
-    config[tower][field] = value
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=sentence):
-        build_reward("clip", "cpu", weights=tmp_path)
-    (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
-        build_reward("clip", "cpu", weights=tmp_path)
-
-
-def test_hf_preprocessor_config_gives_mean_and_std(hf: tuple[CLIPModel, Path], tmp_path: Path) -> None:
-    (tmp_path / "clip").mkdir()
-    for name in ("model.safetensors", "config.json"):
-        (tmp_path / "clip" / name).symlink_to(hf[1] / "clip" / name)
-    found = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.2, 0.2]}
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(found))
-    picture = build_reward("clip", "cpu", weights=tmp_path).score.picture
-    assert (picture["mean"], picture["std"]) == (found["image_mean"], found["image_std"])
-
-
-def test_model_cfg_with_unknown_parts_is_refused() -> None:
-    with pytest.raises(ValueError, match="model_cfg must hold embed_dim, vision_cfg and text_cfg"):
-        build_clip({"model_cfg": NANO_CFG["model_cfg"] | {"init_logit_bias": -10}})
+@pytest.mark.parametrize("images", [IMAGES - 1, IMAGES * 255, IMAGES.movedim(1, -1), IMAGES[:2]])
+def test_wrong_inputs(images: Tensor) -> None:
+    with pytest.raises(AssertionError):
+        Reward("own", lambda x, p: x.mean(dim=(1, 2, 3)), "cpu")(images, PROMPTS[:3])

@@ -1,0 +1,330 @@
+"""tools/convert.py on small files in the published layouts; the words of the published VLM."""
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, InternVLForConditionalGeneration
+
+from common import Refused, fingerprint
+from helpers import TINY, save_parts, tiny_model
+from model import PRESETS, PROMPT, UNCONDITIONAL, ParaUni, byte_tokenizer
+from tools import convert
+
+VLM, SANA, DC_AE = "InternVL3-2B-hf", "SANA1.5_1.6B_1024px_diffusers", "dc-ae-f32c32-sana-1.1-diffusers"
+DIT_FILE = f"{SANA}/transformer/diffusion_pytorch_model.safetensors"
+OPENUNI_FILE = "openuni/openuni_l_internvl3_2b_sana_1_6b_1024_hf_blip3o60k.pth"
+LARGE = replace(TINY, name="l-1024", shapes_world=False)
+OPENUNI = replace(LARGE, name="openuni-l-1024", lim=replace(TINY.lim, norm=False), layers=(TINY.vlm_layers,))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ParaUni:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def published(tiny: ParaUni, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repositories of l-1024, of the size of the tiny model."""
+    folder = tmp_path_factory.mktemp("published")
+    save_parts(tiny, folder)
+    (folder / SANA).mkdir()
+    (folder / "transformer").rename(folder / SANA / "transformer")
+    (folder / "vae").rename(folder / DC_AE)
+    (folder / "vlm").rename(folder / VLM)
+    (folder / VLM / "chat_template.jinja").write_text("a template")
+    (folder / "openuni").mkdir()
+    return folder
+
+
+@pytest.fixture
+def source(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to damage, and presets of its size."""
+    monkeypatch.setitem(PRESETS, "l-1024", LARGE)
+    monkeypatch.setitem(PRESETS, "openuni-l-1024", OPENUNI)
+    return shutil.copytree(published, tmp_path / "source")
+
+
+def run(source: Path, name: str = "l-1024") -> Path:
+    out = source.parent / "out" / name
+    convert.main([name, "--source", str(source), "--out", str(out)])
+    return out
+
+
+def rewrite(path: Path, change: Callable[[str, Tensor], tuple[str, Tensor]]) -> None:
+    tensors = dict(change(name, tensor) for name, tensor in load_file(path).items())
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+
+
+def shard(path: Path, stem: str, num: int = 3) -> None:
+    """Split a file as diffusers and transformers do."""
+    tensors = load_file(path)
+    names = [f"{stem}-{i + 1:05}-of-{num:05}.safetensors" for i in range(num)]
+    for i, name in enumerate(names):
+        save_file({key: tensors[key] for key in list(tensors)[i::num]}, path.parent / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: names[i % num] for i, key in enumerate(tensors)}}
+    (path.parent / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    path.unlink()
+
+
+# ----------------------------------------------------------------------------- a preset's folder
+
+def test_a_preset_loads_bit_for_bit(source: Path, tiny: ParaUni) -> None:
+    out = run(source)
+    model = ParaUni.from_preset("l-1024", out)
+    for part in ("vlm", "dit", "vae"):
+        assert fingerprint(getattr(model, part)) == fingerprint(getattr(tiny, part))
+    assert model.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
+    assert (out / "vlm" / "chat_template.jinja").read_text() == "a template"
+    written = out / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert written.samefile(source / DIT_FILE)              # linked: the bytes are there once
+    assert sorted(path.name for path in out.parent.iterdir()) == ["l-1024"]
+
+
+def test_shards_are_put_together_and_the_index_wins(source: Path, tiny: ParaUni) -> None:
+    shard(source / DIT_FILE, "diffusion_pytorch_model")
+    shard(source / VLM / "model.safetensors", "model")
+    # as in a published repository: beside the shards a single file in half precision, which is not read
+    save_file({name: p.half() for name, p in tiny.dit.state_dict().items()}, source / DIT_FILE)
+    model = ParaUni.from_preset("l-1024", run(source))
+    assert fingerprint(model.dit) == fingerprint(tiny.dit)
+    assert fingerprint(model.vlm) == fingerprint(tiny.vlm)
+
+
+@pytest.mark.parametrize("tied", [True, None])
+def test_the_vlm_computes_what_the_published_one_does(source: Path, tied: bool | None) -> None:
+    """Under today's names too, and whatever the config says, or leaves out, of tied embeddings."""
+    theirs = InternVLForConditionalGeneration.from_pretrained(source / VLM)
+    path = source / VLM / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config["text_config"]):
+        part.pop("tie_word_embeddings", None)
+        if tied:
+            part["tie_word_embeddings"] = True
+    path.write_text(json.dumps(config))
+    if tied:
+        (source / VLM / "model.safetensors").unlink()
+        theirs.save_pretrained(source / "today", save_original_format=False)
+        shutil.copy(source / "today" / "model.safetensors", source / VLM)
+    ours = InternVLForConditionalGeneration.from_pretrained(run(source) / "vlm")
+    ids = torch.tensor([[5] * TINY.vlm.image_seq_length + [7, 8, 9, 10, 11]])
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = theirs(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
+        got = ours(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
+    assert torch.equal(got.logits, want.logits)
+    assert all(torch.equal(a, b) for a, b in zip(got.hidden_states, want.hidden_states, strict=True))
+    assert not torch.equal(ours.lm_head.weight, ours.get_input_embeddings().weight)
+    written = json.loads((source.parent / "out" / "l-1024" / "vlm" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+
+
+def test_numbers_keep_their_dtype(source: Path) -> None:
+    for file in (DIT_FILE, f"{DC_AE}/diffusion_pytorch_model.safetensors", f"{VLM}/model.safetensors"):
+        rewrite(source / file, lambda name, tensor: (name, tensor.bfloat16()))
+    for path in run(source).rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
+
+
+def edit(*keys: str, value: object) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = part = json.loads(path.read_text())
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = value
+        path.write_text(json.dumps(config))
+    return change
+
+
+def rename(old: str, new: str) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, lambda name, tensor: (name.replace(old, new), tensor))
+
+
+def cut_tensors(word: str) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, lambda name, tensor: (name, tensor[:1] if word in name else tensor))
+
+
+def truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-100])
+
+
+def outside_shard(path: Path) -> None:
+    """A shard that is there, but in another folder."""
+    shard(path, "diffusion_pytorch_model")
+    index = path.parent / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(index.read_text().replace("diffusion_pytorch_model-00001", "../x-00001"))
+    first = path.parent / "diffusion_pytorch_model-00001-of-00003.safetensors"
+    first.rename(path.parent.parent / "x-00001-of-00003.safetensors")
+
+
+@pytest.mark.parametrize("name, damage, sentence", [
+    (DIT_FILE, Path.unlink, "is missing or truncated"),
+    (DIT_FILE, truncate, "is missing or truncated"),
+    (DIT_FILE, outside_shard, "transformer/x-00001-of-00003.safetensors is missing"),
+    (DIT_FILE, rename("to_q", "query"), "6 tensors are missing .*attn1.to_q.*6 unknown .*attn1.query"),
+    (DIT_FILE, cut_tensors("proj_out.bias"), "1 misshaped .*proj_out.bias"),
+    (DIT_FILE, lambda path: rewrite(path, lambda name, t: (name, t.to(torch.int8))), "int8: quantised"),
+    (f"{SANA}/transformer/config.json", edit("num_layers", value=3), "of another preset"),
+    (f"{SANA}/transformer/config.json", edit("attention_bias", value=True), "attention_bias"),
+    (f"{DC_AE}/config.json", lambda path: path.write_text('{"in_channels": 2'), "is missing or truncated"),
+    (f"{VLM}/config.json", edit("text_config", "num_attention_heads", value=4), "heads is 4, not 2"),
+    (f"{VLM}/config.json", edit("text_config", "rope_parameters", "rope_theta", value=9.), "rope_theta is 9"),
+    (f"{VLM}/config.json", edit("image_token_id", value=7), "image_token_id is 7, not 5"),
+    (f"{VLM}/model.safetensors", rename("fc1", "up"), "of another architecture: .*unexpected_keys .*mlp.up"),
+    (f"{VLM}/model.safetensors", cut_tensors("fc1"), "of another architecture: .*mismatched"),
+    (f"{VLM}/tokenizer.json", Path.unlink, "tokenizer.json is missing"),
+    (f"{VLM}/tokenizer.json", lambda path: byte_tokenizer().save_pretrained(path.parent), "151667, not 5"),
+])
+def test_bad_files_are_refused_and_leave_nothing(source: Path, name: str, damage: Callable,
+                                                 sentence: str) -> None:
+    damage(source / name)
+    with pytest.raises(Refused, match=sentence) as error:
+        run(source)
+    assert "\n" not in str(error.value) and list((source.parent / "out").iterdir()) == []
+
+
+def test_a_folder_appears_whole_or_not_at_all(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a killed conversion left is not gone on with
+    left = source.parent / "out" / ".l-1024.partial" / "vlm"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    out = run(source)
+    assert not left.parent.exists() and "half" not in (out / "vlm" / "config.json").read_text()
+    with pytest.raises(Refused, match="is already there"):
+        run(source)
+    assert (out / "transformer" / "config.json").is_file()
+
+
+# ----------------------------------------------------------------------------- OpenUni
+
+def openuni_state(model: ParaUni, fine_tuned: bool) -> dict[str, Tensor]:
+    """What OpenUni's training writes: its own names, bf16 as DeepSpeed keeps them."""
+    names = {"queries": "meta_queries", "lim.connector.": "connector.", "lim.projector.": "projector."}
+    names |= {"dit.": "transformer."} if fine_tuned else {}
+    return {theirs + name[len(ours):]: (p.detach() + 0.25).bfloat16()
+            for name, p in model.named_parameters()
+            for ours, theirs in names.items() if name.startswith(ours)}
+
+
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_openuni_paints_with_its_own_weights_and_the_last_layer_alone(
+        source: Path, tiny: ParaUni, fine_tuned: bool, capsys: pytest.CaptureFixture) -> None:
+    state = openuni_state(tiny, fine_tuned)
+    torch.save(state | {"vae.x": torch.zeros(1)}, source / OPENUNI_FILE)
+    out = run(source, "openuni-l-1024")
+    assert (out / f"stage{2 if fine_tuned else 1}.safetensors").is_file()
+    account = capsys.readouterr().out.partition("blip3o60k.pth: ")[2].splitlines()
+    assert account[0] == f"{len(state) + 1} keys"
+    assert sum(int(line.split()[0]) for line in account[1:7]) == len(state) + 1     # none passed over
+
+    model = ParaUni.from_preset("openuni-l-1024", out)
+    assert torch.equal(model.queries, state["meta_queries"].float())
+    stored = state["transformer.proj_out.weight"].float() if fine_tuned else tiny.dit.proj_out.weight
+    assert torch.equal(model.dit.proj_out.weight, stored)
+    # the file says so itself, to another preset of the pair too
+    assert isinstance(ParaUni.from_preset("l-1024", out).lim.agglayer_norm, torch.nn.Identity)
+    with torch.no_grad():
+        last = model.read_queries(model.encode_prefix(["a red heart", None]))[-1]       # after the final norm
+        want = model.lim.projector(model.lim.connector(last))
+        torch.testing.assert_close(model.condition(["a red heart", None]), want)
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda s, p: torch.save(s | {"x": Evil(p.parent / "ran")}, p), "could run code"),
+    (lambda s, p: p.write_bytes(pickle.dumps(Evil(p.parent / "ran"))), "could run code"),
+    (lambda s, p: (torch.save(s, p), truncate(p)), "is missing or truncated"),
+    (lambda s, p: None, "is missing or truncated"),
+    (lambda s, p: torch.save({"state_dict": s}, p), "flat dict of tensors"),
+    (lambda s, p: torch.save({k.replace("fc1", "up"): v for k, v in s.items()}, p),
+     "2 tensors are missing .*mlp.fc1.*2 unknown .*mlp.up"),
+    (lambda s, p: torch.save(s | {"transformer.proj_out.bias": torch.zeros(8)}, p), "missing .*dit.caption")])
+def test_bad_openuni_files_are_refused(source: Path, tiny: ParaUni, make: Callable, sentence: str) -> None:
+    make(openuni_state(tiny, fine_tuned=False), source / OPENUNI_FILE)
+    with pytest.raises(Refused, match=sentence):
+        run(source, "openuni-l-1024")
+    assert not (source / "openuni" / "ran").exists()
+
+
+# ----------------------------------------------------------------------------- the hub
+
+def test_fetching_pinned_revisions_and_no_more_than_needed(
+        source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = {}
+
+    def snapshot_download(name: str, revision: str, allow_patterns: list[str], local_dir: Path) -> None:
+        asked[name] = revision
+        hub = source / local_dir.name
+        files = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
+        for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / file, local_dir / file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(convert, "DOWNLOADS", tmp_path / "downloads")
+    junk = ["transformer/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.safetensors"]
+    (source / SANA / "text_encoder").mkdir()
+    for file in junk:
+        (source / SANA / file).write_text("not needed")
+    convert.main(["l-1024", "--out", str(tmp_path / "new")])
+    assert ParaUni.from_preset("l-1024", tmp_path / "new").preset is LARGE
+    assert len(asked) == 3 and all(len(revision) == 40 for revision in asked.values())
+    assert not any((tmp_path / "downloads" / SANA / file).exists() for file in junk)
+
+
+def test_without_a_network_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "DOWNLOADS", tmp_path)
+    with pytest.raises(Refused, match="cannot fetch OpenGVLab/InternVL3-2B-hf .*`hf download OpenGVLab/"):
+        convert.main(["l-1024", "--out", str(tmp_path / "new")])
+
+
+# ----------------------------------------------------------------------------- words
+
+TEMPLATE = [151644, 872, 198, 31115, 458, 2168]             # <|im_start|> user \n Generate an image
+TAIL = [151645, 198, 151644, 77091, 198, 151665]            # <|im_end|> \n <|im_start|> assistant \n <img>
+
+
+def test_templates_through_the_real_tokenizer(request: pytest.FixtureRequest, tiny: ParaUni) -> None:
+    folder = request.config.getoption("--qwen")
+    if not folder:
+        pytest.skip("InternVL's words: pytest --qwen FOLDER (InternVL3's vlm/, or Qwen2.5's tokenizer)")
+    tokenizer, preset = AutoTokenizer.from_pretrained(folder), PRESETS["l-1024"]
+    if len(tokenizer) == 151665:                            # Qwen2.5's own: InternVL adds nine words
+        tokenizer.add_tokens(["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>",
+                              "<box>", "</box>"], special_tokens=True)
+    assert len(tokenizer) == preset.vlm.text_config.vocab_size and tokenizer.pad_token_id == 151643
+    assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == preset.vlm.image_token_id
+    model = ParaUni(TINY, tiny.vlm, tokenizer)
+    model.preset = preset                                   # words of the large model, on a small one
+    ids, _ = model.tokenize([PROMPT.format(prompt="a cat")])
+    assert ids[0].tolist() == [*TEMPLATE, 25, 264, 8251, *TAIL]
+    ids, _ = model.tokenize([UNCONDITIONAL.format(image=model.image_text())])
+    picture = [151665, *[151667] * 256, 151666, 198]
+    assert ids[0].tolist() == [*TEMPLATE[:3], *picture, *TEMPLATE[3:], 13, *TAIL]
+    long, _ = model.tokenize([PROMPT.format(prompt="word " * 300)], preset.train_tokens)
+    assert long.shape == (1, 128) and long[0, -1] == 3409   # the closing marks are cut off, as published
+
+
+def test_random_weights_read_bytes_with_the_published_marks() -> None:
+    tokenizer, text = byte_tokenizer(), PROMPT.format(prompt="a 猫")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert (ids[0], ids[-1], ids.count(151644), ids.count(151645)) == (151644, 151665, 2, 1)
+    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id is None
+    assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == PRESETS["b-512"].vlm.image_token_id

@@ -1,0 +1,420 @@
+"""Fetch published weights and bring them into the one layout that everything else reads: weights/nano's.
+
+    python tools/convert.py l-1024          InternVL3-2B, SANA-1.5 1.6B and DC-AE; also b-512 and l-512
+    python tools/convert.py openuni-l-1024  the same with OpenUni's trained queries, connector and DiT
+    python tools/convert.py rewards         CLIP, PickScore and LAION's aesthetic head
+
+What is written to weights/NAME:
+
+    vlm/             as transformers saves it, with the tokenizer and its chat template
+    transformer/     SANA: config.json and diffusion_pytorch_model.safetensors, in one file
+    vae/             DC-AE, likewise
+    stage2.safetensors, or stage1 where the DiT was not trained: what an OpenUni checkpoint holds
+    clip/  pickscore/  aesthetic/    the rewards, see rewards.py
+
+Numbers and their dtype stay as published. Every name and shape is compared with the preset's architecture,
+and what would compute something else is refused, before the folder appears under its name. The originals stay
+in weights/downloads, where a second start goes on; files that need no change are hard links to them. Without
+a network: fetch each repository elsewhere, into DIR/ITS-NAME, and give --source DIR.
+"""
+import argparse
+import copy
+import json
+import os
+import pickle
+import shlex
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+# a script in a folder: the project's root goes on the path before what is imported from there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HTTPError
+from open_clip.model import CLIP
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPConfig, InternVLConfig, PreTrainedConfig
+
+from common import ROOT, Refused, run, write_json
+from dit import DiT, DiTConfig
+from lim import LIM
+from model import PRESETS, Preset
+from rewards import AestheticHead
+from vae import DCAE, DCAEConfig
+
+# ----------------------------------------------------------------------------- what is published where
+
+# A repository of the Hugging Face hub, and its revision: of OpenUni's no project pins one, so the newest.
+REVISIONS = {
+    "OpenGVLab/InternVL3-1B-hf": "014c0583a0d4bedf29fbe2dbff4f865eb998e171",
+    "OpenGVLab/InternVL3-2B-hf": "cb57a075cb75a2e6d1b668b128d48bb00ae321d2",
+    "Efficient-Large-Model/Sana_600M_512px_diffusers": "83d7a190bfd1fd070570a793d2dab5c7a3231b9d",
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": "e58e81ec2dc4faf305122872313884df3afeffa8",
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": "b77948f2b4eed5c728e9b828ccff07f7427b43cc",
+    "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers": "6f7b3f3b289a439a11ef4fb1034989fd4b9a4766",
+    "wusize/openuni": "main",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+}
+# What is read of a repository; weights in half precision carry another name and are left out.
+TRANSFORMERS = ("*.json", "*.jinja", "model.safetensors", "model-*.safetensors")
+SANA = ("transformer/*.json", "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model-*.safetensors")
+DC_AE = ("config.json", "diffusion_pytorch_model.safetensors")
+
+# preset: its VLM, its diffusion transformer, and OpenUni's name of the pair
+PAIRS = {
+    "b-512": ("OpenGVLab/InternVL3-1B-hf", "Efficient-Large-Model/Sana_600M_512px_diffusers",
+              "b_internvl3_1b_sana_0_6b_512_hf"),
+    "l-512": ("OpenGVLab/InternVL3-2B-hf", "Efficient-Large-Model/Sana_1600M_512px_diffusers",
+              "l_internvl3_2b_sana_1_6b_512_hf"),
+    "l-1024": ("OpenGVLab/InternVL3-2B-hf", "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+               "l_internvl3_2b_sana_1_6b_1024_hf"),
+}
+
+DOWNLOADS = ROOT / "weights" / "downloads"
+LAION_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+LAION_URL = f"https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/{LAION_HEAD}"
+LAION_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+
+
+def fetch(repository: str, files: tuple[str, ...], source: Path | None) -> Path:
+    """The folder with a repository's files: in --source, or in weights/downloads, where it is fetched to."""
+    short = repository.partition("/")[2]
+    if source:
+        return source / short
+    folder, revision = DOWNLOADS / short, REVISIONS[repository]
+    print(f"{repository} at {revision} -> {folder}")
+    try:
+        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files),
+                                          local_dir=folder)
+    except (OSError, HTTPError) as error:
+        reason = str(error).partition("\n")[0]
+        include = [f"--include={pattern}" for pattern in files]
+        command = shlex.join(["hf", "download", repository, "--revision", revision, *include,
+                              "--local-dir", f"DIR/{short}"])
+        raise Refused(f"cannot fetch {repository} ({reason}): start again, which goes on where it stopped, "
+                      f"or run `{command}` elsewhere and give --source DIR") from error
+    return folder
+
+
+# ----------------------------------------------------------------------------- reading, with nothing trusted
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} is missing or truncated ({error}): fetch it again") from error
+
+
+def tensor_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors of a folder: those that its index names, or the only one."""
+    names = [f"{stem}.safetensors"]
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    # only what lies in the folder itself, whatever the index says
+    return [folder / Path(name).name for name in names]
+
+
+def read_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of some safetensors files, mapped into memory and not read yet."""
+    tensors = {}
+    for path in files:
+        try:
+            tensors |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise Refused(f"{path} is missing or truncated ({error}): fetch it again") from error
+    # a constant that older files have among their weights
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise Refused(f"{name} in {files[0].parent} is {tensor.dtype}: quantised files are not read")
+    return tensors
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .pth, mapped; a pickle with anything else in it is refused before any of it runs."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise Refused(f"{path} was refused: it is missing or truncated, or holds more than tensors and could "
+                      f"run code ({reason})") from error
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise Refused(f"{path} was refused: expected a flat dict of tensors")
+    return stored
+
+
+def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: Path) -> None:
+    """Names and shapes are exactly those of an architecture's state dict, which may be on the meta device."""
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
+    common = expected.keys() & tensors.keys()
+    misshaped = sorted(name for name in common if expected[name].shape != tensors[name].shape)
+    if missing or unknown or misshaped:
+        raise Refused(f"{what} is of another architecture: {len(missing)} tensors are missing {missing[:2]}, "
+                      f"{len(unknown)} unknown {unknown[:2]}, {len(misshaped)} misshaped {misshaped[:2]}")
+
+
+# ----------------------------------------------------------------------------- the parts of a preset
+
+# Values of the VLM's config that decide what its tensors compute. Two that are known to differ do not matter:
+# the published rope_type, dynamic, is the default one up to 32,768 tokens; and what ties lm_head to the
+# embeddings is taken from the preset, which has them apart, as the files have.
+DECISIVE = ("image_token_id", "downsample_ratio", "vision_feature_layer",
+            "text_config/num_attention_heads", "text_config/num_key_value_heads", "text_config/rms_norm_eps",
+            "text_config/hidden_act", "text_config/rope_parameters/rope_theta",
+            "vision_config/num_attention_heads", "vision_config/layer_norm_eps", "vision_config/hidden_act")
+
+
+def convert_vlm(preset: Preset, source: Path, target: Path) -> None:
+    read_json(source / "config.json")
+    published = InternVLConfig.from_pretrained(source, local_files_only=True)
+    for path in DECISIVE:
+        found, wanted = published.to_dict(), preset.vlm.to_dict()
+        for key in path.split("/"):
+            found, wanted = found[key], wanted[key]
+        if found != wanted:
+            raise Refused(f"{source} is not the VLM of {preset.name}: {path} is {found}, not {wanted}")
+
+    read_json(source / "tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    mark = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    if mark != preset.vlm.image_token_id:
+        raise Refused(f"the tokenizer in {source} is another VLM's: <IMG_CONTEXT> is token {mark}, "
+                      f"not {preset.vlm.image_token_id}")
+
+    # transformers reads the names of its older versions too, and saves one file under one set of names
+    tensors = read_tensors(tensor_files(source, "model"))
+    vlm, report = preset.vlm_class.from_pretrained(
+        source, config=copy.deepcopy(preset.vlm), dtype=next(iter(tensors.values())).dtype,
+        local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    wrong = [f"{key} {sorted(map(str, names))[:2]}" for key, names in report.items() if names]
+    if wrong:
+        raise Refused(f"{source} is of another architecture: {', '.join(wrong)}")
+    vlm.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                 "chat_template.jinja"):
+        if (source / name).is_file():
+            shutil.copy(source / name, target)
+
+
+def convert_diffusers(config: DiTConfig | DCAEConfig, kind: type, source: Path, target: Path) -> None:
+    """transformer/ or vae/. Their names are ours: the file is linked, or its shards are put together."""
+    stored = read_json(source / "config.json")
+    try:
+        published = type(config).from_json(stored)
+    except (KeyError, ValueError) as error:
+        raise Refused(f"{source / 'config.json'} says what is not implemented: {error}") from error
+    if published != config:
+        raise Refused(f"{source} is of another preset: expected {config}, got {published}")
+
+    files = tensor_files(source, "diffusion_pytorch_model")
+    tensors = read_tensors(files)
+    with torch.device("meta"):
+        check_fit(tensors, kind(config).state_dict(), source)
+    target.mkdir()
+    shutil.copy(source / "config.json", target)
+    path = target / "diffusion_pytorch_model.safetensors"
+    if len(files) > 1:
+        save_file(tensors, path)
+    else:
+        link(files[0], path)
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for the same bytes where the disk allows it, else a copy."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+# Prefixes of names in OpenUni's checkpoints. Its pre-training leaves the DiT as it is: such a file has none.
+# VLM and autoencoder are frozen and come from their own repositories.
+OPENUNI_NAMES = {"meta_queries": "queries", "connector.": "lim.connector.", "projector.": "lim.projector.",
+                 "transformer.": "dit."}
+OPENUNI_FROZEN = ("lmm.", "vae.")
+
+
+def convert_openuni(preset: Preset, path: Path, target: Path) -> None:
+    """What OpenUni trained, as the weights of a stage: of stage 2 if the DiT is among it, else of stage 1."""
+    stored = read_pickle(path)
+    tensors, counts = {}, Counter()
+    for key, tensor in stored.items():
+        prefix = next((p for p in (*OPENUNI_NAMES, *OPENUNI_FROZEN) if key.startswith(p)), "")
+        counts[prefix] += 1
+        if prefix not in OPENUNI_FROZEN:
+            name = OPENUNI_NAMES.get(prefix, "") + key.removeprefix(prefix)
+            tensors[name] = tensor.contiguous()
+
+    stage = 2 if counts["transformer."] else 1
+    with torch.device("meta"):
+        expected = {"queries": torch.empty(preset.num_queries, preset.vlm_width)}
+        expected |= {f"lim.{name}": tensor for name, tensor in LIM(preset.lim).state_dict().items()}
+        if stage == 2:
+            expected |= {f"dit.{name}": tensor for name, tensor in DiT(preset.dit).state_dict().items()}
+    check_fit(tensors, expected, path)
+
+    print(f"{path.name}: {len(stored)} keys")
+    for prefix, ours in OPENUNI_NAMES.items():
+        print(f"  {counts[prefix]:4} {prefix:13} -> {ours}")
+    for prefix in OPENUNI_FROZEN:
+        print(f"  {counts[prefix]:4} {prefix:13} left out: frozen, its own repository has it")
+    metadata = {"stage": str(stage), "preset": preset.name, "norm": str(preset.lim.norm),
+                "layers": ",".join(map(str, preset.layers)), "source": path.name}
+    save_file(tensors, target / f"stage{stage}.safetensors", metadata)
+
+
+def convert_preset(preset: Preset, source: Path | None, target: Path, training: str) -> None:
+    vlm, sana, pair = PAIRS[preset.name.removeprefix("openuni-")]
+    convert_vlm(preset, fetch(vlm, TRANSFORMERS, source), target / "vlm")
+    folder = fetch(sana, SANA, source) / "transformer"
+    convert_diffusers(preset.dit, DiT, folder, target / "transformer")
+    folder = fetch("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", DC_AE, source)
+    convert_diffusers(preset.vae, DCAE, folder, target / "vae")
+    if preset.name.startswith("openuni-"):
+        file = f"openuni_{pair}_{training}.pth"
+        folder = fetch("wusize/openuni", (file,), source)
+        convert_openuni(preset, folder / file, target)
+
+
+# ----------------------------------------------------------------------------- the rewards
+
+HF_NAMES = {
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",         # sic
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "visual_projection.weight": "visual.proj",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.embeddings.token_embedding.": "token_embedding.",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_projection.weight": "text_projection",
+    ".self_attn.q_proj.": ".attn.in_proj_",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+
+
+def open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLIPModel's tensors under open_clip's names: q, k, v stacked in one, both projections transposed."""
+    out = {}
+    for key, tensor in state.items():
+        # k and v go with q; one that lacks shows as a wrong shape
+        if ".k_proj." in key or ".v_proj." in key:
+            continue
+        if ".q_proj." in key:
+            parts = [key.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+            tensor = torch.cat([state[part] for part in parts if part in state])
+        if key in ("visual_projection.weight", "text_projection.weight"):
+            tensor = tensor.T
+        for theirs, ours in HF_NAMES.items():
+            key = key.replace(theirs, ours)
+        out[key] = tensor.contiguous()
+    return out
+
+
+def open_clip_config(config: CLIPConfig) -> dict:
+    """What open_clip's config says of the model that a CLIPModel's config describes."""
+    text, vision = config.text_config, config.vision_config
+    # OpenAI's have quick_gelu; LAION's and PickScore have gelu
+    activations = {text.hidden_act, vision.hidden_act}
+    if activations not in ({"gelu"}, {"quick_gelu"}):
+        raise Refused(f"expected gelu, or quick_gelu, in both towers of a CLIP, its config has {activations}")
+    # older files say 2, and transformers then pools a text at its highest id, as open_clip does
+    if text.eos_token_id not in (2, text.vocab_size - 1):
+        raise Refused(f"expected texts to be pooled at their highest id, {text.vocab_size - 1}; the CLIP's "
+                      f"eos_token_id is {text.eos_token_id}")
+
+    def tower(c: PreTrainedConfig) -> dict:
+        return {"width": c.hidden_size,
+                "layers": c.num_hidden_layers,
+                "mlp_ratio": c.intermediate_size / c.hidden_size,
+                "norm_kwargs": {"eps": c.layer_norm_eps}}
+    vision_cfg = {"image_size": vision.image_size,
+                  "patch_size": vision.patch_size,
+                  "head_width": vision.hidden_size // vision.num_attention_heads}
+    text_cfg = {"context_length": text.max_position_embeddings,
+                "vocab_size": text.vocab_size,
+                "heads": text.num_attention_heads}
+    return {"embed_dim": config.projection_dim,
+            "quick_gelu": activations == {"quick_gelu"},
+            "vision_cfg": tower(vision) | vision_cfg,
+            "text_cfg": tower(text) | text_cfg}
+
+
+def convert_clip(source: Path, target: Path) -> None:
+    # transformers' class has the defaults that older files omit
+    model_cfg = open_clip_config(CLIPConfig(**read_json(source / "config.json")))
+    tensors = open_clip_tensors(read_tensors(tensor_files(source, "model")))
+    with torch.device("meta"):
+        check_fit(tensors, CLIP(**model_cfg).state_dict(), source)
+    picture = read_json(source / "preprocessor_config.json")
+    preprocess_cfg = {"mean": picture["image_mean"], "std": picture["image_std"]}
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors")
+    write_json(target / "open_clip_config.json", {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+
+
+def convert_rewards(source: Path | None, target: Path) -> None:
+    convert_clip(fetch("openai/clip-vit-large-patch14", TRANSFORMERS, source), target / "clip")
+    convert_clip(fetch("yuvalkirstain/PickScore_v1", TRANSFORMERS, source), target / "pickscore")
+    path = (source or DOWNLOADS) / LAION_HEAD
+    if not source and not path.is_file():
+        try:
+            torch.hub.download_url_to_file(LAION_URL, str(path), hash_prefix=LAION_SHA256)
+        except OSError as error:
+            raise Refused(f"cannot fetch {LAION_URL} ({error}): start again") from error
+    head = read_pickle(path)
+    with torch.device("meta"):
+        check_fit(head, AestheticHead(768).state_dict(), path)
+    (target / "aesthetic").mkdir()
+    save_file(head, target / "aesthetic" / "aesthetic.safetensors")
+
+
+# ----------------------------------------------------------------------------- the command
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*PAIRS, *(f"openuni-{name}" for name in PAIRS), "rewards"]
+    parser.add_argument("name", choices=names, help="a preset, or rewards")
+    parser.add_argument("--source", type=Path, help="folder with the repositories, each under its name")
+    parser.add_argument("--out", type=Path, help="folder to write (default: weights/NAME)")
+    parser.add_argument("--training", default="blip3o60k", choices=("blip3o60k", "text2image23m"),
+                        help="which of OpenUni's: fine-tuned (default), or pre-trained, without a DiT")
+    args = parser.parse_args(argv)
+    out = args.out or ROOT / "weights" / args.name
+    if out.exists():
+        raise Refused(f"{out} is already there: delete it, or choose another --out")
+
+    # written to a folder beside it, renamed at the end: half a conversion is never taken for a whole one
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if args.name == "rewards":
+            convert_rewards(args.source, partial)
+        else:
+            convert_preset(PRESETS[args.name], args.source, partial, args.training)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"weights {out}")
+
+
+if __name__ == "__main__":
+    run(main)
