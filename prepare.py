@@ -1,0 +1,447 @@
+"""Pictures with captions become latents with captions: once, before training.
+
+    python prepare.py --data "shards/*.tar" --out latents/t2i --preset l-512
+    torchrun --nproc-per-node 8 prepare.py ...      the same files, sooner
+
+--data names, with commas between,
+  tar shards    x.jpg and x.txt of one name, or x.json with the text under caption, prompt or text
+  folders       the same as files, in all folders below; tar shards there are read too
+  JSON lists    OpenUni's [{"image": path, "annotation": path of a caption file}], or "caption": text
+
+A source is cut into shards of --per-shard files. A shard appears by one rename: a killed run goes on with the
+next. It holds `latents` (samples, C, h, w) bf16, of one random square of each picture, as OpenUni's own;
+`captions`, a row of bytes; and `offsets` (samples + 1,), where in it each begins. At the end index.json lists
+the shards, and left-out.jsonl names every file that was not used, with the reason.
+
+The data is strangers': nothing is extracted, inflated or unpickled, sizes are limited, and links or paths
+that leave a source are not followed.
+
+Letters: B pictures of a batch, S side of a picture, C h w latent.
+"""
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common import Refused, atomic, derive_seed, knob, parse_config, precision, run, setup_dist, write_json
+from data import read_picture, stamp_of
+from model import PRESETS, read_tensors, weights_folder
+from vae import DCAE
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
+CAPTIONS = (".txt", ".json")
+CAPTION_KEYS = ("caption", "prompt", "text")
+MAX_PICTURE, MAX_CAPTION = 2 ** 26, 2 ** 20     # bytes
+FREE_FAULTS = 10                                # bad samples before their share is judged
+PATIENCE = 300                                  # seconds for a batch of pictures
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    data: tuple[str, ...] = knob((), "tar shards, folders and JSON lists; globs are matched")
+    out: str = knob("latents", "folder for the latents; shards that are there already are kept")
+    preset: str = knob("nano", "whose autoencoder and picture size", choices=tuple(PRESETS))
+    weights: str = knob("auto", "folder with vae/; auto: weights/PRESET")
+    seed: int = knob(0, "of the crops")
+    micro_batch: int = knob(16, "pictures a forward pass")
+    per_shard: int = knob(10_000, "files of a source that make a shard")
+    workers: int = knob(4, "processes that read pictures; 0: none")
+    max_bad: float = knob(0.05, "share of bad samples above which it stops")
+
+
+# ----------------------------------------------------------------------------- what a source holds
+
+class Place(NamedTuple):
+    """Where the bytes of a file are: in a tar, or in a file of their own, which must lie below `root`."""
+    name: str
+    path: str
+    offset: int = 0
+    size: int | None = None
+    root: str = ""
+
+
+class Sample(NamedTuple):
+    picture: Place
+    caption: Place | str
+
+
+class LeftOut(NamedTuple):
+    name: str
+    kind: str           # bad, filtered, or other: what is neither picture nor caption
+    reason: str
+
+
+def find_sources(words: Iterable[str]) -> list[Path]:
+    """The tars, folders and lists that --data names, each once."""
+    sources = []
+    for word in words:
+        # a name may hold what means something else in a glob
+        found = [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True))
+        if not found:
+            raise Refused(f"--data {word} matches nothing: * ? [] ** do, {{0..9}} does not, commas separate")
+        for path in map(Path, found):
+            sources += [path, *sorted(filter(is_shard, path.rglob("*.tar")))]
+    return list(dict.fromkeys(sources))
+
+
+def is_shard(path: Path) -> bool:
+    """Whether what is in a folder is a source of its own; links and hidden files are none."""
+    is_tar = path.suffix == ".tar" and not path.name.startswith(".")
+    return is_tar and path.is_file() and not path.is_symlink()
+
+
+def read_source(source: Path) -> Iterator[Sample | LeftOut]:
+    """All files of a source: the samples they make, or why they make none."""
+    ending = source.suffix.lower()
+    if source.is_dir():
+        files = read_folder(source)
+    elif ending == ".tar":
+        files = read_tar(source)
+    elif ending in (".json", ".jsonl"):
+        files = read_list(source)
+    else:
+        files = iter([LeftOut(str(source), "bad", "neither a folder nor .tar, .json or .jsonl")])
+    yield next(files, LeftOut(str(source), "other", "no files in it"))
+    yield from files
+
+
+def read_tar(path: Path) -> Iterator[Sample | LeftOut]:
+    """The samples of a tar, by its headers alone."""
+    places: list[Place] = []
+    end = 0
+    try:
+        with open(path, "rb") as file:
+            while end < os.path.getsize(path):
+                file.seek(end)
+                # "r:" is a plain tar, which cannot inflate
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        # a negative one would be read for ever
+                        if member.size < 0:
+                            raise ValueError("a file of negative size")
+                        end = tar.offset
+                        name = f"{path}/{member.name}"
+                        if member.name.startswith("/") or ".." in member.name.split("/"):
+                            yield LeftOut(name, "bad", "its path leaves the tar")
+                        elif member.isfile() and not member.issparse():
+                            places.append(Place(name, str(path), member.offset_data, member.size))
+                        elif not member.isdir():
+                            yield LeftOut(name, "bad", "a link or special file")
+                # zeros end a tar; anything else is a header that is cut or damaged
+                end = tar.offset
+                file.seek(end)
+                while file.read(512) == bytes(512):
+                    end += 512
+                if end == tar.offset:
+                    raise ValueError("cut off or damaged")
+                # another tar may follow, joined by cat, with the same names
+                yield from pair(places)
+                places = []
+    except Exception as error:
+        yield LeftOut(str(path), "bad", f"{error}: whatever is behind byte {end:,} is lost")
+    yield from pair(places)
+
+
+def read_folder(folder: Path) -> Iterator[Sample | LeftOut]:
+    """The samples in a folder and in all folders below."""
+    root = os.path.realpath(folder)
+    errors: list[OSError] = []
+    for path, folders, files in os.walk(folder, onerror=errors.append):
+        # in an order that is the same everywhere
+        folders.sort()
+        for name in folders:
+            if os.path.islink(f"{path}/{name}"):
+                yield LeftOut(f"{path}/{name}", "bad", "a linked folder: name its target in --data")
+        names = [f"{path}/{name}" for name in sorted(files) if not is_shard(Path(path, name))]
+        yield from pair(Place(name, name, root=root) for name in names)
+    for error in errors:
+        yield LeftOut(error.filename, "bad", str(error))
+
+
+def pair(places: Iterable[Place]) -> Iterator[Sample | LeftOut]:
+    """Each picture with the caption that has its name up to the last dot; .txt goes before .json."""
+    groups: dict[str, list[Place]] = {}
+    for place in places:
+        stem, ending = os.path.splitext(place.name)
+        if os.path.basename(place.name).startswith("."):
+            yield LeftOut(place.name, "other", "a hidden file")
+        elif ending.lower() not in PICTURES + CAPTIONS:
+            yield LeftOut(place.name, "other", f"its ending is none of {' '.join(PICTURES + CAPTIONS)}")
+        else:
+            groups.setdefault(stem, []).append(place)
+    for group in groups.values():
+        pictures = [place for place in group if place.name.lower().endswith(PICTURES)]
+        captions = [place for place in group if place.name.lower().endswith(CAPTIONS)]
+        if len(pictures) == 1 and captions:
+            yield Sample(pictures[0], max(captions))
+        else:
+            reason = f"{len(pictures)} pictures and {len(captions)} captions have this name"
+            yield from (LeftOut(place.name, "bad", reason) for place in group)
+
+
+def read_list(path: Path) -> Iterator[Sample | LeftOut]:
+    """The samples of a JSON list, or of JSON lines; paths are relative to its folder."""
+    root = os.path.realpath(path.parent)
+    decoder = json.JSONDecoder()
+    between = re.compile(r"[\s,\[\]]*")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        # one entry at a time: the text of millions of them fits into memory, their objects would not
+        at = between.match(text).end()
+        while at < len(text):
+            entry, end = decoder.raw_decode(text, at)
+            fields = entry if isinstance(entry, dict) else {}
+            image, annotation = fields.get("image"), fields.get("annotation")
+            caption = caption_in(fields)
+            if isinstance(annotation, str):
+                name = str(path.parent / annotation)
+                caption = Place(name, name, root=root)
+            if isinstance(image, str) and caption:
+                name = str(path.parent / image)
+                yield Sample(Place(name, name, root=root), caption)
+            else:
+                yield LeftOut(f"{path}: {text[at:end]:.200}", "bad", "no image, or no annotation or caption")
+            at = between.match(text, end).end()
+    except Exception as error:
+        yield LeftOut(str(path), "bad", f"{error}: the entries from there on are lost")
+
+
+def caption_in(entry: object) -> str:
+    """The caption in a JSON object, "" if there is none."""
+    texts = [entry.get(key) for key in CAPTION_KEYS] if isinstance(entry, dict) else []
+    return next((text for text in texts if isinstance(text, str) and text.strip()), "")
+
+
+# ----------------------------------------------------------------------------- reading, in worker processes
+
+def read_bytes(place: Place, limit: int) -> bytes:
+    """The bytes of a stranger's file, at most `limit` of them. Raises ValueError or OSError."""
+    path, size = place.path, place.size
+    if size is None:
+        path = os.path.realpath(path)
+        if not path.startswith(os.path.join(place.root, "")):
+            raise ValueError("a link or path that leaves its folder")
+        # a pipe would be waited for
+        if not os.path.isfile(path):
+            raise ValueError("no such file")
+        size = os.path.getsize(path)
+    if size > limit:
+        raise ValueError(f"{size:,} bytes, the most is {limit:,}")
+    with open(path, "rb") as file:
+        file.seek(place.offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise ValueError("cut off")
+    return data
+
+
+def read_caption(caption: Place | str) -> bytes:
+    text = caption
+    if isinstance(caption, Place):
+        text = read_bytes(caption, MAX_CAPTION).decode("utf-8-sig")
+        if caption.name.lower().endswith(".json"):
+            text = caption_in(json.loads(text))
+    if not text.strip():
+        raise ValueError("its caption is empty")
+    return text.strip().encode()
+
+
+@dataclass
+class Pictures(Dataset):
+    """The files of a shard: of each a square (S, S, 3) uint8 with its caption, or why there is none."""
+    files: list[Sample | LeftOut]
+    side: int                           # S
+    key: tuple                          # of the seed that the crops are drawn from
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, bytes] | LeftOut:
+        sample = self.files[i]
+        if isinstance(sample, LeftOut):
+            return sample
+        # strangers' files promise nothing: whatever they raise costs one sample
+        try:
+            caption = read_caption(sample.caption)
+            picture = read_picture(read_bytes(sample.picture, MAX_PICTURE))
+        except Exception as error:
+            return LeftOut(sample.picture.name, "bad", str(error) or type(error).__name__)
+
+        # the filters of OpenUni
+        width, height = picture.size
+        if min(width, height) <= 80 or not 0.1 < width / height < 10:
+            reason = f"{width} x {height} pixels: too small, or too narrow"
+            return LeftOut(sample.picture.name, "filtered", reason)
+
+        # and its crop: a square along the long side
+        rng = np.random.default_rng(derive_seed(*self.key, i))
+        side = min(width, height)
+        left = int(rng.integers(0, width - side + 1))
+        top = int(rng.integers(0, height - side + 1))
+        picture = picture.crop((left, top, left + side, top + side))
+        picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return np.array(picture), caption                                               # (S, S, 3)
+
+
+def read_ahead(pictures: Pictures, batch_size: int, workers: int) -> Iterator[list]:
+    """Batches, read by worker processes. They stay numpy arrays, which come through pipes: tensors would come
+    through /dev/shm, of which a container has little."""
+    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=list,
+                        timeout=PATIENCE if workers else 0)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise Refused(f"no pictures came from the workers ({error}): is a file system stuck, or memory short "
+                      "(a container's --shm-size)? --workers 0 reads without them") from error
+
+
+# ----------------------------------------------------------------------------- shards
+
+def load_vae(preset: str, weights: str) -> DCAE:
+    tensors, _ = read_tensors(weights_folder(preset, weights) / "vae" / "diffusion_pytorch_model.safetensors")
+    vae = DCAE(PRESETS[preset].vae).to(next(iter(tensors.values())).dtype)
+    vae.load_state_dict(tensors)
+    return vae.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def encode(vae: DCAE, squares: list[np.ndarray]) -> Tensor:
+    """B squares (S, S, 3) uint8 -> scaled latents (B, C, h, w) bf16, on the CPU."""
+    weight = next(vae.parameters())
+    images = torch.from_numpy(np.stack(squares)).to(weight.device)                      # (B, S, S, 3)
+    images = images.permute(0, 3, 1, 2).float() / 127.5 - 1                             # (B, 3, S, S)
+    with precision(weight.device, "bf16" if weight.is_cuda else "fp32"):
+        return vae.encode(images.to(weight.dtype)).bfloat16().cpu()                     # (B, C, h, w)
+
+
+def make_shard(cfg: PrepareConfig, vae: DCAE, pictures: Pictures,
+               counts: Counter) -> tuple[dict[str, Tensor], list[LeftOut]]:
+    """The tensors of a shard, and what was left out; counts: what became of this process's samples so far."""
+    # an empty one first, as there may be no other
+    latents = [torch.empty(0, *PRESETS[cfg.preset].latent_shape, dtype=torch.bfloat16)]
+    captions: list[bytes] = []
+    left_out: list[LeftOut] = []
+    for batch in read_ahead(pictures, cfg.micro_batch, cfg.workers):
+        good = [item for item in batch if not isinstance(item, LeftOut)]
+        rest = [item for item in batch if isinstance(item, LeftOut)]
+        if good:
+            squares, texts = zip(*good)
+            latents.append(encode(vae, squares))                                        # (B, C, h, w)
+            captions += texts
+        left_out += rest
+        counts.update(["good"] * len(good) + [item.kind for item in rest if item.kind != "other"])
+        if counts["bad"] > FREE_FAULTS + cfg.max_bad * counts.total():
+            write_left_out(cfg.out, left_out)
+            raise Refused(f"{counts['bad']} of {counts.total()} samples are bad, more than --max-bad allows: "
+                          f"see {cfg.out}/left-out.jsonl for the last of them")
+    text = bytearray(b"".join(captions))
+    tensors = {"latents": torch.cat(latents),                                           # (samples, C, h, w)
+               "captions": torch.from_numpy(np.array(text)),                            # (bytes,)
+               "offsets": torch.tensor([0, *map(len, captions)]).cumsum(0)}             # (samples + 1,)
+    return tensors, left_out
+
+
+def write_left_out(out: str, left_out: Iterable[LeftOut]) -> None:
+    with atomic(Path(out) / "left-out.jsonl") as temporary, open(temporary, "w") as file:
+        for item in left_out:
+            file.write(json.dumps(dict(zip(LeftOut._fields, item))) + "\n")
+
+
+def cut(files: Iterator, size: int) -> Iterator[tuple[list, bool]]:
+    """Lists of `size` files, and of each whether it is the last."""
+    chunk = list(itertools.islice(files, size))
+    while following := list(itertools.islice(files, size)):
+        yield chunk, False
+        chunk = following
+    yield chunk, True
+
+
+def shard_path(out: str, source: int, part: int) -> Path:
+    return Path(out) / f"{source:05}-{part:05}.safetensors"
+
+
+def read_facts(path: Path) -> dict:
+    """What a shard says about itself."""
+    with safe_open(path, "pt") as shard:
+        facts = json.loads(shard.metadata()["facts"])
+        return {**facts, "samples": shard.get_slice("latents").get_shape()[0]}
+
+
+def finish(out: str, sources: int, stamp: dict) -> None:
+    """The index and the list of what was left out, once all shards are there."""
+    shards: dict[str, int] = {}
+    left_out: list[list[str]] = []
+    for source in range(sources):
+        for part in itertools.count():
+            path = shard_path(out, source, part)
+            # each rank looks when it is done, and the last one finds them all
+            if not path.exists():
+                print("this process is done, others are still at work")
+                return
+            facts = read_facts(path)
+            shards[path.name] = facts["samples"]
+            left_out += facts["left_out"]
+            if facts["last"]:
+                break
+    write_left_out(out, left_out)
+    kinds = Counter(kind for _, kind, _ in left_out)
+    summary = (f"{sum(shards.values())} samples in {out}; left out and named in left-out.jsonl: "
+               f"{kinds['bad']} bad, {kinds['filtered']} filtered by size, {kinds['other']} other files")
+    if not any(shards.values()):
+        raise Refused(summary)
+    write_json(Path(out) / "index.json", {"stamp": stamp, "shards": shards})
+    print(summary)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse_config(PrepareConfig, argv, description=__doc__.splitlines()[0])
+    dist = setup_dist()
+    sources = find_sources(cfg.data)
+    vae = load_vae(cfg.preset, cfg.weights)
+    stamp = stamp_of(vae, PRESETS[cfg.preset])
+    vae.to(dist.device)
+    counts: Counter = Counter()
+    for number, source in enumerate(sources):
+        # a tar is one rank's, and no other reads its headers; folders and lists are shared out by the shard
+        is_tar = source.suffix.lower() == ".tar"
+        if is_tar and number % dist.world_size != dist.rank:
+            continue
+        for part, (files, last) in enumerate(cut(read_source(source), cfg.per_shard)):
+            if not is_tar and (number + part) % dist.world_size != dist.rank:
+                continue
+            path = shard_path(cfg.out, number, part)
+            made_of = hashlib.sha256(json.dumps([stamp, cfg.seed, files]).encode()).hexdigest()
+            # go on where an earlier run was stopped, if it was the same
+            if path.exists():
+                if read_facts(path)["made_of"] != made_of:
+                    raise Refused(f"{path} was made of other files, or otherwise: choose another --out")
+                continue
+            pictures = Pictures(files, PRESETS[cfg.preset].image_size, (cfg.seed, "crop", number, part))
+            tensors, left_out = make_shard(cfg, vae, pictures, counts)
+            facts = json.dumps({"made_of": made_of, "last": last, "left_out": left_out})
+            with atomic(path) as temporary:
+                save_file(tensors, temporary, {"facts": facts})
+            print(f"{path}: {len(tensors['latents']):,} of {len(files):,} from {source}", flush=True)
+    finish(cfg.out, len(sources), stamp)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

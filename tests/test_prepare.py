@@ -1,0 +1,400 @@
+"""prepare.py: every file is read or named, whatever strangers put there; what is written depends on the data
+and the seed alone, not on ranks, workers or kills."""
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import prepare
+from common import Refused
+from data import read_picture
+
+SPECIAL, LEAVES = "a link or special file", "its path leaves the tar"
+
+
+def picture(width: int = 100, height: int = 90, kind: str = "PNG", seed: int = 0) -> bytes:
+    """The bytes of a picture file: red grows to the right, green downwards."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 200 / width, y * 200 / height, 0 * x + 40 * (seed % 6)], 2)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def pairs(*numbers: int) -> dict[str, bytes]:
+    files = {}
+    for n in numbers:
+        files |= {f"{n:05}.png": picture(seed=n), f"{n:05}.txt": f"caption {n}".encode()}
+    return files
+
+
+def run(out: Path, *data: object, **flags: object) -> None:
+    flags = {"workers": 0, "max_bad": 1.0, **flags}
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    prepare.main(["--data", ",".join(map(str, data)), "--out", str(out), *words])
+
+
+def captions_of(path: Path) -> list[str]:
+    shard = load_file(path)
+    text, offsets = shard["captions"].numpy().tobytes(), shard["offsets"].tolist()
+    assert len(shard["latents"]) == len(offsets) - 1
+    return [text[first:last].decode() for first, last in zip(offsets, offsets[1:])]
+
+
+def read(out: Path, *data: object, **flags: object) -> tuple[list[str], dict[str, str]]:
+    """All captions that came through; of what was left out the end of the name -> the reason."""
+    run(out, *data, **flags)
+    shards = json.loads((out / "index.json").read_text())["shards"]
+    captions = [captions_of(out / name) for name in shards]
+    assert [len(part) for part in captions] == list(shards.values())
+    left_out = map(json.loads, (out / "left-out.jsonl").read_text().splitlines())
+    return sum(captions, []), {entry["name"].rpartition("/")[2]: entry["reason"] for entry in left_out}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+# ----------------------------------------------------------------------------- every file is read or named
+
+def test_a_tar_with_everything_in_it(tmp_path: Path) -> None:
+    good, text = picture(), b"a caption"
+    path = write_tar(tmp_path / "a.tar", {
+        "good.png": good, "good.txt": text, "./sub/json.png": good, "./sub/json.json": b'{"prompt": "json"}',
+        "both.png": good, "both.json": b'{"caption": "no"}', "both.txt": b"txt first",
+        "UPPER.PNG": good, "UPPER.TXT": b"upper", "dots.v1.final.png": good, "dots.v1.final.txt": b"dots",
+        "bom.png": good, "bom.txt": b"\xef\xbb\xbfbom", "line.png": good, "line.txt": "a\u2028b".encode(),
+        "zero.png": b"", "zero.txt": text, "alone.png": good, "text_alone.txt": text,
+        "two.jpg": good, "two.png": good, "two.txt": text, "latin.png": good, "latin.txt": b"gr\xfcn",
+        "blank.png": good, "blank.txt": b" \n", "nojson.png": good, "nojson.json": b"{", "nokey.png": good,
+        "nokey.json": b'{"url": "x"}', "deep.png": good, "deep.json": b"[" * 100_000, "half.png": good,
+        "half.json": b'{"text": "\\ud800"}', "small.png": picture(80, 200), "small.txt": text,
+        "thin.png": picture(900, 90), "thin.txt": text, "cut.png": good[:-100], "cut.txt": text,
+        "../up.png": good, "../up.txt": text, "/root.png": good, "a.heic": good, "b.pkl": pickle.dumps(print),
+        "c.tar": b"x", "README": b"hi", "._good.png": b"x", ".DS_Store": b"x", "long.txt": b"x" * 2 ** 21,
+        "long.png": good})
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE),
+                           ("pipe.png", tarfile.FIFOTYPE), ("folder.png", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    captions, left_out = read(tmp_path / "out", path)
+    assert captions == ["a caption", "json", "txt first", "upper", "dots", "bom", "a\u2028b"]
+    assert left_out.keys() == {
+        "zero.png", "alone.png", "text_alone.txt", "two.jpg", "two.png", "two.txt", "latin.png", "blank.png",
+        "nojson.png", "nokey.png", "deep.png", "half.png", "small.png", "thin.png", "cut.png", "up.png",
+        "up.txt", "root.png", "a.heic", "b.pkl", "c.tar", "README", "._good.png", ".DS_Store", "long.png",
+        "link.png", "hard.png", "pipe.png"}
+    assert left_out["up.png"] == left_out["root.png"] == LEAVES
+    assert left_out["._good.png"] == left_out[".DS_Store"] == "a hidden file"
+    assert left_out["link.png"] == left_out["hard.png"] == left_out["pipe.png"] == SPECIAL
+
+
+def test_joined_tars_are_read_to_the_end(tmp_path: Path) -> None:
+    """The same names may come in each of them."""
+    first = write_tar(tmp_path / "1.part", pairs(0, 1)).read_bytes()
+    files = {"00000.bmp": picture(kind="BMP"), "00000.json": b'{"text": "2"}'}
+    second = write_tar(tmp_path / "2.part", files).read_bytes()
+    (tmp_path / "joined.tar").write_bytes(first + bytes(512 * 3) + second)
+    captions, left_out = read(tmp_path / "out", tmp_path / "joined.tar")
+    assert captions == ["caption 0", "caption 1", "2"] and not left_out
+
+
+@pytest.mark.parametrize("cut, count", [(512 * 10 + 100, 2), (512 * 9 + 300, 2), (512 * 4, 1), (512 * 3, 0),
+                                        (700, 0), (100, 0)])
+def test_of_a_cut_tar_what_is_whole_is_read(cut: int, count: int, tmp_path: Path) -> None:
+    """A sample is 4 blocks: two headers, a picture of 1 block, a caption."""
+    write_tar(tmp_path / "whole.tar", pairs(7))
+    files = pairs(0, 1, 2)
+    assert all(len(content) <= 512 for content in files.values())
+    path = write_tar(tmp_path / "cut.tar", files)
+    path.write_bytes(path.read_bytes()[:cut])
+    captions, left_out = read(tmp_path / "out", tmp_path / "*.tar")
+    assert captions == [f"caption {n}" for n in range(count)] + ["caption 7"] and "cut.tar" in left_out
+
+
+def test_damage_within_a_tar_is_named(tmp_path: Path) -> None:
+    data = bytearray(write_tar(tmp_path / "a.tar", pairs(0, 1, 2)).read_bytes())
+    data[512 * 8 + 10] ^= 255                           # in the third sample's first header
+    (tmp_path / "a.tar").write_bytes(data)
+    captions, left_out = read(tmp_path / "out", tmp_path / "a.tar")
+    assert captions == ["caption 0", "caption 1"] and "behind byte 4,096" in left_out["a.tar"]
+
+
+def test_files_that_are_no_tar_or_lie_about_sizes(tmp_path: Path) -> None:
+    write_tar(tmp_path / "good.tar", pairs(0, 1))
+    write_tar(tmp_path / "empty.tar", {})
+    write_tar(tmp_path / "packed.tar", pairs(0), "w:gz")
+    member = tarfile.TarInfo("a.png")
+    member.size = -1024                                 # tarfile would read in circles
+    write_files(tmp_path, {"noise.tar": np.random.default_rng(0).bytes(5000), "nothing.tar": b"",
+                           "negative.tar": member.tobuf(tarfile.GNU_FORMAT) + bytes(2048)})
+    captions, left_out = read(tmp_path / "out", tmp_path / "*.tar")
+    assert captions == ["caption 0", "caption 1"]
+    assert left_out.keys() == {"empty.tar", "packed.tar", "noise.tar", "nothing.tar", "negative.tar"}
+
+
+def test_a_folder_with_everything_in_it(tmp_path: Path) -> None:
+    other = write_files(tmp_path / "other", pairs(8, 9))
+    folder = write_files(tmp_path / "in", {
+        **pairs(0), "deep/er/00001.png": picture(), "deep/er/00001.txt": b"deep", "deep/a.tif": b"x",
+        "b.v1.png": picture(), "b.v1.txt": b"dots", "._b.png": b"x", "list.parquet": b"x",
+        "alone.png": picture()})
+    write_tar(folder / "shards" / "x.tar", pairs(2))
+    write_files(folder / "shards", {"._x.tar": b"x", "y.tar.gz": b"x"})
+    os.symlink(other, folder / "linked")
+    os.symlink(other / "00008.png", folder / "out.png")
+    os.symlink(folder / "00000.png", folder / "within.png")
+    os.symlink(write_tar(tmp_path / "z.tar", pairs(3)), folder / "z.tar")
+    write_files(folder, {"out.txt": b"x", "within.txt": b"within", "pipe.txt": b"x"})
+    os.mkfifo(folder / "pipe.png")
+    captions, left_out = read(tmp_path / "out", folder)
+    assert sorted(captions) == ["caption 0", "caption 2", "deep", "dots", "within"]
+    assert left_out.keys() == {"a.tif", "._b.png", "list.parquet", "alone.png", "._x.tar", "y.tar.gz",
+                               "linked", "out.png", "z.tar", "pipe.png"}
+    # what the user names is no surprise, a link or not
+    assert sorted(read(tmp_path / "out2", folder / "linked", folder / "z.tar")[0]) == [
+        "caption 3", "caption 8", "caption 9"]
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_list_with_everything_in_it(lines: bool, tmp_path: Path) -> None:
+    files = {**pairs(0), "sub/b.png": picture(), "sub/b.json": b'{"text": "b"}'}
+    folder = write_files(tmp_path / "in", files)
+    write_files(tmp_path, pairs(5))
+    os.symlink(tmp_path / "00005.png", folder / "link.png")
+    entries = [{"image": "00000.png", "annotation": "sub/b.json"},
+               {"image": "sub/b.png", "annotation": "00000.txt"},
+               {"image": "00000.png", "caption": "said\u2028here"}, {"image": "gone.png", "caption": "x"},
+               {"image": "../00005.png", "caption": "x"}, {"image": "link.png", "caption": "x"},
+               {"image": str(tmp_path / "00005.png"), "caption": "x"}, {"image": "nul\0.png", "caption": "x"},
+               {"image": "00000.png", "annotation": "gone.txt"}, {"image": "00000.png"}, {"caption": "x"}, 7]
+    texts = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    text = "\n".join(texts) if lines else f"[{', '.join(texts)}]"
+    (folder / "list.json").write_text("\ufeff" + text)
+    run(tmp_path / "out", folder / "list.json")
+    assert captions_of(tmp_path / "out" / "00000-00000.safetensors") == ["b", "caption 0", "said\u2028here"]
+    assert (tmp_path / "out" / "left-out.jsonl").read_text().count("\n") == 9
+
+
+def test_of_a_damaged_list_the_first_part_is_read(tmp_path: Path) -> None:
+    entry = '{"image": "00000.png", "caption": "x"}'
+    write_files(tmp_path, {**pairs(0), "list.json": f"[{entry}, {entry}, {{...".encode(), "b.json": b"\xff"})
+    captions, left_out = read(tmp_path / "out", tmp_path / "list.json", tmp_path / "b.json")
+    assert captions == ["x", "x"] and left_out.keys() == {"list.json", "b.json"}
+
+
+def test_sources_are_found_by_odd_names_too(tmp_path: Path) -> None:
+    for name, n in (("a=1[x].tar", 1), ("b{0..2}.tar", 2)):
+        write_tar(tmp_path / name, pairs(n))
+    write_files(tmp_path, {"c.parquet": b"x"})
+    names = ["a=1[x].tar", "b{0..2}.tar", "b*.tar", "c.parquet"]
+    captions, left_out = read(tmp_path / "out", *[tmp_path / name for name in names])
+    assert captions == ["caption 1", "caption 2"] and left_out.keys() == {"c.parquet"}
+    with pytest.raises(Refused, match="matches nothing"):
+        run(tmp_path / "out2", tmp_path / "{000..219}.tar")
+
+
+def test_damaged_pictures_cost_themselves_alone(tmp_path: Path) -> None:
+    """Bytes flipped, ends cut off, EXIF broken."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    whole = []
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"):
+        file, options = io.BytesIO(), {} if kind in ("GIF", "BMP") else {"exif": exif}
+        read_picture(picture()).save(file, kind, **options)
+        whole.append(file.getvalue())
+    rng = np.random.default_rng(0)
+    files: dict[str, bytes] = {}
+    for n in range(300):
+        data = bytearray(whole[n % len(whole)])
+        # half of them in the first bytes, where headers and EXIF are
+        end = len(data) if n % 4 < 2 else 120
+        for at in rng.integers(0, end, rng.integers(1, 9)):
+            data[at] = rng.integers(256)
+        if n % 5 == 0:
+            del data[rng.integers(len(data)):]
+        files |= {f"{n:03}.jpg": bytes(data), f"{n:03}.txt": f"{n:03}".encode()}
+    captions, left_out = read(tmp_path / "out", write_tar(tmp_path / "a.tar", files))
+    assert sorted([*captions, *[name[:3] for name in left_out]]) == [f"{n:03}" for n in range(300)]
+    assert len(captions) > 50 and len(left_out) > 50
+
+
+def test_too_many_bad_samples_stop_it(tmp_path: Path) -> None:
+    files = pairs(*range(20)) | {f"{n:05}.png": b"no" for n in range(5, 17)}
+    path = write_tar(tmp_path / "a.tar", files)
+    with pytest.raises(Refused, match="--max-bad"):
+        run(tmp_path / "out", path, max_bad=0.05)
+    assert "00005.png" in (tmp_path / "out" / "left-out.jsonl").read_text()
+    assert len(read(tmp_path / "out", path, max_bad=0.15)[0]) == 8
+
+
+def test_where_all_were_filtered_it_says_so(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{n}.{end}": data for n in range(30) for end, data in
+                                          (("png", picture(70, 70)), ("txt", b"x"))})
+    with pytest.raises(Refused, match="0 samples .* 0 bad, 30 filtered"):
+        run(tmp_path / "out", path, max_bad=0)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+# ----------------------------------------------------------------------------- what is written
+
+def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
+    run(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0, 1)))
+    files = list(prepare.read_source(tmp_path / "a.tar"))
+    crops = prepare.Pictures(files, 32, (0, "crop", 0, 0))
+    images = torch.stack([torch.from_numpy(crops[i][0]) for i in range(2)])             # (2, 32, 32, 3)
+    with torch.no_grad():
+        vae = prepare.load_vae("nano", "auto")
+        want = vae.encode((images.permute(0, 3, 1, 2) / 255 * 2 - 1).to(vae.encoder.conv_in.weight.dtype))
+    latents = load_file(tmp_path / "out" / "00000-00000.safetensors")["latents"]
+    assert latents.dtype == torch.bfloat16
+    torch.testing.assert_close(latents, want.bfloat16(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_crop_is_a_square_along_the_long_side() -> None:
+    place = prepare.Place("a.png", "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "read_bytes", lambda place, limit: picture(200, 100))
+        pictures = prepare.Pictures([prepare.Sample(place, "x")] * 40, 50, ("key",))
+        crops = [pictures[i][0].astype(int) for i in range(40)]
+    assert all(crop.shape == (50, 50, 3) for crop in crops)
+    assert all(crop[0, 0, 1] < 6 and crop[-1, 0, 1] > 192 for crop in crops)            # from top to bottom
+    lefts = [crop[0, 0, 0] for crop in crops]
+    assert min(lefts) < 10 and max(lefts) > 90                                          # anywhere across
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[Path]:
+    """Three tars, a folder and a list, with bad samples."""
+    tars = [write_tar(tmp_path / f"{k}.tar", pairs(*range(10 * k, 10 * k + 5 + k)) | {f"{k}.png": b"no"})
+            for k in range(3)]
+    folder = write_files(tmp_path / "folder", pairs(*range(40, 51)))
+    entries = [{"image": f"000{n}.png", "caption": str(n)} for n in range(40, 51)]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return [*tars, folder, folder / "list.jsonl"]
+
+
+def in_child(function: Callable, environment: dict[str, str] | None = None) -> multiprocessing.Process:
+    def child() -> None:
+        os.environ.update(environment or {})
+        function()
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def test_files_do_not_depend_on_ranks(corpus: list[Path], tmp_path: Path,
+                                      capfd: pytest.CaptureFixture) -> None:
+    run(tmp_path / "one", *corpus, per_shard=4)
+    capfd.readouterr()
+    port = str(20_000 + os.getpid() % 10_000)
+    ranks = [in_child(lambda: run(tmp_path / "two", *corpus, per_shard=4),
+                      {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    # each shard was made once
+    assert capfd.readouterr().out.count(".safetensors: ") == len(list((tmp_path / "two").glob("0*"))) == 12
+
+
+def test_workers_change_nothing(corpus: list[Path], tmp_path: Path) -> None:
+    run(tmp_path / "none", corpus[2])
+    run(tmp_path / "two", corpus[2], workers=2)
+    assert contents(tmp_path / "none") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("writes", [0, 7])
+def test_a_killed_run_goes_on(writes: int, corpus: list[Path], tmp_path: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole", *corpus, per_shard=4)
+    save, left = prepare.save_file, [writes]
+
+    def save_or_die(tensors: dict, path: Path, metadata: dict) -> None:
+        if not left[0]:
+            Path(path).write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        save(tensors, path, metadata)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "save_file", save_or_die)
+        process = in_child(lambda: run(tmp_path / "out", *corpus, per_shard=4))
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "out" / "index.json").exists()
+    run(tmp_path / "out", *corpus, per_shard=4)
+    whole = contents(tmp_path / "whole")
+    assert whole == {name: data for name, data in contents(tmp_path / "out").items() if name[0] != "."}
+
+
+def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_path: Path) -> None:
+    run(tmp_path / "out", *corpus)
+    with pytest.raises(Refused, match="another --out"):
+        run(tmp_path / "out", *corpus, seed=1)
+    write_files(corpus[3], pairs(39))
+    with pytest.raises(Refused, match="another --out"):
+        run(tmp_path / "out", *corpus)
+
+
+# ----------------------------------------------------------------------------- memory, and waiting
+
+def test_a_long_list_is_read_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this process nor its workers ever hold all entries."""
+    entry = '{"image": "00000.png", "annotation": "00000.txt"}'
+    (tmp_path / "list.json").write_text("[" + ",\n".join([entry] * 10_000) + "]")
+    seen = []
+    monkeypatch.setattr(prepare, "caption_in", lambda fields: seen.append(1) or "")
+    for number, (part, last) in enumerate(prepare.cut(prepare.read_source(tmp_path / "list.json"), 1000)):
+        assert len(part) == 1000 and last == (number == 9)
+        assert len(seen) <= 1000 * (number + 2)
+
+
+@pytest.mark.parametrize("how", ["hang", "die"])
+def test_waiting_for_workers_has_an_end(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harms = {"hang": lambda data: signal.pause(), "die": lambda data: os.kill(os.getpid(), signal.SIGKILL)}
+    monkeypatch.setattr(prepare, "read_picture", harms[how])
+    monkeypatch.setattr(prepare, "PATIENCE", 1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    with pytest.raises(Refused, match="--shm-size.*--workers 0"):
+        run(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0)), workers=1)
+
+
+def test_pictures_do_not_come_through_shared_memory(corpus: list[Path], tmp_path: Path) -> None:
+    """A container may have 64 MB of it, and tensors would go there."""
+    before, files = shutil.disk_usage("/dev/shm").used, list(prepare.read_source(corpus[0]))[:5]
+    batches = prepare.read_ahead(prepare.Pictures(files, 2048, ("key",)), 1, workers=1)
+    first = next(batches)
+    assert first[0][0].nbytes == 3 * 2048 ** 2
+    assert shutil.disk_usage("/dev/shm").used - before < 10 ** 6
+    batches.close()
