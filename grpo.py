@@ -1,15 +1,13 @@
-"""Stage III: Flow-GRPO with LDAM (paper section 3.3). One epoch, in seven steps:
+"""Stage III: Flow-GRPO with LDAM (paper sections 3.1 to 3.3). One epoch, in seven steps:
 
-  1. draw `num_groups` prompts; encode the condition of each once, with LDAM's noise if it fired in the
-     last epoch
-  2. roll out `group_size` pictures a prompt along the stochastic sampler, keeping every latent and its
-     log-probability
+  1. prompts: draw `num_groups`, each is read once; LDAM's noise where it fired in the last epoch
+  2. roll out `group_size` pictures a prompt along the SDE, keeping every latent and its log-probability
   3. decode; score with the reward of this phase, and with the others to watch them
-  4. advantage = (reward - mean of its group) / std of its group
+  4. compare within groups: advantage = (reward - mean of its group) / std of its group
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near the stage II model (KL)
   6. LDAM looks at the gradient norm and the reward, and may fire
-  7. EMA, log, checkpoint, pictures
+  7. EMA, log, save; held-out prompts are looked at now and then
 
 Rewards come one after another (phases), each with a fresh optimizer, from the weights of the phase before.
 
@@ -25,10 +23,8 @@ Differs from Flow-GRPO: the last step is taken without noise, so rewards see cle
 trained, as there); the KL is that of the two Gaussians, dt included; advantages are divided by the group's
 own std.
 
-The mathematics is the first third. The rest makes a run of it: phases, resuming, log, pictures.
-
-Letters: P prompts (groups), G members of a group, B = P G pictures, K steps, N queries, E condition width,
-C H W latent.
+Letters: P prompts (groups), G members of a group, B = P G pictures, b pictures of a chunk, K steps, L VLM
+layers, S perturbed layers, N queries, E condition width, C H W latent.
 """
 import copy
 import math
@@ -36,61 +32,101 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean as mean
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import (Dist, RunLog, StopSignal, adamw, all_gather_list, all_reduce_mean, average_gradients,
-                    check_skips, clip_gradients, compile_parts, cosine_lr, derive_seed, ema_update,
-                    gathered, generator, image_grid, load_checkpoint, load_into, load_optimizer, precision,
-                    read_metrics, save_checkpoint, save_png, shard, weights_of, whole)
+from common import (Dist, Refused, RunConfig, StopSignal, adamw, average_gradients, clip_gradients, cosine_lr,
+                    derive_seed, ema_update, finish, gather, generator, knob, load_checkpoint,
+                    mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint, swapped,
+                    write_log)
 from data import FilePrompts, NanoPrompts, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
-from model import ParaUni, Prefix, save_trained
+from model import PRESETS, PROMPT, ParaUni, Prefix, weights_folder
+from pictures import plot_rewards, reward_table, save_sheet
 from rewards import Reward, build_reward
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from train import TrainConfig
 
-RATIO_CAUSES = ("the rollout and the update run in different precision or compile modes; "
-                "a layer behaves differently in train mode; LDAM's noise differs between the two; "
-                "the chunks differ in size")
-# What a reward may raise without ending a run of days: its group is masked, counted and named
-REWARD_FAILS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+@dataclass(frozen=True)
+class GRPOConfig(RunConfig):
+    """The flags of stage III. Where the paper gives no number, Flow-GRPO's stands."""
+    stage: int = knob(3, "1 align, 2 fine-tune, 3 reinforce", choices=(1, 2, 3))
+    micro_batch: int = knob(8, "pictures a forward pass, on one device (the paper's 9 does not divide 24)")
+    ema_decay: float = knob(0.9, "of the weights that are written at the end")
+    save_every: int = knob(50, "epochs between checkpoints")
+    # rewards and prompts
+    rewards: tuple[str, ...] = knob(("aesthetic", "pickscore", "clip"),
+                                    "in this order, one phase each: names, or file.py:function")
+    reward_weights: str = knob("auto", "folder of the reward models; auto: weights/rewards, or nano's own")
+    prompts: str = knob("", "file with one training prompt a line; nano has its own")
+    eval_prompts: str = knob("", "file with one held-out prompt a line; nano has its own")
+    # groups and sampling
+    num_groups: int = knob(48, "prompts an epoch, over all devices")
+    group_size: int = knob(24, "pictures a prompt")
+    num_steps: int = knob(10, "sampling steps in training; the last one is not stochastic")
+    noise_level: float = knob(0.7, "a in sigma_t = a sqrt(t / (1 - t)) of the SDE")
+    guidance_scale: float = knob(4.5, "classifier-free guidance in training; 1: none, at half the cost")
+    shift: float = knob(3.0, "of the time grid towards noise")
+    sde_window: int = knob(0, "stochastic steps in a window that slides by one an epoch; 0: all but the last")
+    # objective
+    clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
+    kl_coef: float = knob(0.01, "weight of the KL to the stage II model")
+    inner_updates: int = knob(1, "optimizer steps on each epoch's pictures")
+    anchor: str = knob("rollout", "old log-probabilities: the rollout's, or taken again in the update's mode",
+                       choices=("rollout", "recompute"))
+    # LDAM
+    ldam: bool = knob(True, "perturb layers when training stalls")
+    ldam_mode: str = knob("epoch", "epoch: fresh noise a picture for one epoch; keep: one field that stays",
+                          choices=("epoch", "keep"))
+    ldam_layers: str = knob("present", "layers that fire: of the present reward, or of earlier ones too",
+                            choices=("present", "all"))
+    ldam_gamma0: float = knob(0.1, "scale of the perturbation")
+    ldam_gamma_max: float = knob(1.0, "upper bound of gamma")
+    ldam_spike: float = knob(100.0, "ratio of successive gradient norms that counts as a jump")
+    ldam_patience: int = knob(5, "declines of the reward that open its gate")
+    ldam_trigger: str = knob("all", "fires when all signals in use have triggered, or any",
+                             choices=("all", "any"))
+    ldam_use_grad_norm: bool = knob(True, "listen to the gradient norm")
+    ldam_use_reward: bool = knob(True, "listen to the reward")
+    # held-out evaluation
+    num_eval: int = knob(96, "held-out prompts, one picture each")
+    eval_every: int = knob(50, "epochs between evaluations within a phase; one at the end of each anyway")
+    eval_steps: int = knob(20, "sampling steps")
+    eval_guidance_scale: float = knob(4.5, "guidance")
 
 
 # ----------------------------------------------------------------------------- the objective
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(r - mean) / std within each group (paper Eq. 2; population std).
+    """(r - mean) / std within each group, population std (Flow-GRPO).
 
-    rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward
-    that is not finite, gets zeros.
+    rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward that is not finite, gets
+    zeros: it teaches nothing.
     """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"expected rewards (P, G) with groups of at least two, got {tuple(rewards.shape)}; "
-                         "change --group-size")
-    mean, std = (rewards.mean(1, keepdim=True),
-                 rewards.std(1, correction=0, keepdim=True))                            # (P, 1)
-    spread = std > 1e-6 * (1 + mean.abs())                                              # False for NaN too
-    return torch.where(spread, (rewards - mean) / std, 0.0)                             # (P, G)
+    # pictures of a prompt are compared with each other only: hard prompts and easy ones weigh the same
+    mean = rewards.mean(1, keepdim=True)                                                # (P, 1)
+    std = rewards.std(1, correction=0, keepdim=True)                                    # (P, 1)
+    # equal rewards are equal up to rounding
+    has_spread = std > 1e-6 * (1 + mean.abs())                                          # False for NaN too
+    return torch.where(has_spread, (rewards - mean) / std, 0.0)                         # (P, G)
 
 
 def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """The clipped objective, to be minimised (paper Eq. 1):
+    """The clipped objective, to be minimised (Flow-GRPO):
     mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
 
     log_prob, old_log_prob, advantages  (B,) fp32; log-probabilities are means over C H W,
                                         so clip_range is per element
     """
+    # how much likelier is the picture now than when it was drawn? 1 in the first update
     ratio = torch.exp(log_prob - old_log_prob)                                          # (B,)
-    return torch.maximum(-advantages * ratio,
-                         -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+    # beyond the clip range there is nothing more to gain, but there is to lose: hence the maximum
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)                               # (B,)
+    return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
 def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
@@ -101,545 +137,503 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     return (mean - mean_ref).square().mean((1, 2, 3)) / (2 * std.square())
 
 
+class Rollout(NamedTuple):
+    """All that the update needs of the pictures of this rank; fp32."""
+    times: list[float]          # K + 1, from 1 (noise) to 0
+    trained: list[int]          # the stochastic steps
+    latents: Tensor             # (K + 1, B, C, H, W)   the first is noise, the last one clean
+    log_prob: Tensor            # (K, B)                under the policy that drew them
+    mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
+
+
+def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int, advantages: Tensor,
+                   cfg: GRPOConfig, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of step k of a chunk of pictures, a mean over them, and what to log of each picture, (b,).
+
+    kv          the chunk's conditions as keys and values, with gradient
+    advantages  (b,)
+    first       True in the first update on these pictures
+    """
+    # how likely is the step from x to x_next, which was taken, under the weights of now?
+    x, x_next = rolled.latents[k, pictures], rolled.latents[k + 1, pictures]            # (b, C, H, W) each
+    t, t_next = rolled.times[k], rolled.times[k + 1]
+    _, log_prob, mean, std = step_log_prob(dit, kv, x, t, t_next, cfg, x_next)
+    if first and cfg.anchor == "recompute":
+        rolled.log_prob[k, pictures] = log_prob.detach()
+    old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
+    loss = grpo_loss(log_prob, old_log_prob, advantages, cfg.clip_range)
+
+    # the rein: not too far from the stage II model
+    kl = torch.zeros_like(log_prob)                                                     # (b,)
+    if cfg.kl_coef > 0:
+        kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
+        loss = loss + cfg.kl_coef * kl.mean()
+
+    # to be watched
+    deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
+    is_clipped = (deviation > cfg.clip_range).float()                                   # (b,)
+    return loss, {"kl": kl, "ratio_dev": deviation, "clip_frac": is_clipped}
+
+
+# ----------------------------------------------------------------------------- conditions, with LDAM's noise
+
+class Perturbation(NamedTuple):
+    """LDAM has fired: noise for some layers of every picture, the same whenever it is drawn."""
+    gamma: float
+    layers: list[int]
+    keys: list[tuple]           # one a picture
+
+    def noise(self, pictures: slice, model: ParaUni) -> list[Tensor]:
+        """gamma eps of each perturbed layer (Eq. 6), S x (b, N, E)."""
+        shape = len(self.keys[pictures]), model.preset.num_queries, model.preset.lim.caption_channels
+        noise = []
+        for layer in self.layers:
+            # a stream for each picture and layer: rollout and update draw the same, whatever the chunks
+            generators = [generator("ldam", *key, layer) for key in self.keys[pictures]]
+            noise.append(self.gamma * randn(shape, generators, model.device))           # (b, N, E)
+        return noise
+
+
+def encode_conditions(model: ParaUni, prefix: Prefix, perturbation: Perturbation | None,
+                      cfg: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Conditions of a prefix of P prompts and, last, the unconditional one: c (P, N, E), c_uncond (1, N, E),
+    and the c_i (S, P, N, E) that LDAM perturbs. fp32, as the update sums all pictures' gradients in them."""
+    with precision(model.device, cfg.dtype):
+        c_layers = model.condition_layers(prefix).float()                               # (L, P + 1, N, E)
+    c = model.lim.fuse(c_layers)                                                        # (P + 1, N, E)
+    layers = perturbation.layers if perturbation else []
+    c_perturbed = c_layers[[i - 1 for i in layers], :-1]                                # (S, P, N, E)
+    return c[:-1], c[-1:], c_perturbed
+
+
+def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: slice, noise: list[Tensor],
+             guidance_scale: float, cfg: GRPOConfig) -> list:
+    """Cross-attention keys and values for a chunk of pictures: one condition a group, or one a picture where
+    LDAM perturbs each; with guidance, the unconditional one in front of each."""
+    c, c_uncond, c_perturbed = conditions
+    # the DiT shares a condition among all pictures of its group
+    c = c[groups]                                                                       # (groups, N, E)
+    # but where LDAM has fired each picture has one of its own
+    if noise:
+        c = model.lim.perturb(c, c_perturbed[:, groups], noise)                         # (b, N, E)
+    # guidance compares with no prompt
+    if guidance_scale > 1:
+        c = torch.cat([c_uncond.expand(len(c), -1, -1), c])
+    with precision(model.device, cfg.dtype):
+        return model.dit.cross_kv(c)
+
+
+def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -> None:
+    """The other reading of LDAM: one field a layer for all pictures, multiplied in to stay. The reference
+    gets it too: the KL measures weights, not fields."""
+    kept = model.lim.kept_noise
+    if kept is None:
+        shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
+        kept = torch.ones(shape, device=model.device)                                   # (L, N, E)
+    for layer, noise in zip(perturbation.layers, perturbation.noise(slice(None), model)):
+        kept[layer - 1] *= 1 + noise[0]
+    model.lim.kept_noise = reference.lim.kept_noise = kept
+
+
 # ----------------------------------------------------------------------------- rollout
 
-@dataclass
-class Rollout:
-    """All that the update needs of the pictures of this rank; latents and log-probabilities in fp32."""
-    latents: Tensor             # (K + 1, B, C, H, W)   x_0 is noise, x_K the clean latents
-    log_prob: Tensor            # (K, B)                under the policy that drew them; 0 if not stochastic
-    mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
-    trained: list[int]          # the stochastic steps
+def velocity(dit: DiT, kv: list, x: Tensor, t: float, cfg: GRPOConfig) -> Tensor:
+    """The guided velocity of a chunk, (b, C, H, W) fp32."""
+    times = torch.full((len(x),), t, device=x.device)                                   # (b,)
+    with precision(x.device, cfg.dtype):
+        return guided_velocity(dit, x, times, kv, cfg.guidance_scale)
 
 
-def window(num_steps: int, size: int, epoch: int) -> list[int]:
-    """The stochastic steps: all but the last; with size > 0 a window of that many,
-    which slides by one an epoch (MixGRPO)."""
-    if size == 0:
-        return list(range(num_steps - 1))
-    start = epoch % (num_steps - size)
-    return list(range(start, start + size))
-
-
-def step_log_prob(dit: nn.Module, kv: list, x: Tensor, t: float, t_next: float, cfg: "TrainConfig",
-                  x_next: Tensor | None = None, generators: list[torch.Generator] | None = None
+def step_log_prob(dit: DiT, kv: list, x: Tensor, t: float, t_next: float, cfg: GRPOConfig,
+                  x_next: Tensor | None = None, generators: list[torch.Generator] | None = None,
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One stochastic step of one chunk: the only place where a log-probability is computed.
-    Returns what sde_step does."""
-    B = len(x)
-    with precision(x.device, cfg.dtype):
-        v = guided_velocity(dit, x, torch.full((B,), t, device=x.device), kv,
-                            cfg.guidance_scale)                                         # (B, C, H, W)
-    return sde_step(x, v, torch.full((B,), t), torch.full((B,), t_next), cfg.noise_level, x_next, generators)
+    Returns what sde_step does: x_next (b, C, H, W), log_prob (b,), mean (b, C, H, W), std (b,)."""
+    v = velocity(dit, kv, x, t, cfg)                                                    # (b, C, H, W)
+    # times stay on the CPU, where looking at them costs no wait for a GPU
+    t, t_next = torch.full((len(x),), t), torch.full((len(x),), t_next)                 # (b,) each
+    return sde_step(x, v, t, t_next, cfg.noise_level, x_next, generators)
+
+
+def stochastic_steps(num_steps: int, window: int, epoch: int) -> list[int]:
+    """All steps but the last; with window > 0 so many, which slide by one an epoch (MixGRPO)."""
+    if window == 0:
+        return list(range(num_steps - 1))
+    start = epoch % (num_steps - window)
+    return list(range(start, start + window))
 
 
 def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
-    """(groups, pictures) of each forward pass: whole groups, or equal parts of one group
-    where it exceeds micro_batch."""
-    many, part = max(1, micro_batch // group_size), min(micro_batch, group_size)
+    """(groups, pictures) of each forward pass: whole groups, or equal parts of one too large for it."""
+    # a group is too large for one pass: parts of it
+    if micro_batch < group_size:
+        for first in range(0, num_groups * group_size, micro_batch):
+            group = first // group_size
+            yield slice(group, group + 1), slice(first, first + micro_batch)
+        return
+    # several groups fit
+    many = micro_batch // group_size
     for first in range(0, num_groups, many):
         last = min(first + many, num_groups)
-        if part == group_size:
-            yield slice(first, last), slice(first * group_size, last * group_size)
-        else:
-            for i in range(first * group_size, last * group_size, part):
-                yield slice(first, last), slice(i, i + part)
-
-
-def chunk_kv(dit: DiT, c: Tensor, c_uncond: Tensor, groups: slice, pictures: slice,
-             num_pictures: int, cfg: "TrainConfig") -> list:
-    """Cross-attention keys and values of a chunk.
-    c has a row a group, or a row a picture where LDAM perturbs each."""
-    c = c[pictures if len(c) == num_pictures else groups]
-    if cfg.guidance_scale > 1:
-        c = torch.cat([c_uncond.expand(len(c), -1, -1), c])
-    with precision(c.device, cfg.dtype):
-        return dit.cross_kv(c)
-
-
-def conditions(model: ParaUni, prefix: Prefix, noise: Tensor | None,
-               cfg: "TrainConfig") -> tuple[Tensor, Tensor]:
-    """(c, c_uncond) of a prefix of P prompts and, last, the unconditional one: (P, N, E) and (1, N, E).
-
-    noise  (L, B, N, E), what LDAM multiplies into each picture's layers, less one; then c is (B, N, E)
-    Both are fp32 in every precision, as the update sums the gradients of all pictures and steps in them.
-    """
-    with precision(model.device, cfg.dtype):
-        layers = model.condition_layers(prefix).float()                                 # (L, P + 1, N, E)
-    c_layers, c_uncond = layers[:, :-1], model.fuse(layers[:, -1:])                     # (1, N, E)
-    if noise is None:
-        return model.fuse(c_layers), c_uncond
-    each = noise.shape[1] // c_layers.shape[1]
-    return model.fuse(c_layers.repeat_interleave(each, 1), noise=noise), c_uncond
+        yield slice(first, last), slice(first * group_size, last * group_size)
 
 
 @torch.no_grad()
-def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, generators: list[torch.Generator],
-            noise: Tensor | None, trained: list[int], cfg: "TrainConfig") -> Rollout:
-    """Sample the pictures of the P prompts of a prefix; `generators`, one a picture,
-    draw its x_0 and then its steps."""
-    P, B, device = len(prefix.mask) - 1, len(generators), policy.device
-    latents = [randn((B, *policy.preset.latent_shape), generators, device)]             # x_0 (B, C, H, W)
-    log_probs, means_ref = [], []
-    sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
-    c, c_ref = (conditions(model, prefix, noise, cfg) for model in (policy, reference))
-    parts = [(b, chunk_kv(policy.dit, *c, g, b, B, cfg), chunk_kv(reference.dit, *c_ref, g, b, B, cfg))
-             for g, b in chunks(P, B // P, cfg.micro_batch)]
-    for k, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        x = latents[-1]
-        x_next, log_prob, mean_ref = torch.empty_like(x), x.new_zeros(B), torch.zeros_like(x)
-        for b, kv, kv_ref in parts:
+def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tuple],
+            perturbation: Perturbation | None, trained: list[int], cfg: GRPOConfig) -> Rollout:
+    """Sample the pictures of the P prompts of a prefix. keys: one a picture, from which its first latent and
+    then its steps are drawn."""
+    P, B, K, device = len(prefix.mask) - 1, len(keys), cfg.num_steps, policy.device
+    shape = policy.preset.latent_shape
+    # more steps near the noise, where content is decided
+    times = euler_grid(K, cfg.shift)[0].tolist()
+    latents = torch.zeros(K + 1, B, *shape, device=device)                              # (K + 1, B, C, H, W)
+    log_prob = torch.zeros(K, B, device=device)                                         # (K, B)
+    mean_ref = torch.zeros(K, B, *shape, device=device)                                 # (K, B, C, H, W)
+
+    # each prompt's condition, once for all of its pictures
+    conditions = encode_conditions(policy, prefix, perturbation, cfg)
+    conditions_ref = encode_conditions(reference, prefix, perturbation, cfg)
+    for groups, pictures in chunks(P, B // P, cfg.micro_batch):
+        noise = perturbation.noise(pictures, policy) if perturbation else []
+        kv = chunk_kv(policy, conditions, groups, noise, cfg.guidance_scale, cfg)
+        kv_ref = chunk_kv(reference, conditions_ref, groups, noise, cfg.guidance_scale, cfg)
+
+        # from noise to picture, step by step
+        generators = [generator("picture", *key) for key in keys[pictures]]
+        x = randn((len(generators), *shape), generators, device)                        # (b, C, H, W)
+        latents[0, pictures] = x
+        for k, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+            # a step that will be trained is drawn from its distribution
             if k in trained:
-                x_next[b], log_prob[b], _, _ = step_log_prob(policy.dit, kv, x[b], t, t_next, cfg, None,
-                                                             generators[b])
+                x_next, log_prob[k, pictures], _, _ = step_log_prob(
+                    policy.dit, kv, x, t, t_next, cfg, generators=generators)
+                # where would the stage II model have gone from here?
                 if cfg.kl_coef > 0:
-                    mean_ref[b] = step_log_prob(reference.dit, kv_ref, x[b], t, t_next, cfg, x_next[b])[2]
+                    _, _, mean_ref[k, pictures], _ = step_log_prob(
+                        reference.dit, kv_ref, x, t, t_next, cfg, x_next)
+            # another one follows the ODE
             else:
-                with precision(device, cfg.dtype):
-                    v = guided_velocity(policy.dit, x[b], torch.full((len(x[b]),), t, device=device), kv,
-                                        cfg.guidance_scale)
-                x_next[b] = x[b] + (t_next - t) * v                                     # the Euler step
-        latents.append(x_next)
-        log_probs.append(log_prob)
-        means_ref.append(mean_ref)
-    return Rollout(torch.stack(latents), torch.stack(log_probs), torch.stack(means_ref), trained)
+                x_next = x + (t_next - t) * velocity(policy.dit, kv, x, t, cfg)         # an Euler step
+            latents[k + 1, pictures] = x = x_next
+    return Rollout(times, trained, latents, log_prob, mean_ref)
 
 
 # ----------------------------------------------------------------------------- update
 
 def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor,
-                        noise: Tensor | None, cfg: "TrainConfig", anchor: bool) -> dict[str, float]:
-    """Add the gradient of the objective over this rank's pictures to .grad;
-    returns kl, ratio_dev and clip_frac.
+                        perturbation: Perturbation | None, cfg: GRPOConfig, first: bool) -> dict[str, Tensor]:
+    """Add the gradient of the objective over this rank's pictures to .grad; returns what to log, (B steps,).
 
-    advantages  (B,)
-    anchor      take this pass's own log-probabilities as the old ones (--anchor recompute, first update)
     The condition is encoded once, with gradient; pictures and steps see it as a leaf, whose summed gradient
-    goes through LIM, VLM and queries once at the end. The same gradient as naively, at a small part of the
-    cost.
+    goes through LIM, VLM and queries once at the end. The same gradient as naively, for a part of the cost.
     """
-    P, B, steps = len(prefix.mask) - 1, len(advantages), len(rolled.trained)
-    sigmas = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
-    roots = conditions(policy, prefix, noise, cfg)
-    leaves = [c.detach().requires_grad_() for c in roots]
-    kl_sum, off = torch.zeros((), device=policy.device), []
-    for groups, b in chunks(P, B // P, cfg.micro_batch):
+    P, B = len(prefix.mask) - 1, len(advantages)
+    roots = encode_conditions(policy, prefix, perturbation, cfg)
+    leaves = tuple(c.detach().requires_grad_() for c in roots)
+
+    # through the DiT, for every picture and step: down to the leaves
+    figures: dict[str, list[Tensor]] = {}
+    for groups, pictures in chunks(P, B // P, cfg.micro_batch):
+        noise = perturbation.noise(pictures, policy) if perturbation else []
         for k in rolled.trained:
-            kv = chunk_kv(policy.dit, *leaves, groups, b, B, cfg)
-            x, x_next = rolled.latents[k, b], rolled.latents[k + 1, b]                  # (b, C, H, W)
-            _, log_prob, mean, std = step_log_prob(policy.dit, kv, x, sigmas[k], sigmas[k + 1], cfg, x_next)
-            if anchor:
-                rolled.log_prob[k, b] = log_prob.detach()
-            kl = (gaussian_kl(mean, rolled.mean_ref[k, b], std).mean() if cfg.kl_coef > 0
-                  else mean.new_zeros(()))
-            objective = (grpo_loss(log_prob, rolled.log_prob[k, b], advantages[b], cfg.clip_range)
-                         + cfg.kl_coef * kl)
-            share = len(x) / B / steps
-            (objective * share).backward()
-            kl_sum += kl.detach() * share
-            off.append((torch.exp(log_prob.detach() - rolled.log_prob[k, b]) - 1).abs())
-    torch.autograd.backward(roots, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                                    for leaf in leaves])
-    off = torch.cat(off)                                                                # (B steps,)
-    return {"kl": kl_sum.item(), "ratio_dev": off.max().item(),
-            "clip_frac": (off > cfg.clip_range).float().mean().item()}
+            kv = chunk_kv(policy, leaves, groups, noise, cfg.guidance_scale, cfg)
+            loss, logged = grpo_objective(policy.dit, kv, rolled, pictures, k, advantages[pictures], cfg,
+                                          first)
+            # chunks may differ in size: the loss is the mean over all pictures and steps of this rank
+            share = (pictures.stop - pictures.start) / B / len(rolled.trained)
+            (loss * share).backward()
+            for name, values in logged.items():
+                figures.setdefault(name, []).append(values.detach())
+
+    # from the leaves through LIM, VLM and queries: once; without guidance or noise some leaves are not used
+    used = [(root, leaf.grad) for root, leaf in zip(roots, leaves) if leaf.grad is not None]
+    torch.autograd.backward(*zip(*used))
+    return {name: torch.cat(values) for name, values in figures.items()}
 
 
-def check_ratio(deviation: float, cfg: "TrainConfig") -> str | None:
-    """On the first update the policy is the one that drew the pictures:
-    any deviation is an error of the machinery."""
+def summarise(figures: dict[str, Tensor], dist: Dist) -> dict[str, float]:
+    """Means over the pictures and steps of all ranks; of a deviation the largest."""
+    joined = {name: gather(values, dist) for name, values in figures.items()}
+    return {name: (values.max() if name.endswith("_dev") else values.mean()).item()
+            for name, values in joined.items()}
+
+
+def check_ratio(deviation: float, cfg: GRPOConfig, warn: bool) -> None:
+    """On the first update the policy is the one that drew the pictures: a deviation is the machinery's."""
     if deviation <= 0.1 * cfg.clip_range:
-        return None
-    found = (f"the first update's ratio is off by {deviation:.1e}, "
-             f"more than a tenth of --clip-range {cfg.clip_range:g}")
-    if cfg.dtype == "bf16" or cfg.compile:
-        return (f"{found}: bf16 or compiled kernels round differently with gradient; "
-                "--anchor recompute cures it")
-    raise RuntimeError(f"{found}. Likely causes: {RATIO_CAUSES}")
+        return
+    found = f"the first ratio is off by {deviation:.1e}, more than a tenth of --clip-range {cfg.clip_range:g}"
+    if cfg.dtype == "fp32" and not cfg.compile:
+        raise RuntimeError(f"{found}. Likely causes: rollout and update run in different precision; a layer "
+                           "behaves differently in train mode; LDAM's noise or the chunks differ")
+    if warn:
+        tqdm.write(f"{found}: bf16 or compiled kernels round differently with gradient; --anchor recompute "
+                   "cures it")
 
 
-# ----------------------------------------------------------------------------- LDAM's noise
+# ----------------------------------------------------------------------------- scoring
 
-def epoch_noise(model: ParaUni, layers: list[int], gamma: float, keys: list[tuple]) -> Tensor:
-    """gamma eps for the given layers, zero for the others: (L, B, N, E),
-    eps drawn for each picture from its key."""
-    preset = model.preset
-    shape = len(layers), preset.num_queries, preset.lim.caption_channels
-    noise = torch.zeros(preset.vlm.num_layers, len(keys), *shape[1:],
-                        device=model.device)                                            # (L, B, N, E)
-    for b, key in enumerate(keys):
-        noise[[i - 1 for i in layers], b] = gamma * randn(shape, generator("ldam", *key), model.device)
-    return noise
-
-
-def keep_noise(model: ParaUni, layers: list[int], gamma: float, key: tuple) -> None:
-    """The other reading: one field a layer for all pictures, multiplied into the model's buffer to stay."""
-    noise = epoch_noise(model, layers, gamma, [key])[:, 0]                              # (L, N, E)
-    factor = torch.ones_like(noise) if model.layer_factor is None else model.layer_factor
-    model.layer_factor = factor * (1 + noise)
+def score(name: str, scorer: Reward, images: Tensor, prompts: list[str], part: int) -> Tensor:
+    """A reward of some pictures, (b,). Where it raises, as a user's reward may, each part of so many pictures
+    is tried alone: it costs a group or a picture, never the run."""
+    try:
+        return scorer(images, prompts)                                                  # (b,)
+    # a user's code promises nothing
+    except Exception as error:
+        if len(images) <= part:
+            tqdm.write(f"reward {name} failed on {prompts[0]!r}, which is left out: {error!r}")
+            return torch.full((len(images),), math.nan, device=images.device)
+    parts = [score(name, scorer, images[i:i + part], prompts[i:i + part], part)
+             for i in range(0, len(images), part)]
+    return torch.cat(parts)                                                             # (b,)
 
 
-# ----------------------------------------------------------------------------- looking at a model
+def score_groups(scorers: dict[str, Reward], images: Tensor, prompts: list[str],
+                 dist: Dist) -> dict[str, Tensor]:
+    """Every reward of this rank's pictures (B, 3, H, W) of P prompts; name -> (P, G), those of all ranks."""
+    group_size = len(images) // len(prompts)
+    repeated = [prompt for prompt in prompts for _ in range(group_size)]                # B
+    rewards = {}
+    for name, scorer in scorers.items():
+        # a group is compared as a whole, so it fails as a whole
+        own = score(name, scorer, images, repeated, part=group_size)                    # (B,)
+        rewards[name] = gather(own, dist).view(-1, group_size)                          # (P, G)
+    return rewards
+
 
 @torch.no_grad()
-def score_heldout(model: ParaUni, rewards: dict[str, Reward], prompts: list[str], cfg: "TrainConfig",
+def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str], cfg: GRPOConfig,
                   dist: Dist) -> dict[str, list[float]]:
-    """Every reward of one picture of each held-out prompt, always from the same noise,
-    by the sampler of `generate`."""
-    mine = [i for i in range(len(prompts))
-            if i * dist.world_size // len(prompts) == dist.rank]                        # contiguous shares
-    columns = []
-    for first in range(0, -(-len(prompts) // dist.world_size), cfg.micro_batch):
-        items = mine[first:first + cfg.micro_batch] or [0]      # all ranks go round equally often (FSDP)
-        said = [prompts[i] for i in items]
+    """Every reward of one picture of each held-out prompt, always from the same noise, by the ODE."""
+    scores, total = torch.zeros(0, len(scorers), device=model.device), len(prompts)
+    while (first := len(scores)) < total:
+        # each rank takes a chunk; the last ones may repeat a picture, so that all make the same calls
+        size = min(cfg.micro_batch, math.ceil((total - first) / dist.world_size))
+        items = [min(first + dist.rank * size + j, total - 1) for j in range(size)]
+        texts = [prompts[i] for i in items]
+        seeds = [derive_seed(cfg.seed, "heldout", i) for i in items]
         with precision(model.device, cfg.dtype):
-            images = model.generate(said, cfg.eval_steps, cfg.eval_guidance_scale,
-                                    seed=[derive_seed(cfg.seed, "heldout", i) for i in items])
-        if first < len(mine):
-            columns.append(torch.stack([score(images, said)
-                                        for score in rewards.values()], 1))             # (b, rewards)
-    scores = all_gather_list(torch.cat(columns) if columns
-                             else torch.zeros(0, len(rewards), device=model.device), dist)
-    return {name: scores[:, k].tolist() for k, name in enumerate(rewards)}
+            images = model.generate(texts, cfg.eval_steps, cfg.eval_guidance_scale, seeds)
+        columns = [score(name, scorer, images, texts, part=1) for name, scorer in scorers.items()]
+        scores = torch.cat([scores, gather(torch.stack(columns, 1), dist)])             # (so far, rewards)
+    return {name: scores[:total, j].tolist() for j, name in enumerate(scorers)}
 
 
-def summary(before: dict[str, list[float]], after: dict[str, list[float]], names: list[str]) -> str:
-    """Mean before and after, and the paired difference in standard errors."""
-    lines = [f"{'held-out reward':20} {'before':>9} {'after':>9} {'change':>9}  {'+- s.e.':>8}   n"]
-    for name in names:
-        a, b = torch.tensor(before[name]), torch.tensor(after[name])
-        change, error = (b - a).mean(), (b - a).std() / len(a) ** 0.5
-        lines.append(f"{name:20} {a.mean():9.4f} {b.mean():9.4f} {change:+9.4f}  {error:8.4f} {len(a):4}")
-    return "\n".join(lines)
+def finite_mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else math.nan
 
 
-def plot_rewards(records: list[dict], names: list[str], path: Path) -> None:
-    """Mean reward of each epoch, raw (pale) and as EMA 0.1, one panel a reward; phases separated by lines."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    records = [r for r in records if f"reward/{names[0]}" in r]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False,
-                                layout="constrained")
-    x = [r["epoch"] for r in records]
-    for axis, name in zip(axes[0], names):
-        raw, smooth = [math.nan if r[f"reward/{name}"] is None else r[f"reward/{name}"] for r in records], []
-        for value in raw:
-            smooth.append(0.9 * smooth[-1] + 0.1 * value
-                          if smooth and math.isfinite(smooth[-1] + value) else value)
-        axis.plot(x, raw, color="tab:blue", alpha=0.3)
-        axis.plot(x, smooth, color="tab:blue")
-        for r, last in zip(records[1:], records):
-            if r["phase"] != last["phase"]:
-                axis.axvline(last["epoch"] + 0.5, color="grey", linewidth=0.8)
-        for r in records:
-            if r["ldam/fired"]:
-                axis.axvline(r["epoch"], color="tab:red", linewidth=0.8, linestyle=":")
-        axis.set(title=name, xlabel="epoch")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+# ----------------------------------------------------------------------------- before the first epoch
+
+def check_flags(cfg: GRPOConfig, world_size: int) -> None:
+    """The arithmetic of groups, in the flags' own names."""
+    fits = cfg.micro_batch >= cfg.group_size or cfg.group_size % cfg.micro_batch == 0
+    if cfg.group_size < 2 or cfg.num_groups % world_size or not fits:
+        raise Refused("expected --group-size of at least 2, --num-groups to be a multiple of the number of "
+                      f"devices, {world_size}, and --micro-batch to divide --group-size or to be as large")
+    if not (PRESETS[cfg.preset].shapes_world or cfg.prompts and cfg.eval_prompts):
+        raise Refused(f"preset {cfg.preset} needs prompt files: --prompts and --eval-prompts")
+    assert 0 <= cfg.sde_window < cfg.num_steps, "expected --sde-window below --num-steps"
+
+
+def open_prompts(path: str, model: ParaUni) -> list[str]:
+    """The prompts of a file, each tokenised now and not in the tenth hour."""
+    prompts = read_prompts(path) if path else []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            model.tokenize([PROMPT.format(prompt=prompt)])
+        except Refused as error:
+            raise Refused(f"{path}, prompt {number}: {error}") from error
+    return prompts
+
+
+def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Reward]:
+    """The rewards by their short names, in the order of their phases, each tried on a grey picture."""
+    folder = Path(cfg.reward_weights)
+    if cfg.reward_weights == "auto":
+        folder = weights_folder("nano" if model.preset.shapes_world else "rewards", "auto")
+    side = model.preset.image_size
+    scorers = {}
+    for name in cfg.rewards:
+        scorer = build_reward(name, model.device, weights=folder)
+        scorer(torch.full((1, 3, side, side), 0.5, device=model.device), [prompt])
+        scorers[name.rpartition(":")[2]] = scorer
+    return scorers
+
+
+# What a checkpoint holds of the loop's own variables
+RESUMED = ("skipped", "record", "evals", "gamma")
+
+
+def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, LDAM, None]:
+    """Every reward begins with a fresh optimizer and a fresh LDAM, which has not fired."""
+    ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
+                use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
+                gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
+    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam, None
 
 
 # ----------------------------------------------------------------------------- the loop
 
-@dataclass
-class Run:
-    """What an epoch needs; the last six change."""
-    cfg: "TrainConfig"                      # of train.py
-    model: ParaUni
-    reference: ParaUni                      # the stage II model, frozen: the KL refers to it
-    scorers: dict[str, Reward]
-    source: NanoPrompts | FilePrompts
-    heldout: list[str]
-    dist: Dist
-    params: dict[str, nn.Parameter]
-    ema: dict[str, Tensor]
-    opt: torch.optim.Optimizer
-    ldam: LDAM
-    gamma: float | None                     # set where LDAM fired in the last epoch
-    evals: list[dict[str, list[float]]]     # held-out scores before the first phase, and after each
-    skipped: int = 0                        # updates left out: no finite gradient, or no group to learn from
-    in_a_row: int = 0                       # of them
-
-    @property
-    def names(self) -> list[str]:
-        """The rewards as the log calls them, in the order of their phases."""
-        return list(self.scorers)
-
-    @property
-    def per_phase(self) -> int:
-        """Epochs of a phase."""
-        return -(-self.cfg.steps // self.cfg.inner_updates)
-
-
-def check(cfg: "TrainConfig", world_size: int) -> None:
-    """The arithmetic of groups, in the flags' own names."""
-    if cfg.group_size < 2:
-        raise ValueError(f"expected --group-size of at least 2, got {cfg.group_size}: "
-                         "an advantage compares the members of a group")
-    if cfg.num_groups < 1 or cfg.num_groups % world_size:
-        raise ValueError(f"expected --num-groups to be a multiple of the number of devices, {world_size}, "
-                         f"got {cfg.num_groups}")
-    if cfg.micro_batch < cfg.group_size and cfg.group_size % cfg.micro_batch:
-        raise ValueError(f"expected --micro-batch to divide --group-size {cfg.group_size} or to be as large, "
-                         f"got {cfg.micro_batch}")
-    if cfg.num_steps < 2 or not 0 <= cfg.sde_window < cfg.num_steps:
-        raise ValueError("expected --num-steps of at least 2 and --sde-window below it, "
-                         f"got {cfg.num_steps} and {cfg.sde_window}")
-    named = [name for name in cfg.rewards if ":" not in name]
-    if cfg.preset != "nano" and (named and not cfg.reward_weights or not (cfg.prompts and cfg.eval_prompts)):
-        raise ValueError(f"--preset {cfg.preset} needs prompt files, --prompts and --eval-prompts"
-                         + (f", and --reward-weights with the models of {', '.join(named)}" if named else ""))
-    if not cfg.rewards or len({name.rpartition(":")[2] for name in cfg.rewards}) < len(cfg.rewards):
-        raise ValueError("expected --rewards to name each reward once, "
-                         f"got {','.join(cfg.rewards) or 'nothing'}")
-
-
-def start(cfg: "TrainConfig", model: ParaUni, dist: Dist) -> Run:
-    """A run before its first epoch."""
-    check(cfg, dist.world_size)
-    scorers = {name.rpartition(":")[2]: build_reward(name, model.device, weights=cfg.reward_weights or None)
-               for name in cfg.rewards}
-    reference = copy.deepcopy(model, {id(model.vlm): model.vlm,                         # shares these two
-                                      id(model.vae): model.vae}).requires_grad_(False)
-    model.lim.gradient_checkpointing = model.dit.gradient_checkpointing = cfg.gradient_checkpointing
-    for each in (model, reference):
-        if cfg.fsdp:
-            shard(each, dist)
-        if cfg.compile:
-            compile_parts(each.device, each.lim, each.dit)
-    heldout = (read_prompts(cfg.eval_prompts) if cfg.eval_prompts else nano_prompts(test=True))[:cfg.num_eval]
-    source = (FilePrompts(read_prompts(cfg.prompts), cfg.num_groups, cfg.seed) if cfg.prompts
-              else NanoPrompts(cfg.seed))
-    params = model.trainable(3)
+def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
+    """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
+    check_flags(cfg, dist.world_size)
+    state = open_run(cfg, dist, "epoch")
+    model = ParaUni.for_training(cfg, dist.device)
+    # the stage II model, frozen, to which the KL of all phases refers; what nobody trains is shared
+    reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
+    params, _ = prepare(cfg, model), prepare(cfg, reference)
+    reference.requires_grad_(False)
     ema = {name: p.detach().clone() for name, p in params.items()}
-    return Run(cfg, model, reference, scorers, source, heldout, dist, params, ema,
-               *new_phase(cfg, params), None, [])
 
+    # prompts and rewards, all of them tried before the first epoch
+    prompts = open_prompts(cfg.prompts, model)
+    heldout = (open_prompts(cfg.eval_prompts, model) or nano_prompts(test=True))[:cfg.num_eval]
+    source = FilePrompts(prompts, cfg.num_groups, cfg.seed) if prompts else NanoPrompts(cfg.seed)
+    scorers = open_rewards(cfg, model, heldout[0])
+    names = list(scorers)
 
-def new_phase(cfg: "TrainConfig", params: dict[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, LDAM]:
-    ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
-                use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
-                gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
-    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
+    # where the run stands: at its beginning, or where a checkpoint left it
+    optimizer, ldam, gamma = new_phase(cfg, params)
+    done, skipped, record = 0, 0, {"epoch": 0, "phase": names[0]}
+    evals: list[dict[str, list[float]]] = []        # held-out scores before the first phase, and after each
+    digest = derive_seed(*prompts, *heldout)
+    if state:
+        if state["prompts"] != digest:
+            raise Refused("the prompt files are not those that this run began with: put them back")
+        load_checkpoint(state, params, ema, optimizer)
+        ldam.load_state_dict(state["ldam"])
+        done, skipped, record, evals, gamma = (state[key] for key in ("epoch", *RESUMED))
+        kept = state["kept_noise"]
+        model.lim.kept_noise = reference.lim.kept_noise = None if kept is None else kept.to(dist.device)
 
+    per_phase = math.ceil(cfg.steps / cfg.inner_updates)
+    total = per_phase * len(names)
+    share = cfg.num_groups // dist.world_size
+    mine = range(dist.rank * share, (dist.rank + 1) * share)        # the groups of this rank
+    num_updates = per_phase * cfg.inner_updates
+    with StopSignal() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
+        for epoch in range(done, total + 1):
+            phase, step = divmod(epoch, per_phase)
+            # look at held-out prompts before and after each phase, and now and then; log what has been done
+            if step == 0 or epoch % cfg.eval_every == 0:
+                with swapped(params, ema):
+                    scores = score_heldout(model, scorers, heldout, cfg, dist)
+                evals += [scores] * (step == 0)
+                record |= {f"heldout/{name}": finite_mean(values) for name, values in scores.items()}
+            write_log(cfg.run_dir, record, dist)
+            if epoch == total:
+                break
 
-def score_all(run: Run, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """Every reward of this rank's pictures (b, 3, H, W), gathered from all ranks: name -> (P, G)."""
-    G = run.cfg.group_size
-    return {name: all_gather_list(score_groups(name, scorer, images, prompts, G), run.dist).view(-1, G)
-            for name, scorer in run.scorers.items()}
+            # the next reward begins
+            if step == 0:
+                optimizer, ldam, gamma = new_phase(cfg, params)
+            clock = [time.perf_counter()]
 
+            # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
+            texts = [source.draw(epoch, group) for group in mine]                       # P
+            keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
+            # a reward perturbs the layers that answer to it
+            firing = names[0 if cfg.ldam_layers == "all" else phase:phase + 1]
+            layers = [i for i in perturbed_layers(firing, model.preset.vlm_layers) if i in model.lim.layers]
+            perturbation = None if gamma is None else Perturbation(gamma, layers, keys)
+            # prompts, and last the unconditional one: their keys and values, without gradient
+            prefix = model.encode_prefix([*texts, None])
 
-def score_groups(name: str, scorer: Reward, images: Tensor, prompts: list[str], group_size: int) -> Tensor:
-    """The scores of whole groups, (b,); NaN for each group on which the reward fails."""
-    try:
-        return scorer(images, prompts)                                                  # (b,)
-    except REWARD_FAILS as error:
-        if len(images) == group_size:
-            tqdm.write(f"reward {name} failed on {prompts[0]!r}, its group is masked: {error}")
-            return images.new_full((group_size,), math.nan)
-    parts = zip(images.split(group_size), range(0, len(images), group_size))
-    return torch.cat([score_groups(name, scorer, part, prompts[i:i + group_size], group_size)
-                      for part, i in parts])
+            # 2. roll out G pictures of each prompt along the SDE
+            trained = stochastic_steps(cfg.num_steps, cfg.sde_window, epoch)
+            rolled = rollout(model, reference, prefix, keys, perturbation, trained, cfg)
+            clock.append(time.perf_counter())
 
+            # 3. decode, score
+            images = model.decode(rolled.latents[-1])                                   # (B, 3, H, W)
+            rewards = score_groups(scorers, images, texts, dist)                        # name -> (P, G)
+            means = {name: finite_mean(values.flatten().tolist()) for name, values in rewards.items()}
+            clock.append(time.perf_counter())
 
-def run_epoch(run: Run, epoch: int) -> dict:
-    """Steps 1 to 6 of the header. Returns the line for the log."""
-    cfg, model, dist = run.cfg, run.model, run.dist
-    phase, step = divmod(epoch, run.per_phase)
-    name, clock = run.names[phase], [time.perf_counter()]
-    mine = range(dist.rank * cfg.num_groups // dist.world_size,
-                 (dist.rank + 1) * cfg.num_groups // dist.world_size)
-    prompts = [run.source.draw(epoch, group) for group in mine]                         # P
-    keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
-    layers = perturbed_layers(run.names[:phase + 1], model.preset.vlm.num_layers)
-    noise = None
-    if run.gamma is not None and cfg.ldam_mode == "epoch":
-        noise = epoch_noise(model, layers, run.gamma, keys)                             # (L, B, N, E)
-    prefix = model.encode_prefix([*prompts, None])
-    trained = window(cfg.num_steps, cfg.sde_window, epoch)
-    rolled = rollout(model, run.reference, prefix, [generator("picture", *key) for key in keys],
-                     noise, trained, cfg)
-    clock.append(time.perf_counter())
+            # 4. compare within groups
+            # a group with a reward that is not finite teaches nothing
+            usable = rewards[names[phase]].isfinite().all(1)                            # (P,)
+            advantages = group_advantages(rewards[names[phase]])                        # (P, G)
+            # of all ranks' groups back to this rank's pictures
+            own = advantages[mine.start:mine.stop].flatten()                            # (B,)
 
-    scores = score_all(run, model.decode(rolled.latents[-1]),
-                       [p for p in prompts for _ in range(cfg.group_size)])
-    usable = scores[name].isfinite().all(1)                                             # (P,)
-    advantages = group_advantages(scores[name])                                         # (P, G)
-    zero_std = (advantages[usable] == 0).all(1).float().mean().item()
-    advantages = advantages[mine.start:mine.stop].flatten()                             # (B,)
-    clock.append(time.perf_counter())
+            # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
+            norms, figures = [], []
+            for update in range(cfg.inner_updates):
+                lr = cosine_lr(step * cfg.inner_updates + update, num_updates, cfg.warmup, cfg.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.zero_grad(set_to_none=True)
+                logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
+                average_gradients(params.values(), dist)
+                norms.append(clip_gradients(params.values(), cfg.clip_norm))
+                figures.append(summarise(logged, dist))
+                # on the first update rollout and update must agree
+                check_ratio(figures[0]["ratio_dev"], cfg, warn=dist.lead and epoch == update == 0)
+                # without a finite gradient, or any group to learn from, the weights stay as they are
+                skipped += 1
+                if math.isfinite(norms[-1]) and usable.any():
+                    optimizer.step()
+                    skipped = 0
+            clock.append(time.perf_counter())
 
-    norms, counted = [], []
-    for update in range(cfg.inner_updates):
-        for group in run.opt.param_groups:
-            group["lr"] = cosine_lr(step * cfg.inner_updates + update,
-                                    run.per_phase * cfg.inner_updates, cfg.warmup, cfg.lr)
-        run.opt.zero_grad(set_to_none=True)
-        counted.append(accumulate_gradient(model, prefix, rolled, advantages, noise, cfg,
-                                           cfg.anchor == "recompute" and update == 0))
-        if update == 0 and (warning := check_ratio(counted[0]["ratio_dev"], cfg)) and epoch == dist.rank == 0:
-            print(f"warning: {warning}", flush=True)
-        average_gradients(run.params.values(), dist)
-        norms.append(clip_gradients(run.params.values(), cfg.clip_norm, dist))
-        if math.isfinite(norms[-1]) and usable.any():                           # the same on all ranks
-            run.opt.step()
-            run.in_a_row = 0
-        else:
-            run.skipped, run.in_a_row = run.skipped + 1, run.in_a_row + 1
-    if run.in_a_row < cfg.inner_updates:                                        # some update was made
-        ema_update(run.ema, run.params, cfg.ema_decay)
-    clock.append(time.perf_counter())
+            # 6. LDAM looks at gradient norm and reward; where it fires, the next epoch is perturbed
+            gamma, ldam.last = None, {"fired": 0}
+            if cfg.ldam and math.isfinite(norms[0]) and math.isfinite(means[names[phase]]):
+                gamma = ldam.update(norms[0], means[names[phase]])
+            # the other reading: not for an epoch but for good
+            if gamma is not None and cfg.ldam_mode == "keep":
+                keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
+                gamma = None
 
-    record = {"epoch": epoch + 1, "phase": name, **{f"reward/{n}": finite_mean(s) for n, s in scores.items()},
-              **{key: all_reduce_mean(torch.tensor(counted[u][key], device=model.device), dist).item()
-                 for key, u in (("kl", 0), ("clip_frac", -1))},
-              "ratio_dev": all_gather_list(torch.tensor([counted[0]["ratio_dev"]], device=model.device),
-                                           dist).max().item(),
-              "zero_std": zero_std, "reward_nan": int((~usable).sum()), "grad_norm": norms[0],
-              "skipped": run.skipped, "lr": run.opt.param_groups[0]["lr"]}
-    record |= perturb(run, layers, record[f"reward/{name}"], norms[0], (cfg.seed, epoch))
-    spent = dict(zip(("time/rollout", "time/reward", "time/update"),
-                     [b - a for a, b in zip(clock, clock[1:])]))
-    return record | spent
-
-
-def perturb(run: Run, layers: list[int], reward: float, grad_norm: float, key: tuple) -> dict:
-    """Step 6: LDAM sees the epoch; sets the gamma of the next one, or multiplies its field in (`keep`)."""
-    if not run.cfg.ldam:
-        return {"ldam/fired": 0}
-    usable = math.isfinite(grad_norm) and math.isfinite(reward)
-    run.gamma = run.ldam.update(grad_norm, reward) if usable else None
-    last = run.ldam.last if usable else {"fired": 0}
-    if run.gamma is not None:
-        if run.cfg.ldam_mode == "keep":
-            keep_noise(run.model, layers, run.gamma, key)
-            run.reference.layer_factor = run.model.layer_factor      # the KL measures weights, not fields
-        if run.dist.rank == 0:
-            cut = f", cut from {last['gamma_raw']:.3g} by --ldam-gamma-max" if last["bounded"] else ""
-            tqdm.write(f"LDAM fires after epoch {key[1] + 1}: gamma {run.gamma:.3g}{cut}, layers {layers}")
-    return ({f"ldam/{k}": v for k, v in last.items() if k != "epoch"}
-            | ({"ldam/layers": layers} if run.gamma is not None else {}))
-
-
-def finite_mean(values: Tensor) -> float:
-    return values[values.isfinite()].mean().item()
-
-
-def evaluate(run: Run, epoch: int) -> dict[str, list[float]]:
-    """Step 7's look at the EMA weights: held-out scores, and the grid of the same prompts as always."""
-    with weights_of(run.params, run.ema, run.model):
-        if run.dist.rank == 0 or run.cfg.fsdp:                  # split weights need all ranks to run at all
-            grid = picture_grid(run, [run.model], 8)
-        if run.dist.rank == 0:
-            save_png(Path(run.cfg.run_dir) / f"epoch-{epoch:05}.png", grid)
-        return score_heldout(run.model, run.scorers, run.heldout, run.cfg, run.dist)
-
-
-def picture_grid(run: Run, models: list[ParaUni], columns: int,
-                 titles: list[str] | None = None) -> "Image.Image":
-    """Pictures of the same prompts and noise by each model,
-    a row of `columns` (or two, for one model) each."""
-    count = min(columns * (2 if len(models) == 1 else 1), len(run.heldout))
-    said = run.heldout[:count]                                # the nano world's list takes the tasks in turn
-    with precision(run.model.device, run.cfg.dtype):
-        images = torch.cat([m.generate(said, run.cfg.eval_steps, run.cfg.eval_guidance_scale,
-                                       seed=run.cfg.seed) for m in models])
-    return image_grid(images, min(columns, count), max(1, 96 // images.shape[-1]), said * len(models), titles)
-
-
-def save(run: Run, epoch: int) -> None:
-    """A checkpoint of all that changes; all ranks must call it."""
-    kept = {} if run.model.layer_factor is None else {"ldam": {"layer_factor": run.model.layer_factor}}
-    tensors = whole({"trained": run.params, "ema": run.ema})
-    state = {"epoch": epoch, "evals": run.evals, "gamma": run.gamma, "optimizer": whole(run.opt.state_dict()),
-             "ldam": run.ldam.state_dict(), "skipped": run.skipped, "in_a_row": run.in_a_row}
-    if run.dist.rank == 0:
-        save_checkpoint(run.cfg.run_dir, epoch, {**tensors, **kept}, state, run.cfg.keep)
-
-
-def restore(run: Run, checkpoint: Path) -> int:
-    """Everything back as `save` found it; returns the number of finished epochs."""
-    tensors, state, _ = load_checkpoint(checkpoint)
-    load_into(run.params, tensors["trained"], str(checkpoint))
-    load_into(run.ema, tensors["ema"], str(checkpoint))
-    if "ldam" in tensors:
-        field = tensors["ldam"]["layer_factor"].to(run.model.device)                    # (L, N, E)
-        run.model.layer_factor = run.reference.layer_factor = field
-    load_optimizer(run.opt, state["optimizer"])
-    run.ldam.load_state_dict(state["ldam"])
-    run.evals, run.gamma = state["evals"], state["gamma"]
-    run.skipped, run.in_a_row = state["skipped"], state["in_a_row"]
-    return state["epoch"]
-
-
-def train(cfg: "TrainConfig", model: ParaUni, dist: Dist, checkpoint: Path | None) -> dict[str, float]:
-    """Stage III from a stage II model. Returns the held-out means after the last phase,
-    {} if it was stopped before."""
-    run, lead = start(cfg, model, dist), dist.rank == 0
-    done = restore(run, checkpoint) if checkpoint else 0
-    log = RunLog(cfg.run_dir, resume_step=done + 1 if run.evals else 0, key="epoch") if lead else None
-    total = run.per_phase * len(cfg.rewards)
-    bar = tqdm(total=total, initial=done, disable=not lead, unit="epoch", dynamic_ncols=True)
-    if not run.evals:
-        bar.set_postfix_str("scoring the held-out prompts")
-        run.evals.append(evaluate(run, 0))
-        if lead:
-            log.write({"epoch": 0, "phase": run.names[0], **heldout_means(run.evals[-1])})
-    with StopSignal() as signal:
-        for epoch in range(done, total):
-            if epoch % run.per_phase == 0:
-                (run.opt, run.ldam), run.gamma = new_phase(cfg, run.params), None
-            record = run_epoch(run, epoch)
-            last = (epoch + 1) % run.per_phase == 0
-            if last or (epoch + 1) % cfg.eval_every == 0:
-                scores = evaluate(run, epoch + 1)
-                record |= heldout_means(scores)
-                run.evals += [scores] * last
-            stop = all_reduce_mean(torch.tensor(float(signal.stop), device=model.device), dist).item() > 0
-            if lead:
-                log.write(record)
-                bar.set_postfix_str(f"{record['phase']} {record['reward/' + record['phase']]:.3f}, "
-                                    f"kl {record['kl']:.1e}, |ratio-1| {record['ratio_dev']:.0e}, "
-                                    f"fired {record['ldam/fired']}")
-                bar.update()
-            if last or stop or (epoch + 1) % cfg.save_every == 0 or run.in_a_row >= cfg.max_skipped:
-                save(run, epoch + 1)
-            check_skips(run.in_a_row, cfg.max_skipped, f"epoch {epoch + 1}")
-            if stop and epoch + 1 < total:
-                bar.close()
-                if lead:
-                    print(f"stopped after epoch {epoch + 1} of {total}; everything is saved, "
-                          "go on with --resume auto")
+            # 7. EMA, save; the line of the log is written above, after the look
+            if skipped < cfg.inner_updates:
+                ema_update(ema, params, cfg.ema_decay)
+            record = {"epoch": epoch + 1, "phase": names[phase], **figures[0],
+                      "clip_frac": figures[-1]["clip_frac"], "grad_norm": norms[0], "lr": lr,
+                      "skipped": skipped, "reward_nan": int((~usable).sum()),
+                      "zero_std": (advantages[usable] == 0).all(1).float().mean().item(),
+                      **{f"reward/{name}": mean for name, mean in means.items()},
+                      **{f"ldam/{name}": value for name, value in ldam.last.items()},
+                      **{f"time/{part}": end - start for part, start, end in
+                         zip(("rollout", "reward", "update"), clock, clock[1:])}}
+            bar.update()
+            bar.set_postfix_str(f"{names[phase]} {means[names[phase]]:.3f}, kl {figures[0]['kl']:.1e}")
+            # saved before anything else may fail
+            is_stopped = mean_over_ranks(float(stop.stop), dist) > 0
+            gives_up = skipped >= cfg.max_skipped
+            if is_stopped or gives_up or step + 1 == per_phase or (epoch + 1) % cfg.save_every == 0:
+                save_checkpoint(cfg, dist, epoch + 1, params, ema, optimizer, {
+                    "epoch": epoch + 1, "skipped": skipped, "record": record, "evals": evals, "gamma": gamma,
+                    "ldam": ldam.state_dict(), "kept_noise": model.lim.kept_noise, "prompts": digest})
+            if gives_up:
+                raise Refused(f"{skipped} updates in a row were skipped up to epoch {epoch + 1}: no finite "
+                              "gradient, or no finite reward; the weights before them are saved")
+            if is_stopped and epoch + 1 < total:
                 return {}
-    bar.close()
-    if lead:
-        log.close()
-    finish(run)
-    return {name: mean(values) for name, values in run.evals[-1].items()}
+
+    with swapped(params, ema):
+        finish(cfg, model, dist, record)
+        leave_pictures(cfg, reference, model, heldout[:8], dist)
+    for name, before, after in zip(names, evals[:-1], evals[1:]) if dist.lead else ():
+        print(f"\n{name}\n{reward_table(before, after)}")
+    return {name: finite_mean(values) for name, values in evals[-1].items()}
 
 
-def heldout_means(scores: dict[str, list[float]]) -> dict[str, float]:
-    return {f"heldout/{name}": mean(values) for name, values in scores.items()}
-
-
-def finish(run: Run) -> None:
-    """The weights, the curves, the pictures before and after, and a table of what each phase did."""
-    cfg, folder = run.cfg, Path(run.cfg.run_dir)
-    run.reference.layer_factor = None                         # stage II as it was, for the picture before
-    with weights_of(run.params, run.ema, run.model):
-        with gathered(run.model):
-            if run.dist.rank == 0:
-                save_trained(run.model, folder / "stage3.safetensors", 3, cfg)
-        if run.dist.rank == 0 or cfg.fsdp:
-            grid = picture_grid(run, [run.reference, run.model], 8, ["before", "after"])
-    if run.dist.rank > 0:
-        return
-    save_png(folder / "before_after.png", grid)
-    plot_rewards(read_metrics(folder / "metrics.jsonl"), run.names, folder / "rewards.png")
-    for phase, name in enumerate(run.names):
-        print(f"\nphase {phase + 1}, {name}\n{summary(run.evals[phase], run.evals[phase + 1], run.names)}")
-    print(f"\nweights  {folder / 'stage3.safetensors'}\n"
-          f"curves   {folder / 'rewards.png'}\n"
-          f"pictures {folder / 'before_after.png'}")
+@torch.no_grad()
+def leave_pictures(cfg: GRPOConfig, before: ParaUni, after: ParaUni, prompts: list[str], dist: Dist) -> None:
+    """Pictures of the same prompts and noise before and after, and the curves. All ranks draw, as the weights
+    may be split; the lead writes."""
+    # stage II knew no perturbation
+    before.lim.kept_noise = None
+    with precision(dist.device, cfg.dtype):
+        images = [model.generate(prompts, cfg.eval_steps, cfg.eval_guidance_scale, seed=cfg.seed)
+                  for model in (before, after)]                                         # 2 x (8, 3, H, W)
+    if dist.lead:
+        folder = Path(cfg.run_dir)
+        save_sheet(folder / "before_after.png", torch.cat(images), len(prompts), prompts * 2,
+                   ["before", "after"])
+        plot_rewards(folder / "rewards.png", read_log(folder / "metrics.jsonl"))

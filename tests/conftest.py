@@ -5,13 +5,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# before any Hugging Face library is imported: they read these once
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
-    os.environ[name] = "1"  # before any Hugging Face library is imported: they read it once
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
+    os.environ[name] = "1"
+# before torch looks for a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from helpers import TINY  # noqa: E402
+from model import PRESETS  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -19,8 +24,6 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def tiny_preset() -> Iterator[None]:
     """`--preset nano` means the tiny model of helpers.py, for the tests of a module."""
-    from helpers import TINY
-    from model import PRESETS
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "nano", TINY)
         yield
@@ -29,3 +32,7 @@ def tiny_preset() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests of the full-size models too: 12 GB")
     parser.addoption("--qwen", default="", help="folder with InternVL3's, or Qwen2.5's, tokenizer.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "readme: runs what the README and docs/ say")

@@ -1,52 +1,75 @@
-"""A ParaUni of a few thousand weights that trains in milliseconds, in the layout of a weights folder."""
+"""A ParaUni of a few thousand weights that trains in milliseconds, and how its runs are made and compared."""
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
 
-from common import generator, save_safetensors
+from common import generator, read_log
 from dit import DiTConfig
 from lim import LIMConfig
-from model import NANO_WEIGHTS, PRESETS, ParaUni, VLMConfig, build_vlm
+from model import PRESETS, ParaUni, internvl, weights_folder
+from train import TrainConfig
 from vae import DCAEConfig
 
+NANO_WEIGHTS = weights_folder("nano", "auto")
+BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
+TINY_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+               "image_size": [32, 32], "patch_size": [4, 4]}
 TINY = replace(
     PRESETS["nano"], num_queries=4,
-    vlm=VLMConfig(width=32, num_layers=4, num_heads=2, num_kv_heads=1, mlp_width=64, vocab_size=96,
-                  context=256, image_token_id=5, image_size=32, patch_size=4, vision_width=32,
-                  vision_layers=1, vision_heads=2, vision_mlp_width=64),
-    lim=LIMConfig(width=32, num_layers=1, num_heads=2, mlp_width=64, caption_channels=32),
+    vlm=internvl(width=32, layers=4, heads=2, kv_heads=1, mlp_width=64, vocab_size=96, context=256,
+                 image_token_id=5, vision=TINY_VISION),
+    lim=LIMConfig(vlm_layers=4, width=32, num_layers=1, num_heads=2, mlp_width=64, caption_channels=32),
     dit=DiTConfig(num_layers=2, num_heads=2, head_dim=16, num_cross_heads=2, cross_head_dim=16,
                   caption_channels=32, in_channels=8),
-    vae=DCAEConfig(latent_channels=8, attention_head_dim=16,
-                   encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-                   decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+    vae=DCAEConfig(latent_channels=8, attention_head_dim=16, scaling_factor=1.0,
+                   encoder_block_types=BLOCKS, decoder_block_types=BLOCKS,
                    encoder_block_out_channels=(8, 16, 16), decoder_block_out_channels=(8, 16, 16),
                    encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
-                   encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,)),
-                   scaling_factor=1.0))
+                   encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,))))
+REWARDS = '''
+def bright(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def red(images, prompts):
+    return images[:, 0].mean((1, 2))
+'''
 
 
 def tiny_model(seed: int = 0) -> ParaUni:
-    """Random weights from `seed`; unlike a fresh DiT, its velocity is not zero and depends on the
-    condition."""
-    from transformers import AutoTokenizer
+    """Random weights from `seed`; unlike a fresh DiT's, its velocity is not zero and hears the condition."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ParaUni(TINY, build_vlm(TINY.vlm), AutoTokenizer.from_pretrained(NANO_WEIGHTS / "vlm"))
+        vlm = TINY.vlm_class(TINY.vlm).to(TINY.vlm_dtype)
+        model = ParaUni(TINY, vlm, AutoTokenizer.from_pretrained(NANO_WEIGHTS / "vlm"))
     model.init_trained(seed)
     model.dit.init_weights(generator(seed, "dit"))
     model.vae.init_weights(generator(seed, "vae"))
+    rng = generator(seed, "awake")
     with torch.no_grad():
-        rng = generator(seed, "awake")
-        for p in model.vlm.parameters():                        # prompts differ in their features
+        # prompts differ in their features
+        for p in model.vlm.parameters():
             p.mul_(5 if p.ndim == 2 else 1)
-        for block in model.dit.transformer_blocks:              # gates open, so that the condition is heard
+        # gates are open
+        for block in model.dit.transformer_blocks:
             block.scale_shift_table += 0.5 * torch.randn(block.scale_shift_table.shape, generator=rng)
         model.dit.proj_out.weight.copy_(0.3 * torch.randn(model.dit.proj_out.weight.shape, generator=rng))
     return model.eval()
+
+
+def moved(model: ParaUni, amount: float, seed: int = 1) -> ParaUni:
+    """The same model some way on: `amount` of each trained tensor's spread, in a random direction."""
+    rng = generator(seed, "move")
+    with torch.no_grad():
+        for p in model.trainable(3).values():
+            p += amount * p.std(correction=0) * torch.randn(p.shape, generator=rng)
+    return model
 
 
 def save_parts(model: ParaUni, folder: Path) -> Path:
@@ -55,6 +78,46 @@ def save_parts(model: ParaUni, folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO_WEIGHTS / "vlm" / name, folder / "vlm" / name)
     for part, module in (("transformer", model.dit), ("vae", model.vae)):
-        save_safetensors(folder / part / "diffusion_pytorch_model.safetensors", module.state_dict())
+        (folder / part).mkdir(parents=True)
+        save_file(module.state_dict(), folder / part / "diffusion_pytorch_model.safetensors")
         (folder / part / "config.json").write_text(json.dumps(module.config.to_json()))
     return folder
+
+
+def save_stages(model: ParaUni, folder: Path) -> Path:
+    """The same with the files of stages 1 and 2, and rewards.py."""
+    save_parts(model, folder)
+    for stage in (1, 2):
+        model.save_stage(folder / f"stage{stage}.safetensors", TrainConfig(stage=stage))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def newest(run_dir: Path) -> dict:
+    """The state in a run's last checkpoint."""
+    return torch.load(max((run_dir / "checkpoints").glob("*.pt")), weights_only=True)
+
+
+def log_of(run_dir: Path) -> list[dict]:
+    """The log without its times, which differ from run to run."""
+    return [{key: value for key, value in line.items() if not key.startswith("time/")}
+            for line in read_log(run_dir / "metrics.jsonl")]
+
+
+def leaves(tree: object, name: str = "") -> dict[str, object]:
+    """What nested dicts and lists hold, by its path; flags and times left out."""
+    if not isinstance(tree, (dict, list, tuple)):
+        return {} if any(word in name for word in ("config", "seconds", "time/")) else {name: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {path: leaf for key, value in items for path, leaf in leaves(value, f"{name} {key}").items()}
+
+
+def assert_same_run(a: Path, b: Path, stage: int) -> None:
+    """Bit for bit: all of the last checkpoint but the flags, the weights of the stage, and the log."""
+    name = f"stage{stage}.safetensors"
+    for left, right in ((newest(a), newest(b)), (load_file(a / name), load_file(b / name))):
+        left, right = leaves(left), leaves(right)
+        assert left.keys() == right.keys()
+        for path, leaf in left.items():
+            assert torch.equal(leaf, right[path]) if isinstance(leaf, Tensor) else leaf == right[path], path
+    assert log_of(a) == log_of(b) and len(log_of(a)) > 1

@@ -13,6 +13,7 @@ C H W latent.
 """
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from common import precision
 from dit import DiT, euler_grid, randn
 from lim import LIM
 from model import PROMPT, UNCONDITIONAL, ParaUni
+from vae import DCAE
 
 
 def diffusers_dit(dit: DiT) -> nn.Module:
@@ -37,6 +39,24 @@ def diffusers_dit(dit: DiT) -> nn.Module:
 def velocity(theirs: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
     """The velocity of diffusers' SANA in our convention, (B, C, H, W)."""
     return theirs(x.to(theirs.dtype), c.to(theirs.dtype), 1000 * t, return_dict=False)[0]
+
+
+def diffusers_vae(vae: DCAE) -> nn.Module:
+    """diffusers' DC-AE on the weights of ours."""
+    from diffusers import AutoencoderDC
+    with torch.device("meta"):
+        theirs = AutoencoderDC(**vae.config.to_json())
+    theirs.load_state_dict(vae.state_dict(), assign=True)
+    return theirs.requires_grad_(False)
+
+
+def diffusers_pipeline(dit: nn.Module, vae: DCAE) -> Callable:
+    """diffusers' SANA pipeline of such a DiT and our DC-AE's weights, without its text encoder."""
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipeline = SanaPipeline(None, None, diffusers_vae(vae), dit, solver)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def siglip_connector(lim: LIM) -> nn.Module:
@@ -69,8 +89,7 @@ def peer_of(model: ParaUni) -> ParaUni:
 
 def condition(peer: ParaUni, prompts: list[str | None], max_tokens: int | None = None) -> Tensor:
     """One condition a picture, (B, N, E): prompt and queries in one pass of the VLM, all with gradient."""
-    texts = [UNCONDITIONAL.format(image="") if p is None else PROMPT.format(image="", caption=p)
-             for p in prompts]
+    texts = [UNCONDITIONAL.format(image="") if p is None else PROMPT.format(prompt=p) for p in prompts]
     ids, mask = peer.tokenize(texts, max_tokens)                                        # (B, S)
     B, N = len(ids), peer.preset.num_queries
     words = peer.vlm.get_input_embeddings()(ids)                                        # (B, S, D)
@@ -148,16 +167,16 @@ def accumulate_gradient(peer: ParaUni, reference: ParaUni, prompts: list[str], l
     """Add the gradient of clipped objective and KL to .grad, one picture chunk and timestep after another."""
     sigmas, steps = euler_grid(cfg.num_steps, cfg.shift)[0].tolist(), cfg.num_steps - 1
     for i in range(0, len(prompts), cfg.micro_batch):
-        part, said = slice(i, i + cfg.micro_batch), prompts[i:i + cfg.micro_batch]
+        part, texts = slice(i, i + cfg.micro_batch), prompts[i:i + cfg.micro_batch]
         for k in range(steps):
             x, x_next = latents[k, part], latents[k + 1, part]
             args = sigmas[k], sigmas[k + 1], cfg.noise_level
-            step = transition(x, guided(peer.dit, x, sigmas[k], *encode(peer, said, cfg), cfg), *args)
+            step = transition(x, guided(peer.dit, x, sigmas[k], *encode(peer, texts, cfg), cfg), *args)
             with torch.no_grad():
-                v = guided(reference.dit, x, sigmas[k], *encode(reference, said, cfg), cfg)
+                v = guided(reference.dit, x, sigmas[k], *encode(reference, texts, cfg), cfg)
                 mean_ref = transition(x, v, *args).mean
             ratio = (step.log_prob(x_next).mean((1, 2, 3)) - log_probs[k, part]).exp()  # (b,)
             bounded = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
             loss = torch.maximum(-advantages[part] * ratio, -advantages[part] * bounded).mean()
             kl = ((step.mean - mean_ref).square() / (2 * step.variance)).mean()
-            ((loss + cfg.kl_coef * kl) * len(said) / len(prompts) / steps).backward()
+            ((loss + cfg.kl_coef * kl) * len(texts) / len(prompts) / steps).backward()

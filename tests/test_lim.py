@@ -1,210 +1,152 @@
-"""LIM against explicit loops, an independent encoder and hand formulas; Eq. 5 with layers and noise."""
+"""LIM against plain loops, hand formulas and an independent encoder (paper Eq. 4 to 6)."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-import lim as lim_module
 from lim import LIM, LIMConfig
 
-TINY = LIMConfig(width=16, num_layers=2, num_heads=4, mlp_width=24, caption_channels=10)
+SMALL = LIMConfig(vlm_layers=5, width=16, num_layers=2, num_heads=4, mlp_width=24, caption_channels=10)
 
 
-def random_lim(config: LIMConfig = TINY, seed: int = 0) -> LIM:
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_lim(config: LIMConfig = SMALL) -> LIM:
     """Every parameter random: at their start biases and norm weights are 0 and 1, and would hide mistakes."""
-    lim, generator = LIM(config), torch.Generator().manual_seed(seed)
+    lim, rng = LIM(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in lim.parameters():
-            parameter.normal_(std=0.3, generator=generator)
+        for p in lim.parameters():
+            p.normal_(std=0.3, generator=rng)
     return lim
 
 
-def queries(L: int = 5, B: int = 3, N: int = 4, D: int = 16, seed: int = 1) -> Tensor:
-    return torch.randn(L, B, N, D, generator=torch.Generator().manual_seed(seed))
-
-
-def value_and_grads(lim: LIM, q: Tensor) -> tuple[Tensor, list[Tensor]]:
+def value_and_gradients(lim: LIM, q: Tensor) -> tuple[Tensor, list[Tensor]]:
     q = q.clone().requires_grad_()
     c = lim(q)
-    weight = torch.randn(c.shape, generator=torch.Generator().manual_seed(2))
-    return c.detach(), list(torch.autograd.grad((c * weight).sum(), [q, *lim.parameters()]))
+    return c.detach(), list(torch.autograd.grad((c * draw(*c.shape)).sum(), [q, *lim.parameters()]))
 
 
-# ---- Eq. 4
+# ----------------------------------------------------------------------------- Eq. 4
 
-def test_forward_is_the_loop_over_layers_and_samples() -> None:
-    lim, q = random_lim(), queries()
-    c, grads = value_and_grads(lim, q)
+def test_forward_is_the_loop_over_layers_and_prompts() -> None:
+    lim, q = random_lim(), draw(5, 3, 4, 16)
+    c, gradients = value_and_gradients(lim, q)
     leaf = q.clone().requires_grad_()
-    loop = torch.stack([torch.stack([lim.agglayer_norm(lim.projector(lim.connector(leaf[i, b][None])))[0]
-                                     for b in range(3)]) for i in range(5)])
-    weight = torch.randn(c.shape, generator=torch.Generator().manual_seed(2))
-    loop_grads = torch.autograd.grad((loop * weight).sum(), [leaf, *lim.parameters()])
-    assert c.shape == (5, 3, 4, 10)
+    rows = []
+    for i in range(5):
+        for b in range(3):
+            features = lim.connector(leaf[i, b][None])
+            rows.append(lim.agglayer_norm(lim.projector(features))[0])
+    loop = torch.stack(rows).unflatten(0, (5, 3))
     torch.testing.assert_close(c, loop.detach(), rtol=0, atol=1e-5)
-    for got, want in zip(grads, loop_grads, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    want = torch.autograd.grad((loop * draw(*c.shape)).sum(), [leaf, *lim.parameters()])
+    for got, gradient in zip(gradients, want, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_connector_is_the_siglip_encoder_with_the_same_names_and_weights() -> None:
-    from transformers import SiglipVisionConfig
-    from transformers.models.siglip.modeling_siglip import SiglipEncoder
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_the_connector_is_the_siglip_encoder_with_the_same_names(scale: float) -> None:
+    """Small inputs tell the eps of its LayerNorms."""
     lim = random_lim()
-    config = SiglipVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                num_attention_heads=4)
-    assert (config.layer_norm_eps, config.hidden_act) == (1e-6, "gelu_pytorch_tanh")
-    reference = SiglipEncoder(config).eval()
+    reference = SiglipEncoder(SiglipVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                                 num_attention_heads=4)).eval()
     reference.load_state_dict(lim.connector.state_dict(), strict=True)
-    # small inputs: a LayerNorm with another eps answers differently only where the variance is small
-    for scale in (1.0, 1e-3):
-        x = scale * queries(L=1)[0]
-        want = reference(inputs_embeds=x, attention_mask=None).last_hidden_state
-        torch.testing.assert_close(lim.connector(x), want, rtol=0, atol=1e-5)
+    x = scale * draw(3, 4, 16)
+    want = reference(inputs_embeds=x, attention_mask=None).last_hidden_state
+    torch.testing.assert_close(lim.connector(x), want, rtol=0, atol=1e-5)
 
 
-def test_parameter_names_are_those_of_the_published_checkpoints() -> None:
-    block = {f"{name}.{kind}" for kind in ("weight", "bias") for name in (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "layer_norm1",
-        "layer_norm2", "mlp.fc1", "mlp.fc2")}
-    openuni = {f"connector.layers.{i}.{name}" for i in range(2) for name in block}
-    openuni |= {"projector.weight", "projector.bias"}
-    assert set(LIM(TINY).state_dict()) == openuni | {"agglayer_norm.weight", "agglayer_norm.bias"}
-    assert set(LIM(LIMConfig(16, 2, 4, 24, 10, norm=False)).state_dict()) == openuni
-
-
-def test_default_config_has_the_published_parameter_counts() -> None:
+def test_the_default_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         lim = LIM(LIMConfig())
-    assert sum(p.numel() for p in lim.connector.parameters()) == 221_910_528
-    assert sum(p.numel() for p in lim.projector.parameters()) == 3_541_248
-    assert [p.numel() for p in lim.agglayer_norm.parameters()] == [2304, 2304]
-    assert lim.config.head_dim == 64 and lim.agglayer_norm.eps == 1e-5
-    assert [lim.connector.layers[5].layer_norm1.eps, lim.connector.layers[5].layer_norm2.eps] == [1e-6, 1e-6]
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in lim.named_children()}
+    assert count == {"connector": 221_910_528, "projector": 3_541_248, "agglayer_norm": 2 * 2304}
+    assert lim.agglayer_norm.eps == 1e-5
 
 
-def test_norm_acts_on_each_layer_and_can_be_left_out() -> None:
-    q = queries() * torch.tensor([1.0, 3.0, 10.0, 30.0, 100.0]).view(5, 1, 1, 1)
-    lim = LIM(TINY)
+def test_the_norm_acts_on_each_layer_by_itself_and_can_be_left_out() -> None:
+    # layers of very different size
+    q = draw(5, 3, 4, 16) * torch.tensor([1.0, 3.0, 10.0, 30.0, 100.0]).view(5, 1, 1, 1)
+    lim, bare = LIM(SMALL), LIM(replace(SMALL, norm=False))
+    bare.load_state_dict({k: v for k, v in lim.state_dict().items() if not k.startswith("agglayer_norm")})
     c = lim(q)
     torch.testing.assert_close(c.mean(-1), torch.zeros(5, 3, 4), rtol=0, atol=1e-5)
-    torch.testing.assert_close(c.var(-1, unbiased=False), torch.ones(5, 3, 4), rtol=0, atol=1e-2)
-    bare = LIM(LIMConfig(16, 2, 4, 24, 10, norm=False))
-    bare.load_state_dict({k: v for k, v in lim.state_dict().items() if not k.startswith("agglayer_norm")})
+    torch.testing.assert_close(c.var(-1, correction=0), torch.ones(5, 3, 4), rtol=0, atol=1e-2)
     torch.testing.assert_close(lim.agglayer_norm(bare(q)), c)
     assert bare(q)[4].std() > 10 * bare(q)[0].std()
 
 
-def test_equal_layers_give_the_one_layer_answer() -> None:
-    lim, q = random_lim(), queries(L=1)
-    one, many = lim.fuse(lim(q)), lim.fuse(lim(q.expand(7, -1, -1, -1)))
-    torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
+def test_a_batch_of_as_many_prompts_as_layers_is_not_mixed() -> None:
+    lim, q = random_lim(), draw(5, 5, 4, 16)
+    changed = q.clone()
+    changed[:, 2] += 1
+    change = (lim.fuse(lim(changed)) - lim.fuse(lim(q))).detach().abs().amax((1, 2))
+    assert change[2] > 1e-2 and change[[0, 1, 3, 4]].max() < 1e-6
 
 
-def test_fused_condition_does_not_depend_on_the_order_of_layers() -> None:
-    lim, q = random_lim(), queries()
-    torch.testing.assert_close(lim.fuse(lim(q[[3, 0, 4, 2, 1]])), lim.fuse(lim(q)), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [4, 28])
-def test_a_batch_of_L_samples_does_not_mix_samples(size: int) -> None:
-    lim, q = random_lim(), queries(L=size, B=size)
-    q_other = q.clone()
-    q_other[:, 2] += 1
-    change = (lim.fuse(lim(q_other)) - lim.fuse(lim(q))).detach().abs().amax((1, 2))
-    assert change[2] > 1e-2
-    assert torch.cat([change[:2], change[3:]]).max() < 1e-6
-
-
-def test_layer_chunks_and_checkpointing_change_rows_at_a_time_but_no_value_and_no_gradient() -> None:
-    q = queries(L=7, B=3)
-    want, want_grads = value_and_grads(random_lim(), q)
-    for layer_chunk, checkpointing, rows in [(0, False, [21]), (3, False, [9, 9, 3]), (0, True, [21, 21]),
-                                             (3, True, [9, 9, 3, 3, 9, 9]), (1, True, [3] * 14)]:
-        lim, seen = random_lim(), []
-        lim.layer_chunk, lim.gradient_checkpointing = layer_chunk, checkpointing
-        lim.connector.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
-        got, got_grads = value_and_grads(lim, q)
-        assert seen == rows                         # checkpointing: every chunk a second time, in backward
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-        for a, b in zip(got_grads, want_grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_the_mlp_recomputes_its_wide_tensor_and_changes_nothing() -> None:
-    results, calls = [], []
-    for recompute in (False, True):
+@pytest.mark.parametrize("switch", ["gradient_checkpointing", "recompute"])
+def test_what_is_computed_again_changes_no_bit(switch: str) -> None:
+    calls: list[int] = []
+    results = []
+    for again in (False, True):
         lim = random_lim()
         mlp = lim.connector.layers[0].mlp
-        mlp.recompute = recompute
-        mlp.fc2.register_forward_pre_hook(lambda *_, r=recompute: calls.append(r))
-        results.append(value_and_grads(lim, queries()))
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
-    assert calls == [False, True, True]
-    with torch.device("meta"):
-        assert LIM(LIMConfig()).connector.layers[0].mlp.recompute
-    assert not random_lim().connector.layers[0].mlp.recompute
+        setattr(lim if switch == "gradient_checkpointing" else mlp, switch, again)
+        mlp.fc2.register_forward_pre_hook(lambda *_: calls.append(1))
+        results.append(value_and_gradients(lim, draw(5, 3, 4, 16)))
+    (c, gradients), (c_again, gradients_again) = results
+    assert len(calls) == 3, "once without, twice with it"
+    assert torch.equal(c, c_again)
+    assert all(map(torch.equal, gradients, gradients_again))
 
 
-def test_init_is_siglips_and_follows_the_generator() -> None:
-    config = LIMConfig(width=64, num_layers=1, num_heads=4, mlp_width=128, caption_channels=96)
+def test_the_start_is_siglips_and_follows_the_generator() -> None:
+    config = LIMConfig(vlm_layers=5, width=64, num_layers=1, num_heads=4, mlp_width=128, caption_channels=96)
     lim, twin = LIM(config), LIM(config)
-    lim.init_weights(torch.Generator().manual_seed(3))
-    twin.init_weights(torch.Generator().manual_seed(3))
-    assert all(torch.equal(a, b) for a, b in zip(lim.parameters(), twin.parameters(), strict=True))
+    for each in (lim, twin):
+        each.init_weights(torch.Generator().manual_seed(3))
+    assert all(map(torch.equal, lim.parameters(), twin.parameters()))
     layer = lim.connector.layers[0]
-    for linear in (*layer.self_attn.children(), layer.mlp.fc1, layer.mlp.fc2, lim.projector):
-        bound = (6 / sum(linear.weight.shape)) ** 0.5 if linear is not lim.projector else 64 ** -0.5
+    for linear in (*layer.self_attn.children(), layer.mlp.fc1, layer.mlp.fc2):
+        bound = (6 / sum(linear.weight.shape)) ** 0.5
         assert 0.98 * bound < linear.weight.abs().max() <= bound
+    assert 0.98 / 8 < lim.projector.weight.abs().max() <= 1 / 8
     assert all(not linear.bias.any() for linear in layer.self_attn.children())
-    for linear in (layer.mlp.fc1, layer.mlp.fc2):
-        assert 0.5e-6 < linear.bias.std() < 2e-6
+    assert 0.5e-6 < layer.mlp.fc1.bias.std() < 2e-6
 
 
-def test_wrong_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of num_heads"):
-        LIMConfig(width=100, num_heads=24)
-    for wrong in (torch.zeros(3, 4, 16), torch.zeros(5, 3, 4, 15)):
-        with pytest.raises(ValueError, match="width 16"):
-            LIM(TINY)(wrong)
-
-
-# ---- Eq. 5
-
-def test_fuse_is_one_function_under_both_names() -> None:
-    assert LIM(TINY).fuse is lim_module.fuse and LIM.fuse is lim_module.fuse
-
+# ----------------------------------------------------------------------------- Eq. 5 and 6
 
 def test_fuse_averages_the_layers_asked_for() -> None:
-    c = queries(L=4, D=6)
-    torch.testing.assert_close(lim_module.fuse(c), (c[0] + c[1] + c[2] + c[3]) / 4)
-    torch.testing.assert_close(lim_module.fuse(c, layers=[4, 2]), (c[3] + c[1]) / 2)
-    torch.testing.assert_close(lim_module.fuse(c, layers=range(1, 4)), (c[0] + c[1] + c[2]) / 3)
-    torch.testing.assert_close(lim_module.fuse(c, layers=(i for i in (1,))), c[0])
+    lim, c = LIM(SMALL), draw(5, 3, 4, 10)
+    torch.testing.assert_close(lim.fuse(c), (c[0] + c[1] + c[2] + c[3] + c[4]) / 5)
+    torch.testing.assert_close(lim.fuse(c, layers=(i for i in (4, 2))), (c[3] + c[1]) / 2)
+    lim.layers = [1, 5]
+    torch.testing.assert_close(lim.fuse(c), (c[0] + c[4]) / 2)
 
 
-def test_fuse_perturbs_each_layer_before_the_mean() -> None:
-    c, eps = queries(L=4, D=6), queries(L=4, D=6, seed=3)
-    eps[[0, 2]] = 0                                                          # layers 1 and 3 are left alone
-    want = (c[0] + c[1] * (1 + 0.3 * eps[1]) + c[2] + c[3] * (1 + 0.3 * eps[3])) / 4
-    torch.testing.assert_close(lim_module.fuse(c, gamma=0.3, noise=eps), want)
-    want = (c[2] + c[3] * (1 + 0.3 * eps[3])) / 2
-    torch.testing.assert_close(lim_module.fuse(c, layers=[3, 4], gamma=0.3, noise=eps), want)
-    shared = eps[:, :1]                                                     # a field a layer, for all samples
-    want = (c[0] + c[1] * (1 + 0.3 * shared[1]) + c[2] + c[3] * (1 + 0.3 * shared[3])) / 4
-    torch.testing.assert_close(lim_module.fuse(c, gamma=0.3, noise=shared), want)
-    torch.testing.assert_close(lim_module.fuse(c, gamma=0.0, noise=eps), lim_module.fuse(c))
-    assert lim_module.fuse(c.bfloat16(), gamma=0.3, noise=eps).dtype == torch.bfloat16
+@pytest.mark.parametrize("fused", [[1, 2, 3, 4, 5], [2, 4]])
+def test_perturb_is_the_mean_of_the_perturbed_layers(fused: list[int]) -> None:
+    """c_i (1 + noise_i) for layers 2 and 4, others as they are; three pictures of each of two prompts."""
+    lim, c_layers = LIM(SMALL), draw(5, 2, 4, 10)
+    lim.layers = fused
+    noise = {2: draw(6, 4, 10, seed=2), 4: draw(6, 4, 10, seed=3)}
+    want = []
+    for picture in range(6):
+        c = c_layers[:, picture // 3]
+        want.append(sum(c[i - 1] * (1 + noise[i][picture] if i in noise else 1) for i in fused) / len(fused))
+    got = lim.perturb(lim.fuse(c_layers), c_layers[[1, 3]], list(noise.values()))
+    torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=1e-6)
 
 
-def test_fuse_refuses_what_it_cannot_mean() -> None:
-    c, eps = torch.ones(3, 3, 3, 3), torch.ones(3, 3, 3, 3)
-    for layers in ([], [0], [4], [-1], [1, 1]):
-        with pytest.raises(ValueError, match="layers must name at least one of 1..3"):
-            lim_module.fuse(c, layers=layers)
-    for gamma, noise in ((0.1, None), (None, eps)):
-        with pytest.raises(ValueError, match="gamma and noise belong together"):
-            lim_module.fuse(c, gamma=gamma, noise=noise)
-    # without its sample dimension, a per-layer field would land on samples where B == L
-    for noise in (eps[:, 0], eps[:2], eps[None]):
-        with pytest.raises(ValueError, match="noise must have 4 dimensions"):
-            lim_module.fuse(c, gamma=0.1, noise=noise)
+def test_kept_noise_multiplies_each_layer_for_all_prompts() -> None:
+    lim, q, kept = random_lim(), draw(5, 3, 4, 16), draw(5, 4, 10, seed=2)
+    plain = lim(q)
+    lim.kept_noise = kept
+    torch.testing.assert_close(lim(q), torch.stack([plain[:, b] * kept for b in range(3)], 1))
+    assert "kept_noise" not in lim.state_dict()

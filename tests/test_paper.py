@@ -1,0 +1,117 @@
+"""Every equation, table, figure and section number that code and docs give is the paper's own (arXiv
+2512.05422), and supplement Table 1 is what `--preset l-1024` resolves to."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import adamw, cosine_lr, parse_config
+from grpo import GRPOConfig
+from model import PRESETS
+from train import STAGE_2, TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# number: (the paper's text there, words of which one must stand near each mention)
+PAPER = {
+    "Eq. 1": ("x_t = alpha_t x_0 + sigma_t epsilon", "x_t|forward|Flow|flow"),
+    "Eq. 2": ("L = E || y - F_theta(x_t, c, t) ||^2", "loss|flow|mse|minimise|objective"),
+    "Eq. 3": ("dx_t = (v_t + sigma_t^2 / (2t) (x_t + (1-t) v_t)) dt + sigma_t dw_t", "SDE|sde|sigma|reverse"),
+    "Eq. 4": ("c_i = LN(f_theta(q_i)), i in [0, L]", "LN|c_i|c_1|LIM|norm|f_theta|fuse|condition"),
+    "Eq. 5": ("c = 1/n sum_{i=1}^n c_i", "mean|sum|average|fuse|condition"),
+    "Eq. 6": ("c_i = c_i (1 + gamma epsilon)", "gamma|perturb|Perturb|Integration"),
+    "Algorithm 1": ("Layer-wise Dynamic Adjustment Mechanism", "LDAM|ldam|g_n|r_n|line|literal|jumped"),
+    "Table 1": ("Quantitative Results from the GenEval benchmark", "GenEval"),
+    "Table 2": ("Quantitative Results from the DPG-Bench", "DPG"),
+    "Table 3": ("Ablation from the GenEval", "ablat|Ablat|ABLAT|0.87|row|GenEval|shallow"),
+    "Figure 2": ("CLIP score changes with 28 layer features from shallow to deep", "CLIP|clip|depth|layer"),
+    "Figure 3": ("(a) using only the last layer and (b) using all layers", "side|last|compare|stage"),
+    "Figure 4": ("Layer similarity of the last layer or all layer interaction", "alike|similar|layer|q_i"),
+    "Figure 5": ("response degrees of reward scores to different regions", "region|CLIP|reward|without"),
+    "Figure 9": ("Reward change curves during the training process", "reward|Reward|curve|phase|runs"),
+    "Figure 10": ("Qualitative comparison", "side|last|compare|stage"),
+    "section 1": ("integrating all layers naturally provide more comprehensive information", "all|layers"),
+    "section 3.1": ("Preliminaries", "Flow-GRPO|SDE|grpo"),
+    "section 3.2": ("ParaUni", "ParaUni|LIM|LDAM|layer"),
+    "section 3.3": ("Training Recipe", "stage|Stage|recipe|order"),
+    "section 4.1": ("CLIP score, i in [24, 28]; Pickscore and Aesthetic score, i in [12, 23]", "layer|batch"),
+    "supplement Eq. 1": ("G_max", "gamma"), "supplement Eq. 2": ("G_min", "gamma"),
+    "supplement Eq. 3": ("R_max", "gamma"), "supplement Eq. 4": ("R_min", "gamma"),
+    "supplement Eq. 5": ("gamma(r, g) = gamma_0 (G_max - G_min + R_max - R_min)", "gamma"),
+    "supplement Table 1": ("Details of Training Recipe", "batch|number|paper|learning|rate|steps|lr|recipe"),
+    "supplement Table 2": ("Performance of Reconstruction Task", "econstruct|PSNR|prompt"),
+    "supplement Table 3": ("Image understanding benchmark results", "nderstand|MMBench|question"),
+    "supplement Figure 1": ("Pickscore comparison", "LDAM|ldam|runs"),
+    "supplement Figure 2": ("Aesthetic score comparison", "LDAM|ldam|runs"),
+    "supplement Figure 3": ("CLIP score comparison", "LDAM|ldam|runs"),
+    "supplement section 3": ("EMA with smoothing rate 0.1; with and without LDAM", "verage|LDAM"),
+    "supplement section 4": ("Performance of Reconstruction", "econstruct|prompt|picture|VAE"),
+}
+MENTION = re.compile(r"(?P<supplement>[Ss]upplement(?:'s)?,?\s+(?:of the paper,?\s+)?|\bS )?"
+                     r"\b(?P<kind>Eqs?\.|Tables?|Figures?|Fig\.|Algorithm|[Ss]ections?) ?"
+                     r"(?P<numbers>\d+(?:\.\d+)?(?:(?:, | and | to |-|–|, and )\d+(?:\.\d+)?)*)")
+KINDS = {"Eq": "Eq.", "Ta": "Table", "Fi": "Figure", "Al": "Algorithm", "se": "section", "Se": "section"}
+
+
+def numbers_of(text: str) -> list[str]:
+    """"4, 5" -> 4, 5; "1-3" and "1 to 3" -> 1, 2, 3."""
+    found = []
+    for part in re.split(r", and |, | and ", text):
+        ends = re.split(r"-|–| to ", part)
+        if len(ends) == 2 and "." not in part:
+            ends = [str(n) for n in range(int(ends[0]), int(ends[1]) + 1)]
+        found += ends
+    return found
+
+
+def mentions(path: Path) -> list[tuple[str, str]]:
+    """(what, the text around it) of every number in a file that is said to be the paper's."""
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for match in MENTION.finditer(text):
+        before = text[max(0, match.start() - 24):match.start()]
+        # formulas of other papers carry the paper's name or its arXiv number
+        if re.search(r"(\d{4}\.\d{5}|Flow-GRPO|SANA|readings\S*|GenEval's|DESIGN)[,)]? $", before):
+            continue
+        where = "supplement " if match["supplement"] else ""
+        around = text[max(0, match.start() - 300):match.end() + 300]
+        found += [(f"{where}{KINDS[match['kind'][:2]]} {number}", around)
+                  for number in numbers_of(match["numbers"])]
+    return found
+
+
+FILES = [path for pattern in ("*.py", "evaluation/*.py", "tools/*.py", "nano/*.py", "*.md", "docs/*.md")
+         for path in sorted(ROOT.glob(pattern))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_number_that_is_given_is_the_papers_and_stands_where_it_belongs(path: Path) -> None:
+    for what, around in mentions(path):
+        assert what in PAPER, f"{path.name}: the paper has no {what}, or it is not in this list"
+        text, words = PAPER[what]
+        assert re.search(words, around), f"{path.name}: {what} is \"{text}\", which is not what stands there"
+
+
+def test_the_mentions_are_found_at_all() -> None:
+    found = {what for path in FILES for what, _ in mentions(path)}
+    assert {"Eq. 1", "Eq. 3", "Eq. 6", "Algorithm 1", "supplement Table 1", "supplement Eq. 5"} <= found
+
+
+@pytest.mark.parametrize("stage, lr, batch, steps, warmup, is_dit_trained", [
+    (1, 1e-4, 512, 100_000, 1_000, False), (2, 1e-5, 512, 10_000, 100, True), (3, 1e-4, 9, 2_000, 0, True)])
+def test_supplement_table_1_cell_by_cell(stage: int, lr: float, batch: int, steps: int, warmup: int,
+                                         is_dit_trained: bool) -> None:
+    config = GRPOConfig if stage == 3 else TrainConfig
+    own = STAGE_2 if stage == 2 else {}
+    cfg = parse_config(config, ["--stage", str(stage), "--preset", "l-1024"],
+                       lambda flags: own | PRESETS["l-1024"].recipes.get(stage, {}))
+    assert (cfg.lr, cfg.steps, cfg.warmup, cfg.weight_decay) == (lr, steps, warmup, 0.05)
+    # a reading: 9 is the pictures of a forward pass, and does not divide a group of 24
+    assert (cfg.micro_batch == 8 if stage == 3 else cfg.batch_size == batch)
+    optimizer = adamw([torch.nn.Parameter(torch.zeros(2, 2))], cfg.lr, cfg.weight_decay)
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    # cosine: half of the peak in the middle, nothing at the end
+    middle = (steps + warmup) // 2
+    assert cosine_lr(middle, steps, warmup, lr) == pytest.approx(lr / 2)
+    assert cosine_lr(steps, steps, warmup, lr) == pytest.approx(0)
