@@ -1,1000 +1,783 @@
 """Stage 0 of the nano model: train what the paper downloads.
-`python nano/pretrain.py [PART ...]`, parts in this order:
 
-    vae      DC-AE on pictures of the nano world
-    vlm      InternVL on questions about pictures and about sentences
-    dit      SANA, with a small text encoder of its own, on latents and prompts
-    clip     CLIP on pictures and captions
+    python nano/pretrain.py [PART ...]
+
+    vae      DC-AE, on pictures of the nano world
+    vlm      InternVL, on questions about pictures and about sentences
+    clip     CLIP, on pictures and captions
+    dit      SANA, on latents and prompts, which CLIP's text tower reads to it
     pick     the preference model: CLIP tuned on pairs in which the better picture is known by construction
-    aes      the aesthetic head: five linear layers from CLIP's features to how bright the ground is, 1 to 10
+    aes      the aesthetic head: from CLIP's features to how bright the ground is, 1 to 10
 
-All are the classes of the full size with smaller numbers (`PRESETS["nano"]`). Each part is written under
-weights/nano/ in the layout of its published counterpart, with a training.json beside it: command, seed,
-steps, time, device and scores. On a GPU if there is one: the longest part takes 11 minutes on an H100.
-`--more STEPS` goes on with the vlm that is there. The file is long because it is six trainings in turn; they
-share what is drawn, how it descends and what is written down.
+in this order, since later ones need earlier ones. All are the classes of the full size with smaller numbers
+(`PRESETS["nano"]`), written in the layout of their published counterparts, with a training.json beside each.
+
+Six trainings share one loop, `train`: each says what a batch is, what its loss is, and what is written. None
+of them sees what a test prompt says: not in a caption, not in a question, not in a picture.
+
+Letters: B pictures or texts, S tokens, P patches, K things, D width of a tower, E of a condition or
+embedding, C h w latent.
 """
-
-import argparse
 import copy
 import json
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Dataset
+from open_clip.model import CLIP
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import (adamw, cosine_lr, ema_update, environment, generator, precision, read_safetensors,
-                    save_safetensors, write_json)
-from dit import DiT, guided_velocity, randn, shift_time
-from model import PRESETS, PROMPT, QUESTION, ParaUni, VLMConfig, build_vlm
+from common import (Refused, adamw, atomic, cosine_lr, environment, generator, knob, parse_config, precision,
+                    run, write_json)
+from dit import DiT, flow_matching_loss, randn, sample_ode
+from model import PRESETS, PROMPT, QUESTION, ParaUni, weights_folder
 from nano import world
-from rewards import AestheticHead, build_clip, preprocess, save_aesthetic_head, save_reward, text_encoder
+from nano.world import Prompt, Rng, Scene, pick
+from rewards import AestheticHead, preprocess, text_encoder
 from vae import DCAE
 
 SEED = 0
 NANO = PRESETS["nano"]
-WEIGHTS = ROOT / "weights" / "nano"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PATCH = 4                                                   # pixels, of all three networks that see
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<unk>"]
+IMAGE = f"<img>{'<IMG_CONTEXT>' * NANO.vlm.image_seq_length}</img>\n"
+VISION = {"image_size": world.SIZE, "patch_size": PATCH,
+          "width": 128, "layers": 4, "head_width": 32, "mlp_ratio": 2.0}
+TEXT = {"context_length": 20, "vocab_size": 96,
+        "width": 128, "layers": 3, "heads": 4, "mlp_ratio": 2.0}
+CLIP_CONFIG = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
+
+Scores = dict[str, float]
+Parts = list[tuple[str, str]]                               # what is given and what is answered, in turn
 
 
-# ----------------------------------------------------------------------------- shared
+# ----------------------------------------------------------------------------- the loop
 
-def said_of(rng: np.random.Generator, scenes: list[world.Scene], count: int,
-            test: bool = False) -> tuple[list[int], list[world.Prompt]]:
+def train(name: str, net: nn.Module, steps: int, lr: float, draw: Callable, loss_of: Callable,
+          weight_decay: float = 0.01) -> None:
+    """The loop of all trainings: draw a batch, take its loss, descend, log.
+
+    draw     Rng -> batch, a tuple of lists and of tensors on the CPU; a function of (SEED, name, step) alone
+    loss_of  *batch -> scalar
+
+    Muon (arXiv 2502.16982) for the matrices of the layers, AdamW for the rest. It pays at this size: after
+    250 steps the vision tower names 95 % of the shapes that it sees, with AdamW 78 % at best.
+    """
+    params = {key: p for key, p in net.named_parameters() if p.requires_grad}
+    in_layers = re.compile(r"layer|block|projector|up_|down_")
+    matrices = [p for key, p in params.items()
+                if in_layers.search(key) and not key.endswith("table")
+                and p.ndim >= 2 and p[0].numel() >= 32]
+    # Muon wants two dimensions: views of the same memory, in a convolution a row for an output channel
+    views = [nn.Parameter(p.detach().view(len(p), -1)) for p in matrices]
+    theirs = set(map(id, matrices))
+    others = [p for p in params.values() if id(p) not in theirs]
+    muon = torch.optim.Muon(views, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    peaks = {muon: lr, adamw(others, lr, weight_decay): min(lr, 1.5e-3)}
+
+    # batches are made by other processes where a GPU would wait for them
+    workers = {}
+    if DEVICE.type == "cuda":
+        workers = {"num_workers": 3, "prefetch_factor": 8, "multiprocessing_context": "fork"}
+    batches = DataLoader(range(steps), batch_size=None, **workers,
+                         collate_fn=lambda step: draw(rng_of(name, step)))
+    start, losses = time.time(), []
+    for step, batch in enumerate(batches):
+        for optimizer, peak in peaks.items():
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_lr(step, steps, 50, peak)
+
+        with precision(DEVICE, "bf16"):
+            loss = loss_of(*batch)
+        net.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params.values(), 1.0)
+        for p, view in zip(matrices, views):
+            view.grad = None if p.grad is None else p.grad.flatten(1)
+        for optimizer in peaks:
+            optimizer.step()
+
+        losses.append(loss.detach())                        # read later: a GPU need not wait
+        if len(losses) == 100 or step + 1 == steps:
+            mean = float(torch.stack(losses).mean())
+            seconds = time.time() - start
+            print(f"{name:10} {step + 1:6}/{steps} loss {mean:.4f} {seconds:6.0f} s", flush=True)
+            losses = []
+
+
+# ----------------------------------------------------------------------------- what is drawn, what is written
+
+def rng_of(name: str, step: int = 0) -> Rng:
+    return np.random.default_rng([SEED, *name.encode(), step])
+
+
+def pool(name: str, size: int, mixed: float = 0.0, test: bool = False) -> list[Scene]:
+    """`size` scenes. For training, none is a picture of what a test prompt says."""
+    rng = rng_of(name)
+    scenes = []
+    while len(scenes) < size:
+        scene = world.sample_scene(rng, mixed)
+        if test or not world.is_test_scene(scene):
+            scenes.append(scene)
+    return scenes
+
+
+def draw_prompts(rng: Rng, scenes: list[Scene], count: int,
+                 test: bool = False) -> tuple[list[int], list[Prompt]]:
     """The numbers of `count` scenes, and a prompt that each fulfils."""
     chosen, prompts = [], []
     while len(chosen) < count:
         j = int(rng.integers(len(scenes)))
-        if prompt := world.sample_prompt(rng, scenes[j], test):
+        prompt = world.sample_prompt(rng, scenes[j], test)
+        if prompt:
             chosen.append(j)
             prompts.append(prompt)
     return chosen, prompts
 
 
-def pool(name: str, size: int, mixed: float = 0.0) -> list[world.Scene]:
-    """`size` scenes drawn from (seed, name)."""
-    rng = np.random.default_rng([SEED, *name.encode()])
-    return [world.sample_scene(rng, mixed) for _ in range(size)]
+def corrupt(rng: Rng, prompt: Prompt, test: bool) -> Prompt:
+    """A prompt that differs in one point; for training, none that is a test prompt."""
+    while True:
+        wrong = world.corrupt(rng, prompt)
+        if test or not world.is_test(wrong):
+            return wrong
 
 
-def render_all(scenes: list[world.Scene]) -> Tensor:
-    """(B, 3, H, W) uint8, a quarter of the memory."""
-    return torch.cat([(world.render(scenes[i:i + 1024]) * 255).round().byte()
-                      for i in range(0, len(scenes), 1024)]).to(DEVICE)
+def draw_pictures(rng: Rng, scenes: list[Scene], count: int) -> tuple[list[int], Tensor]:
+    """The numbers of `count` scenes, and their pictures (B, 3, H, W) in [0, 1]."""
+    chosen = rng.integers(len(scenes), size=count).tolist()
+    return chosen, world.render([scenes[j] for j in chosen])
 
 
-class Draws(Dataset):
-    """What `draw` makes of a generator of (seed, name, step), for each step."""
-
-    def __init__(self, name: str, steps: int, draw: Callable[[np.random.Generator], tuple]) -> None:
-        self.name, self.steps, self.draw = name, steps, draw
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> tuple:
-        return self.draw(np.random.default_rng([SEED, *self.name.encode(), step]))
+def bf16(net: nn.Module) -> dict[str, Tensor]:
+    """The weights as they are written; `net` gets the same numbers, to be scored with them."""
+    state = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in net.state_dict().items()}
+    net.load_state_dict(state)
+    net.eval()
+    return state
 
 
-def drawn(name: str, steps: int, draw: Callable[[np.random.Generator], tuple]) -> Iterable[tuple]:
-    """The draws of all steps in turn; made by other processes where a GPU would wait for them."""
-    ahead = {"num_workers": 3, "prefetch_factor": 8, "multiprocessing_context": "fork"}
-    return DataLoader(Draws(name, steps, draw), batch_size=None, collate_fn=lambda made: made,
-                      **(ahead if DEVICE.type == "cuda" else {}))
+def write_weights(path: Path, net: nn.Module) -> None:
+    with atomic(path) as temporary:
+        save_file(bf16(net), temporary)
 
 
-def to_float(images: Tensor) -> Tensor:
-    return images.float() / 255
-
-
-def bf16(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.bfloat16() if t.is_floating_point() else t for name, t in module.state_dict().items()}
-
-
-def round_to_bf16(module: nn.Module) -> nn.Module:
-    """What is written is bf16; what is scored and built upon is the same numbers."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(p.bfloat16().float())
-    return module
-
-
-class Clock:
-    """Prints a line every hundred steps, and writes training.json at the end."""
-
-    def __init__(self, part: str, steps: int, **numbers: float) -> None:
-        self.part, self.steps, self.start, self.numbers = part, steps, time.time(), numbers
-        self.total, self.count = 0.0, 0
-
-    def step(self, i: int, loss: Tensor) -> None:
-        self.total, self.count = self.total + loss.detach(), self.count + 1             # a GPU need not wait
-        if (i + 1) % 100 == 0 or i + 1 == self.steps:
-            print(f"{self.part:5} {i + 1:6}/{self.steps} loss {self.total / self.count:.4f} "
-                  f"{time.time() - self.start:6.0f} s", flush=True)
-            self.total, self.count = 0.0, 0
-
-    def write(self, folder: Path, **scores: float) -> None:
-        record = {"command": f"python nano/pretrain.py {self.part}", "seed": SEED, "steps": self.steps,
-                  **self.numbers, "seconds": round(time.time() - self.start),
-                  "device": environment()["device"], **scores}
-        write_json(folder / "training.json", record)
-        print(json.dumps(record), flush=True)
-
-
-class Descent:
-    """Muon for the matrices of the layers (convolutions too, a row an output channel), AdamW at no more than
-    1.5e-3 for the rest, both on cosine schedules, gradients clipped to norm 1.
-
-    Muon (arXiv 2502.16982) pays at this size: after 250 steps the vision tower names 95 % of the shapes that
-    it sees, after as many steps of AdamW 78 % at best.
-    """
-    LAYERS = re.compile(r"layer|block|projector|up_|down_")
-
-    def __init__(self, net: nn.Module, steps: int, lr: float, weight_decay: float = 0.01) -> None:
-        named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        self.matrices = [p for name, p in named.items() if p.ndim >= 2 and p[0].numel() >= 32
-                         and self.LAYERS.search(name) and not name.endswith("scale_shift_table")]
-        self.flat = [nn.Parameter(p.detach().flatten(1)) for p in self.matrices]        # Muon wants 2-D
-        owned = {id(p) for p in self.matrices}
-        self.params, self.steps = list(named.values()), steps
-        self.optimizers = {
-            torch.optim.Muon(self.flat, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"): lr,
-            adamw([p for p in self.params if id(p) not in owned], lr, weight_decay): min(lr, 1.5e-3)}
-
-    def step(self, i: int, loss: Tensor) -> None:
-        for p in self.params:
-            p.grad = None
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.params, 1.0)
-        for p, flat in zip(self.matrices, self.flat):
-            flat.grad = None if p.grad is None else p.grad.flatten(1)
-        for opt, lr in self.optimizers.items():
-            for group in opt.param_groups:
-                group["lr"] = cosine_lr(i, self.steps, 50, lr)
-            opt.step()
+def write_part(folder: Path, net: DiT | DCAE) -> None:
+    write_json(folder / "config.json", net.config.to_json())
+    write_weights(folder / "diffusion_pytorch_model.safetensors", net)
 
 
 # ----------------------------------------------------------------------------- DC-AE
 
-def train_vae(steps: int, batch: int = 32, lr: float = 1e-2) -> None:
-    clock = Clock("vae", steps, batch=batch, lr=lr)
+def train_vae(folder: Path, steps: int) -> Scores:
     vae = DCAE(NANO.vae)
     vae.init_weights(generator(SEED, "vae"))
     vae.to(DEVICE)
-    encode, decode = torch.compile(vae.encode), torch.compile(vae.decode)
-    images = render_all(pool("vae", 20000, 0.3))
-    descent, rng = Descent(vae, steps, lr), generator(SEED, "vae", "draws")
-    for i in range(steps):
-        x = to_float(images[torch.randint(len(images), (batch,), generator=rng)]) * 2 - 1
-        with precision(DEVICE, "bf16"):
-            z = encode(x).float()                                                       # (B, C, h, w)
-            # noise: for a decoder that forgives small errors
-            noise = 0.1 * torch.randn(z.shape, generator=rng).to(DEVICE)                # (B, C, h, w)
-            error = decode(z + noise).float() - x                                       # (B, 3, H, W)
-        # Channels of mean 0 and spread 1, since one scaling factor must do for all.
-        flat = z.transpose(0, 1).flatten(1)                                             # (C, B h w)
-        spread = flat.mean(1).square().mean() + (flat.std(1) - 1).square().mean()
-        descent.step(i, loss := error.abs().mean() + 2 * error.square().mean() + 0.05 * spread)
-        clock.step(i, loss)
-    round_to_bf16(vae).eval()
-    test, prompts = to_float(render_all(pool("vae test", 1024))), world.benchmark_prompts()
-    places = np.random.default_rng([SEED, 4])
-    true = world.render([world.scene_for(places, p) for p in prompts]).to(DEVICE)       # (600, 3, H, W)
-    with torch.no_grad():
-        z = vae.encode(test * 2 - 1)
-        error = ((vae.decode(z) / 2 + 0.5).clamp(0, 1) - test).square().mean((1, 2, 3))
-        again = torch.cat([vae.decode(vae.encode(part * 2 - 1)) / 2 + 0.5 for part in true.split(100)])
-    folder = WEIGHTS / "vae"
-    write_json(folder / "config.json", NANO.vae.to_json())
-    save_safetensors(folder / "diffusion_pytorch_model.safetensors", bf16(vae), None)
+    vae.encoder.compile()
+    vae.decoder.compile()
+
+    def loss_of(chosen: list[int], images: Tensor) -> Tensor:
+        x = images.to(DEVICE) * 2 - 1                                                   # (B, 3, H, W)
+        z = vae.encode(x).float()                                                       # (B, C, h, w)
+        # noise makes a decoder that forgives small errors
+        again = vae.decode(z + 0.1 * torch.randn_like(z)).float()                       # (B, 3, H, W)
+        error = again - x
+        # channels of mean 0 and spread 1, since one scaling factor must do for all
+        channels = z.transpose(0, 1).flatten(1)                                         # (C, B h w)
+        shift, stretch = channels.mean(1), channels.std(1) - 1                          # (C,) each
+        uneven = shift.square().mean() + stretch.square().mean()
+        return error.abs().mean() + 2 * error.square().mean() + 0.05 * uneven
+
+    draw = partial(draw_pictures, scenes=pool("vae", 20000, 0.3), count=32)
+    train("vae", vae, steps, 1e-2, draw, loss_of)
+    write_part(folder / "vae", vae)
+
     # what the judge says of true pictures after decoding bounds every model that draws through this decoder
-    judged = world.task_scores(world.judge(again.cpu(), prompts), prompts)["overall"]
-    clock.write(folder, psnr_db=round(float(-10 * error.log10().mean()), 2),
-                latent_std=round(float(z.std()), 3), judge=round(judged, 4))
+    rng, prompts = rng_of("vae test"), world.benchmark_prompts()
+    true = world.render([world.scene_for(rng, prompt) for prompt in prompts])           # (B, 3, H, W)
+    again = through(vae, true, torch.zeros(len(true))).cpu()                            # (B, 3, H, W)
+    mse = (again - true).square().mean((1, 2, 3))                                       # (B,)
+    scores = world.task_scores(world.judge(again, prompts), prompts)
+    return {"psnr_db": float(-10 * mse.log10().mean()), "judge": scores["overall"]}
 
 
-def load_vae() -> DCAE:
+@torch.no_grad()
+@torch.autocast(DEVICE.type, enabled=False)
+def through(vae: DCAE, images: Tensor, noise_level: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] after the autoencoder, as all drawn ones are, with noise of a level
+    (B,) on their latents."""
+    parts = []
+    for x, level in zip(images.split(250), noise_level.split(250)):
+        z = vae.encode(x.to(DEVICE) * 2 - 1)                                            # (b, C, h, w)
+        z = z + level.view(-1, 1, 1, 1).to(DEVICE) * torch.randn_like(z)                # (b, C, h, w)
+        parts.append(vae.decode(z) / 2 + 0.5)                                           # (b, 3, H, W)
+    return torch.cat(parts).clamp(0, 1)
+
+
+def load_vae(folder: Path) -> DCAE:
     vae = DCAE(NANO.vae)
-    vae.load_state_dict(load_file(WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors"))
+    vae.load_state_dict(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"))
     return vae.to(DEVICE).eval()
 
 
 # ----------------------------------------------------------------------------- learning to see, and to read
 
-def patch_labels(scenes: list[world.Scene], patch: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each patch of each scene, (B, patches) int64 each: shape and colour, of which the last class is the
-    ground, and whether the middle of a thing lies in it, 0 or 1."""
-    side = world.SIZE // patch
-    shapes = torch.full((len(scenes), side * side), len(world.SHAPES))
-    colors = torch.full((len(scenes), side * side), len(world.COLORS))
-    middles = torch.zeros(len(scenes), side * side, dtype=torch.long)
-    for shape in world.SHAPES:
-        found = [(b, t) for b, s in enumerate(scenes) for t in s.things if t.shape == shape]
-        if found:
-            x, y, r = torch.tensor([(t.x, t.y, t.r) for _, t in found]).T
-            share = F.avg_pool2d(world.coverage(shape, x, y, r)[:, None],
-                                 patch).flatten(1)                                      # (K, patches)
-            for (b, thing), covered in zip(found, share > 0.3):
-                shapes[b, covered] = world.SHAPES.index(shape)
-                colors[b, covered] = list(world.COLORS).index(thing.color)
-                middles[b, int(thing.y // patch) * side + int(thing.x // patch)] = 1
-    return shapes, colors, middles
-
-
 class Seeing(nn.Module):
-    """A linear head that says of every patch its shape, its colour and whether a thing has its middle there.
+    """A linear head that says of every patch its shape, its colour, and whether a thing has its middle there.
     Image towers learn from it in minutes what captions and answers alone teach in hours; it is thrown away
     afterwards."""
 
-    def __init__(self, width: int, scenes: list[world.Scene]) -> None:
+    def __init__(self, width: int, scenes: list[Scene]) -> None:
         super().__init__()
         self.classes = [len(world.SHAPES) + 1, len(world.COLORS) + 1, 2]
         self.head = nn.Linear(width, sum(self.classes))
-        self.register_buffer("labels", torch.stack(patch_labels(scenes)))               # (3, scenes, patches)
+        self.register_buffer("labels", patch_labels(scenes))                            # (3, scenes, P)
 
-    def loss(self, tokens: Tensor, chosen: np.ndarray | list[int]) -> Tensor:
-        """tokens (B, patches, width) of the scenes `chosen`. Returns a scalar."""
-        said = self.head(tokens).float().split(self.classes, -1)                   # (B, patches, classes)
-        return sum(F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-                   for logits, labels in zip(said, self.labels[:, chosen]))
+    def loss(self, tokens: Tensor, chosen: list[int]) -> Tensor:
+        """tokens (B, P, width) of the scenes `chosen` -> scalar."""
+        logits = self.head(tokens).float().flatten(0, 1)                                # (B P, all classes)
+        labels = self.labels[:, chosen].flatten(1)                                      # (3, B P)
+        return class_loss(logits, labels, self.classes)
 
 
-# Of each thing that a prompt names: its shape, its colour or none, its number, its side or none
+def class_loss(logits: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
+    """Cross-entropy of several questions at once, summed: logits (rows, sum(classes)), labels (questions,
+    rows), -100 where there is nothing to say. Returns a scalar."""
+    parts = logits.split(classes, -1)
+    return sum(F.cross_entropy(part, right) for part, right in zip(parts, labels))
+
+
+def patch_labels(scenes: list[Scene]) -> Tensor:
+    """Shape and colour of each patch of each scene, of which the last class is the ground, and 1 where the
+    middle of a thing lies. Returns (3, B, P) int64."""
+    side = world.SIZE // PATCH
+    shapes = torch.full((len(scenes), side * side), len(world.SHAPES))                  # (B, P)
+    colors = torch.full((len(scenes), side * side), len(world.COLORS))                  # (B, P)
+    middles = torch.zeros_like(shapes)                                                  # (B, P)
+    for number, shape in enumerate(world.SHAPES):
+        index, things, covered = world.things_of_shape(scenes, shape)
+        share = F.avg_pool2d(covered[:, None], PATCH).flatten(1)                        # (K, P)
+        for b, thing, here in zip(index, things, share > 0.3):
+            row, column = int(thing.y // PATCH), int(thing.x // PATCH)
+            shapes[b, here] = number
+            colors[b, here] = world.COLOR_NAMES.index(thing.color)
+            middles[b, row * side + column] = 1
+    return torch.stack([shapes, colors, middles])
+
+
+# What a prompt may say of a thing: its shape, its colour or none, its number, its side or none
 SAID = [len(world.SHAPES), len(world.COLORS) + 1, len(world.NUMBERS), len(world.RELATIONS) + 1]
 
 
-def things_said(prompt: world.Prompt) -> list[list[int]]:
-    """The classes of SAID for each thing of a prompt; a colour or a side that is left open is 0."""
-    sides = [prompt.relation, world.OPPOSITE.get(prompt.relation)]
-    return [[world.SHAPES.index(shape), 1 + list(world.COLORS).index(color) if color else 0,
-             count - 1, 1 + list(world.RELATIONS).index(side) if side else 0]
-            for (shape, color, count), side in zip(prompt.include, sides)]
+def said_of(prompt: Prompt) -> list[list[int]]:
+    """The classes of SAID for each of two things of a prompt, -100 where there is no second one; a colour or
+    a side that is left open is 0."""
+    colors, sides = [None, *world.COLORS], [None, *world.RELATIONS]
+    relations = prompt.relation, world.OPPOSITE.get(prompt.relation)
+    said = []
+    for (shape, color, count), relation in zip(prompt.include, relations):
+        said.append([world.SHAPES.index(shape), colors.index(color), count - 1, sides.index(relation)])
+    return (said + [[-100] * len(SAID)])[:2]
 
 
-def reading_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the classes of SAID for K things side by side: logits (B, K sum(SAID)),
-    labels (B, K len(SAID)), -100 where there is no thing. Returns a scalar."""
-    parts = logits.split(SAID * (labels.shape[1] // len(SAID)), -1)
-    return sum(F.cross_entropy(part, right) for part, right in zip(parts, labels.T))
-
-
-# ----------------------------------------------------------------------------- InternVL
+# ----------------------------------------------------------------------------- InternVL: what it reads
 
 def word_tokenizer(words: list[str]) -> Tokenizer:
     """One token a word or sign of the list, in its order; anything else is <unk>."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:.?,]"), "isolated"),
-                                                       pre_tokenizers.Split(" ", "removed")])
+    signs = pre_tokenizers.Split(Regex("[\n:.?,]"), "isolated")
+    spaces = pre_tokenizers.Split(" ", "removed")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([signs, spaces])
     return tokenizer
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, with InternVL's special tokens; unknown words are <unk>, which the model refuses."""
+def vlm_tokenizer() -> PreTrainedTokenizerFast:
+    """With InternVL's special tokens; unknown words are <unk>, which the model refuses."""
     tokenizer = word_tokenizer([*SPECIAL, *world.vocabulary()])
     tokenizer.add_special_tokens(SPECIAL[:-1])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token=SPECIAL[0],
-                                   eos_token=SPECIAL[2])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<|endoftext|>",
+                                   eos_token="<|im_end|>")
 
 
-def sayable(scene: world.Scene) -> tuple[list[world.Prompt], bool]:
-    """What may be said of a scene in training, and whether the last and fullest prompt is among it, which
-    answers every question."""
-    prompts = world.prompts_of(scene)
-    told = [p for p in prompts if not world.is_test(p)]
-    return told, bool(told) and told[-1] == prompts[-1]
+def asks_test(question: str) -> bool:
+    """Whether a question says what a test prompt says, as "is there a red heart?" says "a red heart"."""
+    text = question.removeprefix("is there ").removesuffix("?")
+    text = text.replace("is the ", "a ").replace(" the ", " a ")
+    prompt = world.every_prompt().get(text)
+    return prompt is not None and world.is_test(prompt)
 
 
-def dialogue(rng: np.random.Generator, scene: world.Scene, turns: int,
-             reading: float) -> tuple[list[tuple[str, str]], bool]:
-    """At most `turns` different questions with answers about a scene, and whether its picture is shown; else,
-    with probability `reading`, the fullest sentence stands in for it, unless that is held out."""
-    asked = world.questions(rng, scene) + world.questions(rng, scene)
-    if len(scene.things) == 2 and (relation := world.relation_between(*scene.things)):
-        first, second = (thing.shape for thing in scene.things)
-        asked += [side_question(rng, first, second, relation) for _ in range(3)] if first != second else []
-    asked = list(dict.fromkeys(asked))
-    pairs, (told, fully) = [asked[k] for k in rng.permutation(len(asked))[:turns]], sayable(scene)
-    shown = not fully or rng.random() >= reading
-    if told and rng.random() < 0.4:
-        said = told[rng.integers(len(told)) if shown else -1].text
-        pairs.insert(int(rng.integers(len(pairs) + 1)), ("describe the picture.", said))
-    if not shown:
-        sentence = world.prompts_of(scene, str(rng.choice(world.WORDINGS)))[-1].text
-        if rng.random() < 0.5:
-            sentence = f"generate an image: {sentence}"
-        pairs[0] = (f"{sentence}. {pairs[0][0]}", pairs[0][1])
-    return pairs, shown
+def ask(rng: Rng, scene: Scene) -> Parts:
+    """At most eight different questions about a scene with their answers, in half of the cases about sides
+    only, if it has any: what is left of what takes longest to learn."""
+    pairs = []
+    for _ in range(4):
+        pairs += world.questions(rng, scene)
+    pairs = [pair for pair in dict.fromkeys(pairs) if not asks_test(pair[0])]
+    about_sides = [(question, answer) for question, answer in pairs
+                   if any(relation in question for relation in world.RELATIONS)]
+    if about_sides and rng.random() < 0.5:
+        pairs = about_sides
+    order = rng.permutation(len(pairs))
+    return [pairs[k] for k in order[:8]]
 
 
-def side_question(rng: np.random.Generator, first: str, second: str, true: str) -> tuple[str, str]:
-    """Whether the first is left of, ... the second, or the other way round, when its `true` side is known;
-    yes and no in balance."""
-    if rng.random() < 0.5:
-        first, second, true = second, first, world.OPPOSITE[true]
-    asked = true if rng.random() < 0.5 else str(rng.choice([r for r in world.RELATIONS if r != true]))
-    return f"is the {first} {asked} the {second}?", "yes" if asked == true else "no"
+def draw_row(rng: Rng, scene: Scene, reading: float) -> tuple[Parts, bool]:
+    """A picture and a dialogue about it or, with probability `reading`, the fullest sentence about it in its
+    place. Returns what is given and answered in turn, and whether the picture is shown.
 
-
-def facts(rng: np.random.Generator, kinds: tuple[int, ...] = (0, 1, 2)) -> list[tuple[str, str]]:
-    """A line of one of some kinds, 0, 1 and 2: a sentence about two to six things, and what follows from
-    it, as (given, answer) in turn. A line asks as much as many dialogues: this is where the language model
-    learns what belongs to what.
-
-    "a red heart, a blue star. the star is blue. the red shape is heart."
-    "a red heart, a blue star. is there a red star? no. is there a blue star? yes."
-    "a red heart above a blue star. below is star. above is heart. is the star left of the heart? no."
-
-    Half of the third kind have their sentence, a training prompt, in the frame of a prompt: what stands
-    where is only then to be read off where the queries will be.
+    Half of the sentences stand in the frame of a prompt: what they say is only then to be read off right
+    after <img>, where the queries will be.
     """
-    kind, colors, count = kinds[rng.integers(len(kinds))], list(world.COLORS), int(rng.integers(2, 7))
-    looks = [(world.SHAPES[s], colors[c]) for s, c in zip(rng.permutation(len(world.SHAPES))[:count],
-                                                          rng.permutation(len(colors)))]
-    if kind == 2:
-        (a, _), (b, _) = looks[:2]
-        relation, colored = str(rng.choice(list(world.RELATIONS))), rng.random() < 0.5
-        include = tuple((shape, color if colored else None, 1) for shape, color in looks[:2])
-        prompt = world.say("position", include, relation)
-        if world.is_test(prompt):
-            return facts(rng, kinds)
-        wording, there = str(rng.choice(world.WORDINGS)), {relation: a, world.OPPOSITE[relation]: b}
-        parts = [(PROMPT.format(image="", caption=wording + prompt.text) if rng.random() < 0.5
-                  else f"{prompt.text}.", "")]
-        for side in rng.permutation(list(there)):
-            parts += [(f"{side.split()[0]} is", there[str(side)]), (".", "")]
-        return parts + [side_question(rng, a, b, relation) for _ in range(4)]
-    parts = [(", ".join(world.noun(*look) for look in looks) + ".", "")]
+    pairs = ask(rng, scene)
+    # either thing may come first in the sentence, whichever comes first in the questions
+    turned = replace(scene, things=scene.things[::pick(rng, (1, -1))])
+    prompts = [prompt for prompt in world.prompts_of(turned) if not world.is_test(prompt)]
+    shown = not prompts or rng.random() >= reading
+    if not shown:
+        sentence = pick(rng, world.WORDINGS) + prompts[-1].text
+        if rng.random() < 0.5:
+            return [(PROMPT.format(prompt=sentence), ""), *pairs], False
+        question, answer = pairs[0]
+        pairs[0] = f"{sentence}. {question}", answer
+    elif prompts:
+        description = "describe the picture.", pick(rng, prompts).text
+        pairs.insert(rng.integers(len(pairs) + 1), description)
+
+    # questions and answers take turns, and the picture comes first
+    image, parts = IMAGE if shown else "", []
+    for question, answer in pairs:
+        parts.append((QUESTION.format(image=image, prompt=question), f"{answer}<|im_end|>\n"))
+        image = ""
+    return parts, shown
+
+
+def look_facts(rng: Rng) -> Parts:
+    """A sentence about three to six things, and what follows from it. A row asks as much as many dialogues:
+    this is where the language model learns what belongs to what.
+
+    "a red heart, a blue star, a pink moon. the star is blue. the red shape is heart. ..."
+    """
+    count = int(rng.integers(3, 7))
+    shapes = rng.permutation(world.SHAPES)[:count].tolist()
+    colors = rng.permutation(world.COLOR_NAMES)[:count].tolist()
+    nouns = [world.noun(shape, color) for shape, color in zip(shapes, colors)]
+    parts = [(", ".join(nouns) + ".", "")]
     for k in rng.permutation(count):
-        shape, color = looks[k]
-        if kind == 0:
-            parts += [(f"the {shape} is", color) if rng.random() < 0.5 else (f"the {color} shape is", shape),
-                      (".", "")]
-        else:
-            named = color if rng.random() < 0.5 else str(rng.choice([c for c in colors if c != color]))
-            parts.append((f"is there {world.noun(shape, named)}?", "yes" if named == color else "no"))
+        asks_color = f"the {shapes[k]} is", colors[k]
+        asks_shape = f"the {colors[k]} shape is", shapes[k]
+        parts += [pick(rng, (asks_color, asks_shape)), (".", "")]
     return parts
 
 
-def encode_facts(model: ParaUni, rng: np.random.Generator,
-                 kinds: tuple[int, ...] = (0, 1, 2)) -> tuple[list, list, bool]:
-    """A line of facts in the form of `encode_dialogue`."""
+def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: list[Parts]) -> tuple[Tensor, Tensor]:
+    """Token ids, and labels that are -100 but on the answers, (B, S) each; padding comes last."""
     ids, labels = [], []
-    for given, said in facts(rng, kinds):
-        given, said = (model.tokenizer(text, add_special_tokens=False).input_ids for text in (given, said))
-        ids += given + said
-        labels += [-100] * len(given) + said
-    return ids, labels, False
+    for parts in rows:
+        row_ids, row_labels = [], []
+        for part in parts:
+            given, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in part)
+            row_ids += given + answer
+            row_labels += [-100] * len(given) + answer
+        ids.append(torch.tensor(row_ids))
+        labels.append(torch.tensor(row_labels))
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return pad(ids), pad(labels, padding_value=-100)                                    # (B, S) each
 
+
+# ----------------------------------------------------------------------------- InternVL: its training
 
 @torch.no_grad()
-def init_vlm(vlm: nn.Module, rng: torch.Generator) -> None:
+def init_vlm(vlm: nn.Module) -> None:
     """Initial values for a width of 128: those of transformers suit widths in the thousands, and leave the
-    towers idle for hundreds of steps. Places of patches start as sines and cosines, and in the first two
-    layers of the language model two heads start out attending to the last token and to the last but one:
-    without them it takes longer than this training to learn that the red one in "a red heart and a blue
-    star" is the heart (after 4,500 steps still a coin toss, with them 99 % right after 125)."""
+    towers idle for hundreds of steps. In the first two layers of the language model two heads start out
+    attending to the last token and to the last but one: without them it takes longer than this training to
+    learn that the red one in "a red heart and a blue star" is the heart (after 4,500 steps still a coin toss,
+    with them 99 % right after 125)."""
+    rng = generator(SEED, "vlm")
+    stds = {"embed_tokens": 0.3, "position_embeddings": 0.3, "patch_embeddings": 0.15, "lm_head": 0.02}
     for name, p in vlm.named_parameters():
         if "lambda" in name:
             p.fill_(1.0)
-        elif name.endswith("position_embeddings"):
-            p[0, 1:] = 0.5 * sines(math.isqrt(p.shape[1] - 1), p.shape[2])
         elif p.ndim >= 2:
-            std = 0.3 if "embed_tokens" in name else 0.02 if "lm_head" in name else \
-                0.15 if "patch_embeddings" in name else 0.06
+            std = next((std for part, std in stds.items() if part in name), 0.06)
             p.normal_(0, std, generator=rng)
-    for layer in vlm.model.language_model.layers[:2]:
-        look_back(layer.self_attn, NANO.vlm)
+    for layer in vlm.get_decoder().layers[:2]:
+        look_back(layer.self_attn)
 
 
-def look_back(attention: nn.Module, c: VLMConfig, strength: float = 4.6) -> None:
+def look_back(attention: nn.Module, strength: float = 4.6) -> None:
     """Query heads 0 and 1, which share key head 0, attend 1 and 2 tokens back, whatever the tokens are: in
     rotary attention constant queries and keys, which biases are, score by distance alone."""
-    half = c.width // c.num_heads // 2
-    angle = c.rope_theta ** -(torch.arange(half) / half)        # radians a token, as the rotary embedding's
-    attention.k_proj.weight[:2 * half] = 0
-    attention.k_proj.bias[:2 * half] = strength * torch.cat([torch.ones(half), torch.zeros(half)])
+    width, half = attention.head_dim, attention.head_dim // 2
+    theta = NANO.vlm.text_config.rope_parameters["rope_theta"]
+    angle = theta ** -(torch.arange(half) / half)           # radians a token, as the rotary embedding's
+    attention.k_proj.weight[:width] = 0
+    attention.k_proj.bias[:half] = strength
+    attention.k_proj.bias[half:width] = 0
     for head, distance in enumerate((1, 2)):
-        rows = slice(2 * half * head, 2 * half * (head + 1))
+        turn = angle * distance                                                         # (half,)
+        rows = slice(width * head, width * (head + 1))
         attention.q_proj.weight[rows] = 0
-        attention.q_proj.bias[rows] = strength * torch.cat([(angle * distance).cos(),
-                                                            -(angle * distance).sin()])
+        attention.q_proj.bias[rows] = strength * torch.cat([turn.cos(), -turn.sin()])   # (width,)
 
 
-def sines(side: int, width: int) -> Tensor:
-    """(side side, width): a quarter each of sines and cosines of the row, then of the column."""
-    angle = torch.arange(side)[:, None] * 0.01 ** (torch.arange(width // 4) / (width // 4))
-    axis = torch.cat([angle.sin(), angle.cos()], 1)                                     # (side, width / 2)
-    return torch.cat([axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)], 2).flatten(0, 1)
-
-
-def train_vlm(steps: int, batch: int = 64, lr: float = 6e-3, go_on: bool = False) -> None:
+def train_vlm(folder: Path, steps: int) -> Scores:
     """Three lessons: the vision tower learns to see (a sixth of the steps) and is left alone from then on,
-    the language model to read (a sixth), then the two to answer together.
-
-    Lines of facts are of kind 0 while it learns to read: with all three kinds from the start, a run of 4,000
-    steps named only 0.62 of the colours asked for. Later three of five are about sides: what is left of what
-    took longest. `go_on` gives more of the last lesson alone, three lines a dialogue, to the weights that are
-    there."""
-    clock = Clock("vlm", steps, batch=batch, lr=lr)
-    if go_on:
-        clock.numbers |= {"command": f"python nano/pretrain.py --more {steps}",
-                          "went_on_from": json.loads((WEIGHTS / "vlm" / "training.json").read_text())}
-        model = ParaUni.from_parts(NANO, WEIGHTS)
-    else:
-        tokenizer = build_tokenizer()
-        assert len(tokenizer) <= NANO.vlm.vocab_size, (
-            f"{len(tokenizer)} words do not fit {NANO.vlm.vocab_size} embeddings")
-        model = ParaUni(NANO, build_vlm(NANO.vlm), tokenizer)
-        init_vlm(model.vlm, generator(SEED, "vlm"))
+    the language model to read (a sixth), then the two to answer together."""
+    model = ParaUni(NANO, NANO.vlm_class(NANO.vlm), vlm_tokenizer())
+    init_vlm(model.vlm)
     vlm = model.to(DEVICE).vlm.requires_grad_(True)
-    vlm.set_attn_implementation("eager")                         # for the bf16 gradient, as in `precision`
     scenes = pool("vlm", 40000, 0.4)
-    told = np.flatnonzero([sayable(scene)[1] for scene in scenes])
-    everything = np.arange(len(scenes))
-    images, seeing = render_all(scenes), Seeing(NANO.vlm.vision_width, scenes)
-    taught, done = nn.ModuleList([vlm, seeing]).to(DEVICE), 0
+    described = [scene for scene in scenes if world.prompts_of(scene)]
+    seeing = Seeing(NANO.vlm.vision_config.hidden_size, scenes)
+    taught = nn.ModuleList([vlm, seeing]).to(DEVICE)
+
+    def see(chosen: list[int], images: Tensor) -> Tensor:
+        pixels = model.pixels(images.to(DEVICE))                                        # (B, 3, H, W)
+        tokens = vlm.model.vision_tower(pixels).last_hidden_state[:, 1:]                # (B, P, width)
+        return seeing.loss(tokens, chosen)
+
+    def draw(rng: Rng, of: list[Scene], reading: float, facts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and labels of some facts and of 64 rows about scenes, and the pictures shown, in order."""
+        rows, shown = [look_facts(rng) for _ in range(facts)], []
+        for k in rng.integers(len(of), size=64):
+            row, is_shown = draw_row(rng, of[k], reading)
+            rows.append(row)
+            shown += [of[k]] * is_shown
+        return *encode_rows(model.tokenizer, rows), world.render(shown)
+
+    answer = partial(answer_loss, model)
     sixth = max(1, steps // 6)
-    answer = partial(draw_rows, model, scenes=scenes, of=everything, batch=batch, reading=0.4,
-                     kinds=(0, 1, 2, 2, 2))
-    lessons = {"answer": (steps, partial(answer, lines=3 * batch))} if go_on else {
-        "see": (sixth, lambda rng: (rng.integers(len(scenes), size=3 * batch), [])),
-        "read": (sixth, lambda rng: draw_rows(model, rng, scenes, told, batch, 1.0, lines=batch, kinds=(0,))),
-        "answer": (max(1, steps - 2 * sixth), partial(answer, lines=batch // 2))}
-    for lesson, (count, draw) in lessons.items():
-        vlm.model.vision_tower.requires_grad_(lesson == "see")
-        descent = Descent(taught, count, lr)
-        for i, (chosen, rows) in enumerate(drawn(f"vlm {lesson}", count, draw)):
-            with precision(DEVICE, "bf16"):
-                if lesson == "see":
-                    pixels = model.pixels(to_float(images[chosen]))
-                    tokens = vlm.model.vision_tower(pixels).last_hidden_state[:, 1:]    # (B, patches, width)
-                    loss = seeing.loss(tokens, chosen)
-                else:
-                    loss = answer_loss(model, rows, images[chosen])
-            descent.step(i, loss)
-            clock.step(done + i, loss)
-            if (done + i + 1) % 500 == 0:
-                print(json.dumps({"answers_right": answer_score(model, 500)}), flush=True)
-                save_vlm(model)
-        done += count
-    round_to_bf16(vlm)
-    save_vlm(model)
-    clock.write(WEIGHTS / "vlm", answers_right=round(answer_score(model), 4))
+    train("vlm see", taught, sixth, 6e-3, partial(draw_pictures, scenes=scenes, count=192), see)
+    vlm.model.vision_tower.requires_grad_(False)
+    read = partial(draw, of=described, reading=1.0, facts=64)
+    train("vlm read", taught, sixth, 6e-3, read, answer)
+    both = partial(draw, of=scenes, reading=0.5, facts=16)
+    train("vlm answer", taught, max(1, steps - 2 * sixth), 6e-3, both, answer)
+
+    bf16(vlm)
+    written = copy.deepcopy(vlm).to("cpu", torch.bfloat16)
+    written.save_pretrained(folder / "vlm")
+    model.tokenizer.save_pretrained(folder / "vlm")
+    images, pairs = world.question_set(2000, SEED)
+    questions, answers = zip(*pairs)
+    said = []
+    for i in range(0, len(pairs), 250):
+        said += model.answer(images[i:i + 250].to(DEVICE), questions[i:i + 250], max_new_tokens=4)
+    return {"answers_right": float(np.mean([a == b for a, b in zip(said, answers)]))}
 
 
-def draw_rows(model: ParaUni, rng: np.random.Generator, scenes: list[world.Scene], of: np.ndarray, batch: int,
-              reading: float, lines: int, kinds: tuple[int, ...]) -> tuple[np.ndarray, list]:
-    """The numbers of some scenes out of `of`, and encoded a dialogue about each, then some lines of facts."""
-    chosen = rng.choice(of, batch)
-    rows = [encode_dialogue(model, *dialogue(rng, scenes[j], 6, reading)) for j in chosen]
-    return chosen, rows + [encode_facts(model, rng, kinds) for _ in range(lines)]
-
-
-def save_vlm(model: ParaUni) -> None:
-    copy.deepcopy(model.vlm).to("cpu", torch.bfloat16).save_pretrained(WEIGHTS / "vlm")
-    model.tokenizer.save_pretrained(WEIGHTS / "vlm")
-
-
-def answer_loss(model: ParaUni, rows: list[tuple[list[int], list[int], bool]], images: Tensor) -> Tensor:
-    """Next-token loss on the answers of some dialogues, those about a picture with it;
-    row i's picture is images[i]."""
-    shown = torch.tensor([seen for _, _, seen in rows])
-    ids, labels = (nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in rows], batch_first=True,
-                                             padding_value=pad).to(model.device)
-                   for k, pad in ((0, 0), (1, -100)))                                   # (B, S) each
-    asked = labels[:, 1:] != -100
-    embeds = model.embed(ids, to_float(images[shown[:len(images)]]) if shown.any() else None)
+def answer_loss(model: ParaUni, ids: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+    """Next-token loss on the answers, labels (B, S); images (b, 3, H, W) belong to the rows with a place for
+    one, in their order."""
+    ids, labels = ids.to(DEVICE), labels[:, 1:].to(DEVICE)
+    embeds = model.embed(ids, images.to(DEVICE) if len(images) else None)               # (B, S, D)
     # without a mask: padding comes last
-    hidden = model.vlm.model.language_model(inputs_embeds=embeds).last_hidden_state[:, :-1]
-    return F.cross_entropy(model.vlm.lm_head(hidden[asked]).float(), labels[:, 1:][asked])
+    hidden = model.vlm.get_decoder()(inputs_embeds=embeds).last_hidden_state            # (B, S, D)
+    asked = labels != -100                                                              # (B, S - 1)
+    logits = model.vlm.lm_head(hidden[:, :-1][asked])                                   # (answers, words)
+    return F.cross_entropy(logits.float(), labels[asked])
 
 
-def encode_dialogue(model: ParaUni, pairs: list[tuple[str, str]],
-                    shown: bool) -> tuple[list[int], list[int], bool]:
-    """Token ids, and labels that are -100 but on the answers and their ends."""
-    ids, labels = [], []
-    for k, (question, answer) in enumerate(pairs):
-        image = model.image_text() if shown and k == 0 else ""
-        asked = model.tokenizer(QUESTION.format(image=image, question=question),
-                                add_special_tokens=False).input_ids
-        said = model.tokenizer(f"{answer}<|im_end|>\n", add_special_tokens=False).input_ids
-        ids += asked + said
-        labels += [-100] * len(asked) + said
-    return ids, labels, shown
+# ----------------------------------------------------------------------------- CLIP
+
+def clip_tokenizer() -> Tokenizer:
+    """The words of the world, and the end token, which must have the highest id: open_clip pools there."""
+    words = ["<pad>", "<unk>", *world.vocabulary(), "<end>"]
+    tokenizer = word_tokenizer(words)
+    end = [("<end>", len(words) - 1)]
+    tokenizer.post_processor = processors.TemplateProcessing("$A <end>", special_tokens=end)
+    return tokenizer
 
 
-def answer_score(model: ParaUni, count: int = 2000) -> float:
-    """Share of right answers to single questions about held-out pictures."""
-    images, pairs = world.question_set(count, SEED)
-    said = [a for i in range(0, count, 250)
-            for a in model.answer(images[i:i + 250].to(model.device), [q for q, _ in pairs[i:i + 250]], 4)]
-    return float(np.mean([a == right for a, (_, right) in zip(said, pairs)]))
+@cache
+def clip_encoder() -> Callable[[list[str]], Tensor]:
+    """Texts -> ids (B, S), padded with 0."""
+    return text_encoder(clip_tokenizer(), TEXT["context_length"], TEXT["vocab_size"])
+
+
+def write_clip(folder: Path, model: CLIP) -> None:
+    write_weights(folder / "model.safetensors", model)
+    write_json(folder / "open_clip_config.json", {"model_cfg": CLIP_CONFIG})
+    clip_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+def load_clip(folder: Path) -> CLIP:
+    model = CLIP(**CLIP_CONFIG)
+    model.load_state_dict(load_file(folder / "clip" / "model.safetensors"))
+    return model.to(DEVICE)
+
+
+def embed_pictures(model: CLIP, images: Tensor) -> Tensor:
+    """Unit embeddings (B, E) of pictures (B, 3, H, W) in [0, 1]."""
+    features = model.encode_image(preprocess(images.to(DEVICE), world.SIZE))            # (B, E)
+    return F.normalize(features.float(), dim=-1)
+
+
+def embed_texts(model: CLIP, ids: Tensor) -> Tensor:
+    return F.normalize(model.encode_text(ids.to(DEVICE)).float(), dim=-1)               # (B, E)
+
+
+def draw_captions(rng: Rng, scenes: list[Scene], count: int, wrong: int, test: bool = False) -> tuple:
+    """The numbers of B scenes and their pictures; T = B (1 + wrong) captions, first their own, then wrong
+    ones: ids (T, S), which are true of which scenes (B, T), what each says of two things (T, 2, 4). The mood
+    of the ground is said in half of them."""
+    chosen, prompts = draw_prompts(rng, scenes, count, test)
+    shown = [scenes[j] for j in chosen]
+    moods = [pick(rng, ("", world.mood(scene))) for scene in shown]
+    for _ in range(wrong):
+        prompts += [corrupt(rng, prompt, test) for prompt in prompts[:len(shown)]]
+    captions = list(zip(prompts, moods * (1 + wrong)))
+    texts = [f"{prompt.text}, {mood}" if mood else prompt.text for prompt, mood in captions]
+
+    keys = [caption_key(*caption) for caption in captions]
+    true = torch.tensor([[key in true_keys(scene) for key in keys] for scene in shown])     # (B, T)
+    said = torch.tensor([said_of(prompt) for prompt in prompts])                        # (T, 2, 4)
+    return chosen, world.render(shown), clip_encoder()(texts), true, said
+
+
+def caption_key(prompt: Prompt, mood: str) -> str:
+    """What a caption says, whatever its wording, order or side."""
+    return f"{world.content_key(replace(prompt, text=''))} {mood}"
+
+
+@cache
+def true_keys(scene: Scene) -> frozenset[str]:
+    """The keys of all captions that are true of a scene."""
+    prompts, moods = world.prompts_of(scene), ("", world.mood(scene))
+    return frozenset(caption_key(prompt, mood) for prompt in prompts for mood in moods)
+
+
+def train_clip(folder: Path, steps: int) -> Scores:
+    """CLIP's loss, with wrong captions that the pictures must rank low. Beside it the image tower learns to
+    see its patches, and the text tower to read: a linear head finds what is said of both things in the
+    embedding of a caption."""
+    model, scenes = CLIP(**CLIP_CONFIG), pool("clip", 30000)
+    seeing = Seeing(VISION["width"], scenes)
+    reader = nn.Linear(CLIP_CONFIG["embed_dim"], 2 * sum(SAID))
+    taught = nn.ModuleList([model, seeing, reader]).to(DEVICE)
+    model.visual.output_tokens = True
+
+    def loss_of(chosen: list[int], images: Tensor, ids: Tensor, true: Tensor, said: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        pixels = preprocess(images.to(DEVICE), world.SIZE)                              # (B, 3, H, W)
+        image, tokens = model.visual(pixels)                                            # (B, E), (B, P, D)
+        text = embed_texts(model, ids)                                                  # (T, E)
+        logits = model.logit_scale.exp() * F.normalize(image.float(), dim=-1) @ text.T  # (B, T)
+        # a caption that is true of another scene too is no negative there
+        B, T = true.shape
+        also_true = true & ~torch.eye(B, T, dtype=torch.bool)                           # (B, T)
+        logits = logits.masked_fill(also_true.to(DEVICE), -1e4)
+        target = torch.arange(B, device=DEVICE)
+        contrast = F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)
+        known = reader(text).float().view(2 * T, -1)                                    # (2 T, sum(SAID))
+        read = class_loss(known, said.view(2 * T, -1).T.to(DEVICE), SAID)
+        return contrast / 2 + seeing.loss(tokens, chosen) + read
+
+    draw = partial(draw_captions, scenes=scenes, count=96, wrong=2)
+    train("clip", taught, steps, 3e-3, draw, loss_of, 0.05)
+    model.visual.output_tokens = False
+    write_clip(folder / "clip", model)
+
+    # how often a test picture scores higher with its own caption than with one that is wrong in one point
+    test = pool("clip test", 8000, test=True)
+    _, images, ids, _, _ = draw_captions(rng_of("clip score"), test, 2000, wrong=1, test=True)
+    with torch.no_grad():
+        image = embed_pictures(model, images)                                           # (B, E)
+        right, wrong = embed_texts(model, ids).chunk(2)                                 # (B, E) each
+    margin = ((right - wrong) * image).sum(1)                                           # (B,)
+    return {"beats_wrong_caption": float((margin > 0).float().mean())}
 
 
 # ----------------------------------------------------------------------------- SANA
 
-class TextEncoder(nn.Module):
-    """The stand-in for SANA's Gemma: prompt tokens -> (B, S, E),
-    a small bidirectional transformer trained with the DiT."""
-
-    def __init__(self, vocab_size: int, width: int, max_tokens: int = 24) -> None:
-        super().__init__()
-        self.token = nn.Embedding(vocab_size, width)
-        self.position = nn.Parameter(torch.randn(max_tokens, width))    # as loud as the words
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True,
-                                           norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, S), 0 = padding -> features (B, S, E), mask (B, S) with 1 = token."""
-        x = self.token(ids) + self.position[:ids.shape[1]]                              # (B, S, E)
-        return self.norm(self.layers(x, src_key_padding_mask=ids == 0)), (ids != 0).float()
+def read_tokens(clip: CLIP, ids: Tensor) -> Tensor:
+    """Features of every token, ids (B, S) -> (B, S, E), before CLIP's text tower pools them."""
+    x = clip.token_embedding(ids) + clip.positional_embedding                           # (B, S, E)
+    return clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))                 # (B, S, E)
 
 
-def token_table(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int = 16) -> Tensor:
-    """Ids (B, length), each text closed by <|im_end|> so that the empty one has a token, padded with 0."""
-    rows = tokenizer([t + "<|im_end|>" for t in texts], add_special_tokens=False).input_ids
-    assert max(map(len, rows)) <= length, f"a prompt of {max(map(len, rows))} tokens does not fit {length}"
-    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
-
-
-def phrases(tokenizer: PreTrainedTokenizerFast, prompts: list[world.Prompt], ids: Tensor) -> Tensor:
-    """What each word of each prompt, ids (B, S), has to know: of "a red heart left of a blue star" every word
-    of "a red heart" that this is a heart, red, one, and left of the other. Returns (B, S, 4): shape, colour,
-    number, side; -100 at all other words, and 0 for a colour or a side left open."""
-    out = torch.full((*ids.shape, len(SAID)), -100)
-    for b, prompt in enumerate(prompts):
-        for thing, numbers in zip(prompt.include, things_said(prompt)):
-            words = tokenizer(world.noun(*thing), add_special_tokens=False).input_ids
-            start = next(i for i in range(ids.shape[1]) if ids[b, i:i + len(words)].tolist() == words)
-            out[b, start:start + len(words)] = torch.tensor(numbers)
-    return out
-
-
-def teach_reading(text: TextEncoder, tokenizer: PreTrainedTokenizerFast, scenes: list[world.Scene],
-                  steps: int, batch: int = 128) -> float:
-    """The text encoder learns, before there is a DiT, what `phrases` says, through a linear head that is
-    thrown away: SANA's own has read before, too. Returns the share of test words of which all is known."""
-    device = text.position.device
-    reader = nn.ModuleDict({"text": text, "head": nn.Linear(text.position.shape[1], sum(SAID))}).to(device)
-    descent = Descent(reader, steps, 6e-3)
-
-    def draw(rng: np.random.Generator, test: bool = False) -> tuple[Tensor, Tensor]:
-        _, prompts = said_of(rng, scenes, batch, test)
-        ids = token_table(tokenizer, [p.text for p in prompts])                         # (B, S)
-        return ids, phrases(tokenizer, prompts, ids)                                    # (B, S, 4)
-
-    def read(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with precision(device, "bf16"):
-            said = reader["head"](text(ids.to(device))[0]).float()                      # (B, S, all classes)
-        known = labels[..., 0] != -100
-        return said[known], labels[known].to(device)                                    # (words, ...) each
-
-    for i, drawing in enumerate(drawn("reading", steps, draw)):
-        descent.step(i, reading_loss(*read(*drawing)))
-    rng = np.random.default_rng([SEED, *b"reading test"])
-    with torch.no_grad():
-        right = [torch.stack([part.argmax(-1) for part in said.split(SAID, -1)], 1).eq(labels).all(1)
-                 for said, labels in (read(*draw(rng, test=True)) for _ in range(8))]
-    return float(torch.cat(right).float().mean())
-
-
-def logit_normal(count: int, rng: torch.Generator, mean: float = 0.6) -> Tensor:
-    """Times that favour the noisy side, where numbers and places are decided."""
-    return torch.sigmoid(torch.randn(count, generator=rng) + mean)
-
-
-def encode_pool(name: str, size: int) -> tuple[list[world.Scene], Tensor]:
-    """Scenes and their latents (B, C, h, w)."""
-    scenes, vae = pool(name, size), load_vae()
-    with torch.no_grad():
-        return scenes, torch.cat([vae.encode(to_float(part) * 2 - 1)
-                                  for part in render_all(scenes).split(256)])
-
-
-def train_dit(steps: int, batch: int = 192, lr: float = 1e-2) -> None:
+def train_dit(folder: Path, steps: int) -> Scores:
     """The flow-matching loss, and a quarter of that of a `Seeing` head that tells from the tokens inside the
-    DiT what the clean picture will show at each place: after REPA (arXiv 2410.06940), with true labels in
-    place of another network's features."""
-    clock = Clock("dit", steps, batch=batch, lr=lr)
-    tokenizer, rng = build_tokenizer(), generator(SEED, "dit", "draws")
-    torch.manual_seed(SEED)
-    text, dit = TextEncoder(len(tokenizer), NANO.dit.caption_channels), DiT(NANO.dit)
+    DiT what the clean picture will show: REPA (arXiv 2410.06940) with true labels in place of another
+    network's features. CLIP's text tower, trained on, stands in for SANA's Gemma: it has read before, and is
+    not needed afterwards."""
+    clip, vae, dit = load_clip(folder), load_vae(folder), DiT(NANO.dit)
+    clip.visual.requires_grad_(False)
     dit.init_weights(generator(SEED, "dit"))
-    both = nn.ModuleDict({"text": text, "dit": dit}).to(DEVICE)
-    scenes, latents = encode_pool("dit", 40000)
-    words_known = teach_reading(text, tokenizer, scenes, max(1, steps // 20))
-    print(json.dumps({"words_known": round(words_known, 4)}), flush=True)
-    seeing, inside = Seeing(NANO.dit.width, scenes).to(DEVICE), {}
-    dit.transformer_blocks[3].register_forward_hook(lambda block, given, tokens: inside.update(tokens=tokens))
-    params, descent = dict(both.named_parameters()), Descent(nn.ModuleList([both, seeing]), steps, lr)
-    ema = {name: p.detach().clone() for name, p in params.items()}
-    network = torch.compile(dit)
+    dit.compile()
+    scenes = pool("dit", 40000)
+    with torch.no_grad():
+        parts = [world.render(scenes[i:i + 256]) for i in range(0, len(scenes), 256)]
+        latents = torch.cat([vae.encode(part.to(DEVICE) * 2 - 1) for part in parts])    # (scenes, C, h, w)
+    seeing, inside = Seeing(NANO.dit.width, scenes), {}
+    dit.transformer_blocks[3].register_forward_hook(lambda block, x, tokens: inside.update(tokens=tokens))
+    taught = nn.ModuleList([clip, dit, seeing]).to(DEVICE)
 
-    def draw(rng: np.random.Generator) -> tuple[list[int], Tensor]:
-        chosen, prompts = said_of(rng, scenes, batch)
-        texts = ["" if rng.random() < 0.1 else p.text for p in prompts]                 # caption dropout
-        return chosen, token_table(tokenizer, texts)
+    def draw(rng: Rng) -> tuple[list[int], Tensor, Tensor]:
+        chosen, prompts = draw_prompts(rng, scenes, 192)
+        # captions are left out now and then, for guidance
+        texts = ["" if rng.random() < 0.1 else prompt.text for prompt in prompts]
+        # times favour the noisy side, where numbers and places are decided
+        t = torch.sigmoid(torch.tensor(rng.normal(0.6, 1, len(chosen))))                # (B,)
+        return chosen, clip_encoder()(texts), t.float()
 
-    for i, (chosen, ids) in enumerate(drawn("dit", steps, draw)):
-        x0 = latents[chosen]                                                            # (B, C, h, w)
-        t = logit_normal(batch, rng).to(DEVICE)                                         # (B,)
-        noise = torch.randn(x0.shape, generator=rng).to(DEVICE)                         # (B, C, h, w)
-        x = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise                # (B, C, h, w)
-        with precision(DEVICE, "bf16"):
-            v = network(x, t, *text(ids.to(DEVICE)))
-            seen = seeing.loss(inside["tokens"], chosen)
-        loss = F.mse_loss(v.float(), noise - x0)
-        descent.step(i, loss + 0.25 * seen)
-        ema_update(ema, params, min(0.999, (i + 1) / (i + 10)))
-        clock.step(i, loss)
-        if (i + 1) % 1000 == 0 or i + 1 == steps:
-            save_dit(text, dit, ema)
-            print(json.dumps(judge_dit(200)), flush=True)
-    clock.write(WEIGHTS / "transformer", words_known=round(words_known, 4), **judge_dit(600))
+    def loss_of(chosen: list[int], ids: Tensor, t: Tensor) -> Tensor:
+        c = read_tokens(clip, ids.to(DEVICE))                                           # (B, S, E)
+        loss = flow_matching_loss(dit, latents[chosen], c, t.to(DEVICE))
+        return loss + 0.25 * seeing.loss(inside["tokens"], chosen)
 
+    train("dit", taught, steps, 1e-2, draw, loss_of)
+    write_part(folder / "transformer", dit)
 
-def save_dit(text: TextEncoder, dit: DiT, ema: dict[str, Tensor]) -> None:
-    named = {name: t.bfloat16() for name, t in ema.items()}
-    write_json(WEIGHTS / "transformer" / "config.json", NANO.dit.to_json())
-    for part, folder in (("dit", "transformer/diffusion_pytorch_model"), ("text", "text_encoder/model")):
-        save_safetensors(WEIGHTS / f"{folder}.safetensors",
-                         {n.removeprefix(part + "."): t
-                          for n, t in named.items() if n.startswith(part + ".")}, None)
-
-
-def judge_dit(count: int) -> dict[str, float]:
-    """Judge scores of the written DiT under its own text encoder on every (600 // count)th test prompt."""
-    tokenizer, vae, dit = build_tokenizer(), load_vae(), DiT(NANO.dit).to(DEVICE).eval()
-    text = TextEncoder(len(tokenizer), NANO.dit.caption_channels).to(DEVICE).eval()
-    dit.load_state_dict(load_file(WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"))
-    text.load_state_dict(load_file(WEIGHTS / "text_encoder" / "model.safetensors"))
-    prompts, verdicts = world.benchmark_prompts()[::600 // count], []
+    # every test prompt once, read by the text tower
+    prompts, verdicts = world.benchmark_prompts(), []
     with torch.no_grad():
         for i in range(0, len(prompts), 100):
-            part = prompts[i:i + 100]
-            ids = token_table(tokenizer, [p.text for p in part] + [""]).to(DEVICE)      # (B + 1, S)
-            c, mask = text(ids)                                                         # (B + 1, S, E)
-            noise = randn((len(part), *NANO.latent_shape),
-                          [generator(SEED, "judge", i + k) for k in range(len(part))], DEVICE)
-            doubled = (torch.cat([c[-1:].expand(len(part), -1, -1), c[:-1]]),
-                       torch.cat([mask[-1:].expand(len(part), -1), mask[:-1]]))
-            drawings = vae.decode(text_sample(dit, noise, *doubled)) / 2 + 0.5          # (B, 3, H, W)
-            verdicts += world.judge(drawings.cpu(), part)
-    return {k: round(v, 4) for k, v in world.task_scores(verdicts, prompts).items()}
+            some = prompts[i:i + 100]
+            ids = clip_encoder()(["", *(prompt.text for prompt in some)])               # (1 + b, S)
+            c = read_tokens(clip, ids.to(DEVICE))                                       # (1 + b, S, E)
+            noise = randn((len(some), *NANO.latent_shape), generator(SEED, "judge", i), DEVICE)
+            images = vae.decode(sample_ode(dit, noise, c[1:], c[:1])) / 2 + 0.5         # (b, 3, H, W)
+            verdicts += world.judge(images.cpu(), some)
+    return world.task_scores(verdicts, prompts)
 
 
-def text_sample(dit: DiT, noise: Tensor, c: Tensor, mask: Tensor, steps: int = 20,
-                shift: float = 3.0) -> Tensor:
-    """Euler sampling under masked text of unequal length, guidance 4.5;
-    c (2 B, S, E), unconditional half first."""
-    times = shift_time(torch.linspace(1, 0, steps + 1, device=noise.device), shift)
-    x, kv = noise, dit.cross_kv(c, mask)
-    for t, t_next in zip(times[:-1], times[1:]):
-        x = x + (t_next - t) * guided_velocity(dit, x, t.expand(len(x)), kv, 4.5)
-    return x
+# ----------------------------------------------------------------------------- preference, and taste
+
+def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) -> tuple[Tensor, ...]:
+    """Ids of prompts (B, S), a better and then a worse picture of each (2 B, 3, H, W), and the noise on their
+    latents (2 B,): the worse one shows something else under the same light, or comes from noisier latents."""
+    chosen, prompts = draw_prompts(rng, scenes, count, test)
+    better = [scenes[j] for j in chosen]
+    low = rng.uniform(0.0, 0.3, len(better))                                            # (B,)
+    worse, high = list(better), low.copy()
+    for b, prompt in enumerate(prompts):
+        if rng.random() < 0.5:
+            worse[b] = replace(wrong_scene(rng, prompt, test), light=better[b].light)
+        else:
+            high[b] += rng.uniform(0.2, 0.8)
+    ids = clip_encoder()([prompt.text for prompt in prompts])                           # (B, S)
+    noise_level = torch.tensor([*low, *high], dtype=torch.float32)                      # (2 B,)
+    return ids, world.render(better + worse), noise_level
 
 
-# ----------------------------------------------------------------------------- reward models
-
-CLIP = {"embed_dim": 64, "quick_gelu": False,
-        "vision_cfg": {"image_size": 32, "layers": 4, "width": 128, "head_width": 32, "patch_size": 4,
-                       "mlp_ratio": 2.0},
-        "text_cfg": {"context_length": 20, "vocab_size": 96, "width": 128, "heads": 4, "layers": 3,
-                     "mlp_ratio": 2.0}}
-
-
-def clip_tokenizer() -> Tokenizer:
-    """The words of the world, <unk>, and the end token, which must have the highest id:
-    open_clip pools there."""
-    names = ["<pad>", "<unk>", *world.vocabulary()]
-    tokenizer = word_tokenizer([*names, "<end>"])
-    tokenizer.post_processor = processors.TemplateProcessing("$A <end>",
-                                                             special_tokens=[("<end>", len(names))])
-    return tokenizer
+def wrong_scene(rng: Rng, prompt: Prompt, test: bool) -> Scene:
+    """A scene of something else than a prompt says; for training, none of what a test prompt says."""
+    while True:
+        scene = world.scene_for(rng, corrupt(rng, prompt, test))
+        if test or not world.is_test_scene(scene):
+            return scene
 
 
-class Truth:
-    """Which prompts are true of which scenes, whole batches at a time:
-    counts of every look, and the sides of pairs."""
-
-    def __init__(self, scenes: list[world.Scene]) -> None:
-        self.shapes, self.colors = list(world.SHAPES), [None, *world.COLORS]
-        # counts (scenes, S, 1 + colours)
-        self.counts = np.zeros((len(scenes), len(self.shapes), len(self.colors)), int)
-        self.sides = np.zeros((len(scenes), len(world.RELATIONS), len(self.shapes), len(self.shapes)), bool)
-        self.moods = np.array([world.mood(s) for s in scenes])
-        for i, scene in enumerate(scenes):
-            for thing in scene.things:
-                self.counts[i, self.shapes.index(thing.shape), [0, self.colors.index(thing.color)]] += 1
-            if len(scene.things) == 2 and (relation := world.relation_between(*scene.things)):
-                a, b = (self.shapes.index(t.shape) for t in scene.things)
-                names = list(world.RELATIONS)
-                self.sides[i, names.index(relation), a, b] = True
-                self.sides[i, names.index(world.OPPOSITE[relation]), b, a] = True
-
-    def of(self, chosen: list[int], prompts: list[world.Prompt], moods: list[str | None]) -> Tensor:
-        """(scenes, prompts) bool."""
-        out = np.ones((len(chosen), len(prompts)), bool)
-        for k, (prompt, mood) in enumerate(zip(prompts, moods)):
-            for shape, color, count in prompt.include:
-                have = self.counts[chosen, self.shapes.index(shape), self.colors.index(color)]
-                out[:, k] &= have == count if prompt.task == "counting" else have >= count
-            if prompt.relation:
-                a, b = (self.shapes.index(shape) for shape, _, _ in prompt.include)
-                out[:, k] &= self.sides[chosen, list(world.RELATIONS).index(prompt.relation), a, b]
-            if mood:
-                out[:, k] &= self.moods[chosen] == mood
-        return torch.from_numpy(out)
+def preference_margin(model: CLIP, vae: DCAE, ids: Tensor, images: Tensor, noise_level: Tensor) -> Tensor:
+    """How much higher the better picture scores, (B,), in units of the logits; the rest as of draw_pairs."""
+    pictures = through(vae, images, noise_level)                                        # (2 B, 3, H, W)
+    better, worse = embed_pictures(model, pictures).chunk(2)                            # (B, E) each
+    text = embed_texts(model, ids)                                                      # (B, E)
+    return model.logit_scale.exp() * ((better - worse) * text).sum(1)
 
 
-def contrastive_loss(model: nn.Module, images: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
-    """CLIP's loss. ids (B + M, S): the B pictures' own captions, then M wrong ones that only the pictures
-    must rank low; truth (B, B + M) marks the pairs that are true, which are no negatives whoever
-    wrote them."""
-    B = len(images)
-    image = F.normalize(model.encode_image(images), dim=-1)                             # (B, E)
-    text = F.normalize(model.encode_text(ids), dim=-1)                                  # (B + M, E)
-    logits = model.logit_scale.exp() * image @ text.T                                   # (B, B + M)
-    logits = logits.masked_fill(truth & ~torch.eye(B, len(ids), dtype=torch.bool, device=truth.device), -1e4)
-    target = torch.arange(B, device=truth.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)) / 2
+def train_pick(folder: Path, steps: int) -> Scores:
+    model, vae = load_clip(folder), load_vae(folder)
 
+    def loss_of(*pairs: Tensor) -> Tensor:
+        margin = preference_margin(model, vae, *pairs)                                  # (B,)
+        return -F.logsigmoid(margin).mean()
 
-class CaptionedScenes:
-    """Batches of scenes with a caption of each, the mood of the ground said in half of them,
-    and wrong captions."""
-
-    def __init__(self, name: str, size: int, test: bool = False) -> None:
-        rng, self.test = np.random.default_rng([SEED, *name.encode(), 1]), test
-        self.scenes = [s for s in pool(name, size) if world.sample_prompt(rng, s, test)]
-        self.images, self.truth = render_all(self.scenes), Truth(self.scenes)
-        self.encode = text_encoder(clip_tokenizer(), CLIP["text_cfg"]["context_length"],
-                                   CLIP["text_cfg"]["vocab_size"])
-
-    def draw(self, rng: np.random.Generator, count: int) -> tuple[list[int], list[world.Prompt]]:
-        return said_of(rng, self.scenes, count, self.test)
-
-    def batch(self, rng: np.random.Generator, count: int, wrong: int) -> tuple[list[int], Tensor, Tensor]:
-        """The numbers of B scenes, ids (B + wrong B, S), truth (B, B + wrong B)."""
-        chosen, prompts = self.draw(rng, count)
-        moods = [world.mood(self.scenes[j]) if rng.random() < 0.5 else None for j in chosen] * (1 + wrong)
-        said = prompts + [world.corrupt(rng, p) for _ in range(wrong) for p in prompts]
-        ids = self.encode([p.text + (f", {m}" if m else "") for p, m in zip(said, moods)])
-        return chosen, ids, self.truth.of(chosen, said, moods)
-
-    def pixels(self, chosen: list[int]) -> Tensor:
-        """Pictures (B, 3, H, W) as CLIP wants them."""
-        return normalise(to_float(self.images[chosen]))
-
-
-def normalise(images: Tensor) -> Tensor:
-    return preprocess(images, CLIP["vision_cfg"]["image_size"])
-
-
-def train_clip(steps: int, batch: int = 96, lr: float = 3e-3) -> None:
-    """A third of the steps teach the image tower to see and the text tower to read: a linear head finds all
-    that is said of both things in the embedding of a caption. The others compare pictures with captions."""
-    clock = Clock("clip", steps, batch=batch, lr=lr)
-    torch.manual_seed(SEED)
-    model, data = build_clip({"model_cfg": CLIP}), CaptionedScenes("clip", 30000)
-    seeing, alone = Seeing(CLIP["vision_cfg"]["width"], data.scenes), steps // 3
-    reading = nn.Linear(CLIP["embed_dim"], 2 * sum(SAID))
-    taught = nn.ModuleList([model, seeing, reading]).to(DEVICE)
-
-    def alone_draw(rng: np.random.Generator) -> tuple[list[int], Tensor, Tensor]:
-        chosen, prompts = data.draw(rng, batch)
-        known = [(things_said(p) + [[-100] * len(SAID)])[:2] for p in prompts]
-        return chosen, data.encode([p.text for p in prompts]), torch.tensor(known).flatten(1)
-
-    model.visual.output_tokens = True
-    descent = Descent(taught, alone, lr, 0.05)
-    for i, (chosen, ids, known) in enumerate(drawn("clip alone", alone, alone_draw)):
-        with precision(DEVICE, "bf16"):
-            loss = seeing.loss(model.visual(data.pixels(chosen))[1], chosen)
-            said = reading(model.encode_text(ids.to(DEVICE))).float()
-            loss = loss + reading_loss(said, known.to(DEVICE))
-        descent.step(i, loss)
-        clock.step(i, loss)
-    model.visual.output_tokens = False
-    descent = Descent(taught, steps - alone, lr, 0.05)
-    batches = drawn("clip together", steps - alone, lambda rng: data.batch(rng, batch, wrong=2))
-    for i, (chosen, ids, truth) in enumerate(batches):
-        with precision(DEVICE, "bf16"):
-            loss = contrastive_loss(model, data.pixels(chosen), ids.to(DEVICE), truth.to(DEVICE))
-        descent.step(i, loss)
-        model.logit_scale.data.clamp_(max=math.log(100))
-        clock.step(alone + i, loss)
-    round_to_bf16(model).eval()
-    write_clip(WEIGHTS / "clip", model)
-    clock.write(WEIGHTS / "clip", beats_wrong_caption=round(right_over_wrong(model), 4))
-
-
-def write_clip(folder: Path, model: nn.Module) -> None:
-    save_reward(folder, copy.deepcopy(model).to("cpu", torch.bfloat16), {"model_cfg": CLIP}, clip_tokenizer())
-
-
-def load_clip() -> nn.Module:
-    model = build_clip({"model_cfg": CLIP})
-    model.load_state_dict(load_file(WEIGHTS / "clip" / "model.safetensors"))
-    return model.to(DEVICE)
-
-
-@torch.no_grad()
-def right_over_wrong(model: nn.Module, count: int = 2000) -> float:
-    """How often a test picture scores higher with its own test prompt
-    than with a prompt wrong in one point."""
-    data, rng = CaptionedScenes("clip test", 4 * count, test=True), np.random.default_rng([SEED, 5])
-    chosen, prompts = data.draw(rng, count)
-    wrong = [world.corrupt(rng, p) for p in prompts]
-    image = F.normalize(model.encode_image(data.pixels(chosen)), dim=-1)                # (B, E)
-    right, other = (F.normalize(model.encode_text(data.encode([p.text for p in said]).to(DEVICE)), dim=-1)
-                    for said in (prompts, wrong))                                       # (B, E) each
-    return float(((image * right).sum(1) > (image * other).sum(1)).float().mean())
-
-
-def pairs_of_pictures(data: CaptionedScenes, vae: DCAE, rng: np.random.Generator,
-                      count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts (B, S), better and worse pictures (B, 3, H, W): the worse one shows something else,
-    or is decoded from noisier latents.
-
-    Both come through the autoencoder, as generated pictures do, and have the same light.
-    """
-    chosen, prompts = data.draw(rng, count)
-    scenes = [data.scenes[j] for j in chosen]
-    other = [replace(world.scene_for(rng, world.corrupt(rng, p)), light=s.light)
-             for p, s in zip(prompts, scenes)]
-    wrong = torch.from_numpy(rng.random(count) < 0.5)                                   # (B,)
-    low = torch.from_numpy(rng.uniform(0.0, 0.3, count)).float()                        # (B,) noise, better
-    high = torch.where(wrong, low, low + torch.from_numpy(rng.uniform(0.2, 0.8, count)).float())
-    better, worse = world.render(scenes), world.render(other)
-    worse = torch.where(wrong[:, None, None, None], worse, better)                      # (B, 3, H, W)
+    draw = partial(draw_pairs, scenes=pool("pick", 30000), count=48)
+    train("pick", model, steps, 3e-4, draw, loss_of, 0.05)
+    write_clip(folder / "pickscore", model)
+    pairs = draw_pairs(rng_of("pick score"), pool("pick test", 4000, test=True), 1000, test=True)
     with torch.no_grad():
-        z = vae.encode(torch.cat([better, worse]).to(DEVICE) * 2 - 1)                   # (2 B, C, h, w)
-        noise = torch.cat([low, high])[:, None, None, None] * torch.from_numpy(rng.standard_normal(z.shape))
-        pictures = vae.decode(z + noise.float().to(DEVICE)) / 2 + 0.5
-    better, worse = pictures.clamp(0, 1).chunk(2)
-    return data.encode([p.text for p in prompts]).to(DEVICE), better, worse
+        margin = preference_margin(model, vae, *pairs)                                  # (1000,)
+    return {"prefers_the_better": float((margin > 0).float().mean())}
 
 
-def train_pick(steps: int, batch: int = 48, lr: float = 3e-4) -> None:
-    clock = Clock("pick", steps, batch=batch, lr=lr)
-    model, data, vae = load_clip(), CaptionedScenes("pick", 30000), load_vae()
-    descent = Descent(model, steps, lr, 0.05)
-    for i in range(steps):
-        rng = np.random.default_rng([SEED, *b"pick", i])
-        asked, better, worse = pairs_of_pictures(data, vae, rng, batch)
-        chosen, ids, truth = data.batch(rng, batch, wrong=1)
-        with precision(DEVICE, "bf16"):
-            margin = preference_margin(model, asked, better, worse)                     # (B,)
-            loss = -F.logsigmoid(margin).mean() + 0.3 * contrastive_loss(
-                model, data.pixels(chosen), ids.to(DEVICE), truth.to(DEVICE))
-        descent.step(i, loss)
-        model.logit_scale.data.clamp_(max=math.log(100))
-        clock.step(i, loss)
-    round_to_bf16(model).eval()
-    write_clip(WEIGHTS / "pickscore", model)
-    test, rng = CaptionedScenes("pick test", 4000, test=True), np.random.default_rng([SEED, 6])
-    with torch.no_grad():
-        right = (preference_margin(model, *pairs_of_pictures(test, vae, rng, 1000)) > 0).float().mean()
-    clock.write(WEIGHTS / "pickscore", prefers_the_better=round(float(right), 4))
-
-
-def preference_margin(model: nn.Module, ids: Tensor, better: Tensor, worse: Tensor) -> Tensor:
-    """How much higher the better picture scores, (B,), in units of the logits."""
-    text = F.normalize(model.encode_text(ids), dim=-1)                                  # (B, E)
-    image = F.normalize(model.encode_image(normalise(torch.cat([better, worse]))),
-                        dim=-1)                                                         # (2 B, E)
-    score = model.logit_scale.exp() * (image * text.repeat(2, 1)).sum(1)                # (2 B,)
-    return score[:len(ids)] - score[len(ids):]
-
-
-def train_aes(steps: int, batch: int = 256, lr: float = 1e-3) -> None:
+def train_aes(folder: Path, steps: int) -> Scores:
     """Regression of 1 + 9 light from CLIP's unit embedding of pictures that went through the autoencoder."""
-    clock = Clock("aes", steps, batch=batch, lr=lr)
-    model, vae = load_clip(), load_vae()
-    torch.manual_seed(SEED)
-    head = AestheticHead(CLIP["embed_dim"], (32, 16, 16, 8)).to(DEVICE)
-    opt, rng = adamw(head.parameters(), lr, 0.01), generator(SEED, "aes")
+    model, vae = load_clip(folder), load_vae(folder)
+    head = AestheticHead(CLIP_CONFIG["embed_dim"], (32, 16, 16, 8)).to(DEVICE)
 
     @torch.no_grad()
     def features(name: str, count: int) -> tuple[Tensor, Tensor]:
-        scenes, out = pool(name, count), []
-        for part in world.render(scenes).split(250):
-            z = vae.encode(part.to(DEVICE) * 2 - 1)                                     # (B, C, h, w)
-            noise = 0.3 * torch.rand(len(z), 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
-            pictures = (vae.decode(z + noise.to(DEVICE)) / 2 + 0.5).clamp(0, 1)
-            out.append(F.normalize(model.encode_image(normalise(pictures)), dim=-1))
-        return torch.cat(out), torch.tensor([1 + 9 * s.light for s in scenes], device=DEVICE)
+        scenes = pool(name, count)
+        light = torch.tensor([scene.light for scene in scenes])                         # (count,)
+        noise_level = 0.3 * torch.rand(len(scenes))                                     # (count,)
+        images = through(vae, world.render(scenes), noise_level)                        # (count, 3, H, W)
+        parts = [embed_pictures(model, part) for part in images.split(250)]
+        return torch.cat(parts), (1 + 9 * light).to(DEVICE)
 
-    x, y = features("aes", 6000)
-    for i in range(steps):
-        chosen = torch.randint(len(x), (batch,), generator=rng)
-        for group in opt.param_groups:
-            group["lr"] = cosine_lr(i, steps, 50, lr)
-        opt.zero_grad(set_to_none=True)
-        (loss := F.mse_loss(head(x[chosen]), y[chosen])).backward()
-        opt.step()
-        clock.step(i, loss)
+    x, y = features("aes", 6000)                                                        # (count, E), (count,)
+
+    def loss_of(chosen: np.ndarray) -> Tensor:
+        return F.mse_loss(head(x[chosen]).float(), y[chosen])
+
+    train("aes", head, steps, 1e-3, lambda rng: (rng.integers(len(x), size=256),), loss_of)
+    write_weights(folder / "aesthetic" / "aesthetic.safetensors", head)
     x, y = features("aes test", 1000)
-    head = round_to_bf16(head).eval()
-    save_aesthetic_head(WEIGHTS / "aesthetic", copy.deepcopy(head).to("cpu", torch.bfloat16))
     with torch.no_grad():
-        error = (head(x) - y).square().mean().sqrt()
-    clock.write(WEIGHTS / "aesthetic", rmse=round(float(error), 3))
+        return {"rmse": float(F.mse_loss(head(x), y).sqrt())}
 
 
-def ship(run_dir: Path) -> None:
-    """Put the weights of a stage I or II run, in bf16, among the shipped ones, with the record of how they
-    were made; if `evaluate.py geneval --out RUN_DIR` has judged them, with its scores."""
-    path = next(run_dir.glob("stage[12].safetensors"))
-    tensors, metadata = read_safetensors(path)
-    here, there = str(run_dir), f"runs/{path.stem}"   # where the run lay on this machine is nobody's business
-    metadata = {name: text.replace(here, there) for name, text in metadata.items()}
-    save_safetensors(WEIGHTS / path.name, {name: t.bfloat16() for name, t in tensors.items()}, metadata)
-    record = json.loads(path.with_suffix(".json").read_text().replace(here, there))
-    if (judged := run_dir / "geneval.json").is_file():
-        scores = json.loads(judged.read_text())
-        record["judge"] = {"name": scores["name"], "settings": scores["settings"], **scores["tasks"],
-                           "overall": scores["overall"]}
-    write_json(WEIGHTS / f"{path.stem}.json", record)
+# ----------------------------------------------------------------------------- the command
+
+# part -> its training, its steps, and the folder that it writes
+PARTS = {"vae": (train_vae, 900, "vae"),
+         "vlm": (train_vlm, 5000, "vlm"),
+         "clip": (train_clip, 4500, "clip"),
+         "dit": (train_dit, 6000, "transformer"),
+         "pick": (train_pick, 800, "pickscore"),
+         "aes": (train_aes, 2000, "aesthetic")}
 
 
-PARTS = {"vae": (train_vae, 900), "vlm": (train_vlm, 5000), "dit": (train_dit, 6000),
-         "clip": (train_clip, 4500), "pick": (train_pick, 800), "aes": (train_aes, 2000)}
+@dataclass(frozen=True)
+class PretrainConfig:
+    parts: tuple[str, ...] = knob((), f"what to train, of {', '.join(PARTS)}; none named: all", words=True)
+    scale: float = knob(1.0, "multiplies every number of steps, for a quick look")
+    out: str = knob("auto", "folder for the weights; auto: weights/nano")
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("parts", nargs="*", metavar="PART",
-                        help=f"what to train, of {', '.join(PARTS)} (default: everything)")
-    parser.add_argument("--scale", type=float, default=1.0,
-                        help="multiplies every number of steps; for a quick look")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--more", type=int, metavar="STEPS",
-                         help="instead: this many more steps of the last lesson for the vlm that is there")
-    instead.add_argument("--ship", type=Path, metavar="RUN_DIR",
-                         help="instead: put a stage I or II run's weights among the shipped ones")
-    return parser
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse_config(PretrainConfig, argv, description=__doc__)
+    if not set(cfg.parts) <= set(PARTS):
+        raise Refused(f"unknown part in {' '.join(cfg.parts)}: expected some of {', '.join(PARTS)}")
+    # on a CPU the fused attention's bf16 gradient is slow: plain products and a softmax do in its place
+    torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(DEVICE.type == "cpu")
 
-
-def main() -> None:
-    parser = arguments()
-    args = parser.parse_args()
-    if args.parts and (args.ship or args.more is not None):
-        parser.error(f"expected no parts beside --more and --ship, got {args.parts[0]!r}")
-    if args.ship:
-        return ship(args.ship)
-    if args.more is not None:
-        if args.more < 1:
-            parser.error(f"expected --more of at least 1, got {args.more}")
-        return train_vlm(args.more, batch=20, lr=3e-3, go_on=True)
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        parser.error(f"expected parts of {', '.join(PARTS)}, got {unknown[0]!r}")
-    for part in args.parts or PARTS:
-        train, steps = PARTS[part]
-        train(max(1, round(steps * args.scale)))
+    folder = weights_folder("nano", cfg.out)
+    for part in cfg.parts or PARTS:
+        train_part, steps, place = PARTS[part]
+        steps = max(1, round(steps * cfg.scale))
+        start = time.time()
+        torch.manual_seed(SEED)
+        scores = train_part(folder, steps)
+        record = {"command": f"python nano/pretrain.py {part}", "seed": SEED, "steps": steps,
+                  "seconds": round(time.time() - start), **environment()}
+        record |= {name: round(score, 4) for name, score in scores.items()}
+        write_json(folder / place / "training.json", record)
+        print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
