@@ -6,130 +6,92 @@
 
 A picture's noise depends on --seed, its prompt's place and its number there. Letters: B pictures, H W pixels.
 """
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from common import (WEIGHTS_HELP, derive_seed, image_grid, knob, parse_config, precision, run_main,
-                    save_image, save_png)
-from train import RECIPES
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from model import ParaUni
+from common import Refused, atomic, derive_seed, knob, parse_config, precision, run
+from data import read_picture, read_prompts, to_tensor
+from model import PRESETS, ParaUni
+from pictures import save_sheet
 
-BATCH = 16                                                   # pictures drawn at a time
+BATCH = 16                                                  # pictures drawn at a time
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    prompt: tuple[str, ...] = knob((), "what to draw, in quotes; with --chat, one question", positional="*")
+    prompt: tuple[str, ...] = knob((), "what to draw, in quotes; with --chat, one question", words=True)
     prompts: str = knob("", "file with one prompt a line, drawn after those of the command line")
     chat: str = knob("", "picture file to ask about")
-    preset: str = knob("nano", "size of everything")
-    weights: str = knob("auto", WEIGHTS_HELP)
-    stage_file: str = knob("", "a stage's weights, as runs/stage3/stage3.safetensors, or an OpenUni .pth; "
-                               "empty: the newest in --weights")
+    preset: str = knob("nano", "size of everything", choices=PRESETS)
+    weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
+    stage_file: str = knob("auto", "a stageN.safetensors; auto: the newest in --weights; none")
     out: str = knob("samples", "folder for the pictures")
     seed: int = knob(0, "all randomness is derived from it")
     num_steps: int = knob(20, "sampling steps")
     guidance_scale: float = knob(4.5, "classifier-free guidance; 1 turns it off")
     per_prompt: int = knob(1, "pictures of each prompt")
 
-    def __post_init__(self) -> None:
-        if min(self.num_steps, self.per_prompt) < 1:
-            raise ValueError("expected --num-steps, --per-prompt of at least 1, "
-                             f"got {self.num_steps}, {self.per_prompt}")
-        if self.chat and (len(self.prompt) != 1 or self.prompts):
-            raise ValueError("expected --chat PICTURE, one question in quotes, no --prompts, "
-                             f"got {len(self.prompt)} questions")
-        if not self.prompt and not self.prompts:
-            raise ValueError('expected a prompt in quotes, such as "a red heart left of a star", '
-                             'or --prompts FILE')
-        if not all(text.strip() for text in self.prompt):
-            raise ValueError("expected every prompt to say something, got an empty one")
+
+def load(cfg: Any, device: torch.device, stage_file: str = "") -> ParaUni:
+    """The model of cfg.preset, cfg.weights and a stage file, to sample from."""
+    # bf16 is SANA's own precision
+    dtype = torch.float32 if PRESETS[cfg.preset].shapes_world else torch.bfloat16
+    return ParaUni.from_preset(cfg.preset, cfg.weights, stage_file or cfg.stage_file, cfg.seed, device, dtype)
 
 
-def load_model(preset: str, weights: str, stage_file: str, seed: int) -> "ParaUni":
-    """A preset with the weights of a stage, or with the newest in its folder;
-    on the GPU where there is one."""
-    import torch
-    from model import PRESETS, ParaUni, weights_folder
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if preset == "nano" else torch.bfloat16      # SANA's own precision
-    if weights == "random" or not stage_file:
-        model = ParaUni.from_preset(preset, weights, seed, device, dtype)
-    else:                       # a stage 1 file belongs on the pre-trained DiT, not on the newest stage
-        model = ParaUni.from_parts(PRESETS[preset], weights_folder(preset, weights), 0, device, dtype)
-    if stage_file:
-        model.load_trained(Path(stage_file), preset=preset)
-    return model
+def save_picture(path: Path, image: Tensor, scale: int = 1) -> None:
+    """Save (3, H, W) in [0, 1] as PNG, every pixel drawn scale x scale."""
+    pixels = (image * 255).round().byte().permute(1, 2, 0)                          # (H, W, 3)
+    pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    with atomic(path) as temporary:
+        Image.fromarray(pixels.cpu().numpy()).save(temporary, "PNG")
 
 
-def out_folder(name: str) -> Path:
-    """The folder of --out, made if it is missing."""
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise NotADirectoryError(f"cannot make the folder --out {name} ({error.strerror}): "
-                                 "choose another") from error
-    if not os.access(name, os.W_OK | os.X_OK):
-        raise PermissionError(f"no permission to write into the folder --out {name}: choose another")
-    return Path(name)
-
-
-def write_pictures(cfg: SampleConfig) -> list[Path]:
+def write_pictures(cfg: SampleConfig, model: ParaUni, prompts: list[str]) -> list[Path]:
     """Pictures of every prompt as files, and all of them on one sheet. Returns the paths."""
-    import torch
-    import torch.nn.functional as F
-    from data import read_prompts
-    prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
-    folder, model = out_folder(cfg.out), load_model(cfg.preset, cfg.weights, cfg.stage_file, cfg.seed)
-    model.tokenize(prompts)     # an unknown word in the last prompt is reported before the first picture
-    wanted, paths, sheet = [(i, j) for i in range(len(prompts)) for j in range(cfg.per_prompt)], [], []
+    model.tokenize(prompts)                                 # an unknown word shows before the first picture
+    folder, paths, sheet = Path(cfg.out), [], []
+    wanted = [(i, j) for i in range(len(prompts)) for j in range(cfg.per_prompt)]
     for first in range(0, len(wanted), BATCH):
         part = wanted[first:first + BATCH]
-        seeds = [derive_seed(cfg.seed, "picture", i, *([j] if j else []))               # 0 as in `generate`
-                 for i, j in part]
+        # a prompt's first picture is that of model.generate
+        seeds = [derive_seed(cfg.seed, "picture", i, *([j] if j else [])) for i, j in part]
         with precision(model.device, "bf16" if model.device.type == "cuda" else "fp32"):
             images = model.generate([prompts[i] for i, _ in part], cfg.num_steps, cfg.guidance_scale,
-                                    seed=seeds).cpu()
+                                    seed=seeds).cpu()                               # (B, 3, H, W)
         for (i, j), image in zip(part, images):
+            number = f"{i:03}-{j}" if cfg.per_prompt > 1 else f"{i:03}"
             slug = re.sub(r"\W+", "-", prompts[i].lower())[:48].strip("-")
-            paths.append(folder / f"{i:03}{f'-{j}' if cfg.per_prompt > 1 else ''}-{slug}.png")
-            save_image(paths[-1], image, scale=max(1, 256 // image.shape[-1]))
+            paths.append(folder / f"{number}-{slug}.png")
+            save_picture(paths[-1], image, scale=max(1, 256 // image.shape[-1]))
             print(paths[-1], flush=True)
-        sheet += F.adaptive_avg_pool2d(images, min(256, images.shape[-1]))              # B of (3, h, w)
-    columns, grid = cfg.per_prompt if cfg.per_prompt > 1 else min(8, len(wanted)), folder / "grid.png"
-    save_png(grid, image_grid(torch.stack(sheet), columns, 256 // sheet[0].shape[-1],
-                              [prompts[i] for i, _ in wanted]))
-    print(grid)
-    return [*paths, grid]
-
-
-def ask(cfg: SampleConfig) -> str:
-    """The VLM's answer to one question about one picture file."""
-    import numpy as np
-    import torch
-    from PIL import Image
-    if not Path(cfg.chat).is_file():
-        raise FileNotFoundError(f"expected --chat to name a picture, found no file {cfg.chat}")
-    try:
-        with Image.open(cfg.chat) as picture:
-            pixels = np.array(picture.convert("RGB"))                                   # (H, W, 3)
-    except (OSError, SyntaxError) as error:                  # PIL says the one or the other of a damaged PNG
-        raise ValueError("expected --chat to name a picture, "
-                         f"{cfg.chat} cannot be read as one ({error})") from error
-    model = load_model(cfg.preset, cfg.weights, cfg.stage_file, cfg.seed)
-    print(answer := model.chat(torch.from_numpy(pixels).permute(2, 0, 1) / 255, cfg.prompt[0]))
-    return answer
+        sheet += F.adaptive_avg_pool2d(images, min(256, images.shape[-1]))          # of (3, h, w)
+    columns = cfg.per_prompt if cfg.per_prompt > 1 else min(8, len(wanted))
+    save_sheet(folder / "grid.png", torch.stack(sheet), columns, [prompts[i] for i, _ in wanted])
+    print(folder / "grid.png")
+    return [*paths, folder / "grid.png"]
 
 
 def main(argv: list[str] | None = None) -> list[Path] | str:
-    cfg = parse_config(SampleConfig, {name: {} for name in RECIPES}, argv, __doc__.split("\n")[0])
-    return ask(cfg) if cfg.chat else write_pictures(cfg)
+    cfg = parse_config(SampleConfig, argv, description=__doc__.split("\n")[0])
+    prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
+    if not prompts or cfg.chat and len(prompts) != 1:
+        raise Refused('expected prompts in quotes, as "a red heart left of a star", or --prompts FILE; with '
+                      f"--chat PICTURE one question, got {len(prompts)}")
+    model = load(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not cfg.chat:
+        return write_pictures(cfg, model, prompts)
+    answer = model.chat(to_tensor(read_picture(cfg.chat)), prompts[0])
+    print(answer)
+    return answer
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run(main)

@@ -1,0 +1,485 @@
+"""What does each part of the method add? `python evaluate.py ablate`: many nano models, trained, in 13 rows.
+
+    layers   stages 1 and 2 from stage 0: all layers, without a region, every other layer, the last layer
+             only, without the LIM's LayerNorm
+    ldam     stage 3 from one stage 2: without LDAM, with it at the paper's thresholds, and at thresholds at
+             which it fires on nano, its noise for an epoch or kept, and without one of its two gates
+
+The rows of the paper's Table 3 are among them. The supplement's Figures 1-3 are supplement.png: LDAM at nano
+thresholds (red) against none (blue).
+
+A run is a row with one seed, in a folder of its own: plan.json holds the flags of its train.py runs, row.json
+what came out. What has its row.json is not trained again; what was interrupted goes on from its checkpoint.
+Seeds are the same in all rows, so that differences are paired by seed.
+
+Letters: B pictures, N queries, E condition width, C h w latent.
+"""
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from common import (ROOT, Refused, StopSignal, derive_seed, generator, knob, resolve, run, setup_dist,
+                    write_json)
+from dit import flow_matching_loss, randn
+from evaluation import finish, mean_and_error, spread, start
+from evaluation.claims import claim, markdown, panels, write_csv
+from evaluation.layers import (draw_all, draw_curves, figure9, largest_jump, own_rewards, stage3_log,
+                               without_region)
+from ldam import LDAM, REGIONS
+from model import PRESETS, ParaUni, weights_folder
+from nano import world
+from rewards import build_reward
+
+REWARDS = ("clip", "pickscore", "aesthetic")
+MEASURES = ("judge", *REWARDS, "loss")                  # only the loss is better small
+SUPPLEMENT = {"pickscore": 1, "aesthetic": 2, "clip": 3}                # reward -> number of its figure
+SPIKES = (100.0, 30.0, 10.0, 5.0, 3.0, 2.0, 1.7, 1.5, 1.3, 1.2, 1.1)    # thresholds that are tried
+PATIENCES = (5, 4, 3, 2, 1)
+
+
+class Row(NamedTuple):
+    title: str
+    family: str                     # "layers" or "ldam"
+    paper: float | None = None      # GenEval, overall, of the paper's Table 3
+    at_nano: bool = False           # at the thresholds at which LDAM fires on nano
+
+
+ROWS = {
+    "all": Row("all layers", "layers", 0.87),
+    "no-shallow": Row("no shallow layers", "layers", 0.82),
+    "no-middle": Row("no middle layers", "layers", 0.85),
+    "no-deep": Row("no deep layers", "layers", 0.84),
+    "every-other": Row("every other layer", "layers", 0.86),
+    "no-norm": Row("no LayerNorm", "layers", 0.73),
+    "last": Row("last layer only", "layers"),
+    "no-ldam": Row("no LDAM", "ldam"),
+    "ldam": Row("LDAM, the paper's thresholds", "ldam", 0.87),
+    "ldam-epoch": Row("LDAM, nano thresholds, noise for an epoch", "ldam", at_nano=True),
+    "ldam-keep": Row("LDAM, nano thresholds, noise kept", "ldam", at_nano=True),
+    "no-grad-norm": Row("LDAM, nano thresholds, no gradient-norm gate", "ldam", 0.86, at_nano=True),
+    "no-reward": Row("LDAM, nano thresholds, no reward gate", "ldam", 0.86, at_nano=True)}
+PAPER_NOTE = ("Table 3's \"Ours\", 0.87, stands beside all layers, here without stage 3, and beside LDAM: "
+              "the paper does not say which of them it is.")
+# claim, the row that is better by it, the other row
+COMPARED = (
+    ("Without the shallow layers it is worse", "all", "no-shallow"),
+    ("Without the middle layers it is worse", "all", "no-middle"),
+    ("Without the deep layers it is worse", "all", "no-deep"),
+    ("With every other layer it is worse", "all", "every-other"),
+    ("Without LayerNorm it is worse", "all", "no-norm"),
+    ("The last layer alone is worse than all", "all", "last"),
+    ("LDAM helps", "ldam-epoch", "no-ldam"),
+    ("LDAM helps, its noise kept", "ldam-keep", "no-ldam"),
+    ("LDAM needs the gradient-norm gate", "ldam-epoch", "no-grad-norm"),
+    ("LDAM needs the reward gate", "ldam-epoch", "no-reward"))
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Flags of `evaluate.py ablate`. The defaults are sized for about an hour on two CPU cores."""
+    weights: str = knob("auto", "where the rows about layers start; auto: weights/nano; or a folder like it")
+    init: str = knob("auto", "stage 2 weights where the rows about LDAM start; auto: those in --weights")
+    rows: tuple[str, ...] = knob(tuple(ROWS), "rows to train; the table shows every finished one")
+    seeds: int = knob(3, "runs of each row, with seeds 0, 1, 2 ...; at least 2")
+    jobs: int = knob(2, "runs at a time; the cores are shared out among them")
+    stage1_steps: int = knob(120, "steps of stage 1, rows about layers")
+    stage2_steps: int = knob(100, "steps of stage 2, rows about layers")
+    pictures: int = knob(32, "pictures a step in stages 1 and 2")
+    reinforce: bool = knob(False, "rows about layers: also stage 3, without LDAM")
+    stage3_steps: int = knob(12, "epochs of stage 3 for each of the three rewards")
+    num_groups: int = knob(3, "stage 3: prompts an epoch")
+    group_size: int = knob(8, "stage 3: pictures a prompt")
+    spike: float = knob(0.0, "nano threshold of the gradient's jump; 0: found in the log of row ldam")
+    patience: int = knob(0, "nano threshold of the reward's declines; 0: found in the log of row ldam")
+    dtype: str = knob("bf16", "of stages 1 and 2; stage 3 and scoring are fp32", choices=("fp32", "bf16"))
+    limit: int = knob(120, "test prompts of the nano benchmark, evenly spread, one picture each")
+    num_steps: int = knob(10, "sampling steps of these pictures")
+    guidance_scale: float = knob(4.5, "their guidance")
+    batch_size: int = knob(60, "of them at a time")
+    seed: int = knob(0, "their noise; the same for all rows and all training seeds")
+    out: str = knob("runs/ablate", "folder for runs, tables and plots; interrupted work there goes on")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train every row over several seeds; table, plots and verdicts.
+
+    Returns the rows of ablate.csv and claims.csv under these names, what LDAM did ("ldam"); {} if stopped.
+    """
+    cfg, _ = start(AblateConfig, argv, __doc__.splitlines()[0])
+    unknown = set(cfg.rows) - set(ROWS)
+    if unknown:
+        raise Refused(f"--rows: expected some of {', '.join(ROWS)}, got {', '.join(unknown)}")
+    if cfg.seeds < 2 or bool(cfg.spike) != bool(cfg.patience):
+        raise Refused("an error needs at least 2 --seeds; --spike and --patience go together")
+    # the rows at nano thresholds wait for the logs that say which these are
+    spike, patience = cfg.spike, cfg.patience
+    for at_nano in (False, True):
+        names = [name for name in cfg.rows if ROWS[name].at_nano == at_nano]
+        if names and at_nano and not spike:
+            spike, patience = find_thresholds(ldam_logs(cfg))
+        plans = {run_folder(cfg, name, seed): make_plan(cfg, name, seed, spike, patience)
+                 for seed in range(cfg.seeds) for name in names}
+        if not run_all(cfg, plans):
+            return {}
+    return summarise(cfg, spike, patience)
+
+
+# ----------------------------------------------------------------------------- the flags of a run
+
+def run_folder(cfg: AblateConfig, name: str, seed: int) -> Path:
+    return Path(cfg.out) / f"{name}-seed{seed}"
+
+
+def flags(**values: object) -> list[str]:
+    """flags(num_steps=4) -> ["--num-steps", "4"]"""
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def layer_flags(name: str, L: int) -> list[str]:
+    """What a row about layers adds to stage 1."""
+    if name == "no-norm":
+        return ["--no-norm"]
+    fused = {"last": [L], "every-other": list(range(2 - L % 2, L + 1, 2))}
+    fused |= {f"no-{region}": without_region(region, L) for region in REGIONS}
+    return flags(layers=",".join(map(str, fused[name]))) if name in fused else []
+
+
+def ldam_flags(name: str, spike: float, patience: int) -> list[str]:
+    """What a row about LDAM adds to stage 3."""
+    own = {"no-ldam": ["--no-ldam"], "ldam-keep": flags(ldam_mode="keep"),
+           "no-grad-norm": ["--no-ldam-use-grad-norm"], "no-reward": ["--no-ldam-use-reward"]}.get(name, [])
+    return own + (flags(ldam_spike=spike, ldam_patience=patience) if ROWS[name].at_nano else [])
+
+
+def make_plan(cfg: AblateConfig, name: str, seed: int, spike: float, patience: int) -> dict:
+    """The train.py flags of a run's stages, in order, and how its pictures are scored."""
+    folder, parts = run_folder(cfg, name, seed), weights_folder("nano", cfg.weights)
+    about_layers = ROWS[name].family == "layers"
+    init = parts / "stage2.safetensors" if cfg.init == "auto" else Path(cfg.init)
+    before = {1: "none", 2: folder / "stage1" / "stage1.safetensors",
+              3: folder / "stage2" / "stage2.safetensors" if about_layers else init}
+    supervised = flags(batch_size=cfg.pictures, micro_batch=cfg.pictures, dtype=cfg.dtype, save_every=50)
+    reinforced = flags(steps=cfg.stage3_steps, num_groups=cfg.num_groups, group_size=cfg.group_size,
+                       micro_batch=cfg.num_groups * cfg.group_size, num_steps=4, num_eval=24,
+                       eval_steps=cfg.num_steps, eval_every=10_000, save_every=10)
+    steps = {1: cfg.stage1_steps, 2: cfg.stage2_steps}
+    own = {n: supervised + flags(steps=steps[n], warmup=max(1, steps[n] // 10)) for n in (1, 2)}
+    own[1] += layer_flags(name, PRESETS["nano"].vlm_layers)
+    own[3] = reinforced + (["--no-ldam"] if about_layers else ldam_flags(name, spike, patience))
+
+    # rows about layers stop before stage 3 unless --reinforce
+    numbers = (1, 2, 3)[:3 if cfg.reinforce else 2] if about_layers else (3,)
+    shared = flags(seed=seed, weights=cfg.weights, resume="auto", keep=1)
+    stages = [flags(stage=n, init=before[n], run_dir=folder / f"stage{n}") + shared + own[n] for n in numbers]
+    scored = ("limit", "num_steps", "guidance_scale", "batch_size", "seed", "weights")
+    return {"stages": stages, "from": weights_digest(parts, [] if about_layers else [init]),
+            "score": {name: getattr(cfg, name) for name in scored}}
+
+
+def weights_digest(parts: Path, files: list[Path]) -> str:
+    """SHA-256 of the weights that a run starts from and is scored by: others must not share its table."""
+    folders = [parts / part for part in ("vlm", "transformer", "vae")]
+    folders += [weights_folder("nano", "auto") / reward for reward in REWARDS]
+    total = hashlib.sha256()
+    for path in [path for folder in folders for path in sorted(folder.glob("*.safetensors"))] + files:
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------- one run
+
+def run_row() -> None:
+    """`python -m evaluation.ablate FOLDER`: what FOLDER/plan.json says, from where it was left."""
+    folder, began = Path(sys.argv[1]), time.perf_counter()
+    plan = json.loads((folder / "plan.json").read_text())
+    for stage in plan["stages"]:
+        number, run_dir = (stage[stage.index(flag) + 1] for flag in ("--stage", "--run-dir"))
+        weights = Path(run_dir) / f"stage{number}.safetensors"
+        if weights.is_file():
+            continue
+        # the record beside the weights quotes the command line
+        sys.argv = ["train.py", *stage]
+        if not train.main(stage):
+            return                                              # a signal stopped it; everything is saved
+    scores = score_run(AblateConfig(**plan["score"], dtype="fp32"), weights)
+    seconds = round(time.perf_counter() - began)
+    write_json(folder / "row.json", {"scores": scores, "weights": str(weights), "seconds": seconds})
+    for checkpoints in folder.glob("stage*/checkpoints"):
+        shutil.rmtree(checkpoints)
+
+
+def score_run(cfg: AblateConfig, weights: Path) -> dict:
+    """What one trained model is worth: the judge's score in six tasks, the rewards of the same pictures, and
+    the loss on held-out pictures; the noise is the same for every model."""
+    device = setup_dist().device
+    cfg = resolve(cfg, device)
+    model = ParaUni.from_preset("nano", cfg.weights, weights, device=device)
+    benchmark = world.benchmark_prompts()
+    prompts = [benchmark[i] for i in spread(cfg.limit, len(benchmark))]
+    texts = [prompt.text for prompt in prompts]
+    images = draw_all(cfg, model, texts)                                        # (B, 3, H, W)
+    tasks = world.task_scores(world.judge(images, prompts), prompts)
+    scores = {"judge": tasks.pop("overall"), "loss": heldout_loss(model, cfg.seed), "tasks": tasks}
+    for name in REWARDS:
+        reward = build_reward(name, device, weights_folder("nano", "auto"))
+        scores[name] = reward(images, texts).mean().item()
+    return scores
+
+
+@torch.no_grad()
+def heldout_loss(model: ParaUni, seed: int, count: int = 256, batch: int = 64) -> float:
+    """Mean flow-matching loss on `count` pictures whose captions are never trained on, at even times."""
+    rng, pairs = np.random.default_rng(derive_seed(seed, "heldout loss")), []
+    while len(pairs) < count:
+        scene = world.sample_scene(rng)
+        prompt = world.sample_prompt(rng, scene, test=True)
+        if prompt:
+            pairs.append((scene, prompt.text))
+    times = (torch.arange(count) * 97 % count + 0.5) / count                    # (count,) mixed
+    total = 0.0
+    for first in range(0, count, batch):
+        scenes, texts = zip(*pairs[first:first + batch])
+        images = world.render(list(scenes)).to(model.device)                    # (b, 3, H, W)
+        x0 = model.vae.encode(images * 2 - 1).float()                           # (b, C, h, w)
+        generators = [generator(seed, "heldout loss", first + i) for i in range(len(texts))]
+        noise = randn(x0.shape, generators, model.device)                       # (b, C, h, w)
+        c = model.condition(list(texts))                                        # (b, N, E)
+        t = times[first:first + batch].to(model.device)                         # (b,)
+        total += flow_matching_loss(model.dit, x0, c, t, noise).item() * len(texts)
+    return total / count
+
+
+# ----------------------------------------------------------------------------- all runs
+
+def run_all(cfg: AblateConfig, plans: dict[Path, dict]) -> bool:
+    """Train and score what is not finished, --jobs at a time, each in its own process. False if a signal
+    stopped it."""
+    for folder, plan in plans.items():
+        path, plan = folder / "plan.json", json.loads(json.dumps(plan))
+        old = json.loads(path.read_text()) if path.is_file() else plan
+        if old != plan:
+            changed = [f"{a} -> {b}" for a, b in zip(str(old).split(), str(plan).split()) if a != b]
+            raise Refused(f"{path} is of other settings or weights ({' '.join(changed[:3])}): give those "
+                          "again, or choose another --out")
+        write_json(path, plan)
+    todo = [folder for folder in plans if not (folder / "row.json").is_file()]
+    with StopSignal() as signal, ThreadPoolExecutor(cfg.jobs) as pool:
+
+        def watch(folder: Path) -> None:
+            if signal.stop:
+                return
+            process = start_run(folder, cfg.jobs)
+            while process.poll() is None:
+                # a run that is stopped saves its last step and leaves
+                if signal.stop:
+                    process.terminate()
+                time.sleep(0.1)
+
+        watched = [pool.submit(watch, folder) for folder in todo]
+        for future in tqdm(watched, initial=len(plans) - len(todo), total=len(plans), unit="run"):
+            # a wait without end would sleep through a signal
+            while not future.done():
+                time.sleep(0.1)
+    if signal.stop:
+        print("stopped; everything is saved, the same command goes on from here")
+        return False
+    failed = [str(folder) for folder in todo if not (folder / "row.json").is_file()]
+    if failed:
+        raise Refused(f"ended early: {', '.join(failed)}; see log.txt there. The same command goes on")
+    return True
+
+
+def start_run(folder: Path, jobs: int) -> subprocess.Popen:
+    # a process of its own, whatever torchrun has set for this one
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), "PYTHONPATH": str(ROOT)}
+    with open(folder / "log.txt", "a") as log:
+        return subprocess.Popen([sys.executable, "-m", "evaluation.ablate", str(folder)], env=env, stdout=log,
+                                stderr=subprocess.STDOUT)
+
+
+# ----------------------------------------------------------------------------- when LDAM fires
+
+def ldam_logs(cfg: AblateConfig) -> list[list[dict]]:
+    """The logs of row ldam, one a seed: there LDAM listened to every epoch."""
+    folders = [run_folder(cfg, "ldam", seed) for seed in range(cfg.seeds)]
+    if not all((folder / "row.json").is_file() for folder in folders):
+        raise Refused("the thresholds at which LDAM fires on nano are found in the row ldam, which is not "
+                      "finished: add ldam to --rows, or give --spike and --patience")
+    return [stage3_log(folder / "stage3") for folder in folders]
+
+
+def replay(log: list[dict], spike: float, patience: int) -> list[dict]:
+    """The epochs of a logged run after which LDAM would fire at other thresholds, phase by phase.
+
+    Exact up to the first one of a run in which nothing fired; from then on it would have gone another way.
+    A firing in the last epoch of a phase is left out: it acts in no epoch.
+    """
+    fired, phase, ldam = [], None, None
+    for record, following in zip(log, [*log[1:], {"phase": None}]):
+        if record["phase"] != phase:
+            phase, ldam = record["phase"], LDAM(spike=spike, patience=patience)
+        reward, norm = record[f"reward/{phase}"], record["grad_norm"]
+        # not finite: LDAM was not asked either
+        if reward is None or norm is None:
+            continue
+        if ldam.update(norm, reward) is not None and following["phase"] == phase:
+            fired.append(record)
+    return fired
+
+
+def threshold_table(logs: list[list[dict]]) -> list[dict]:
+    """How often LDAM would have fired at which thresholds: the strictest first, patience before spike."""
+    rows = []
+    for patience, spike in itertools.product(PATIENCES, SPIKES):
+        fired = [replay(log, spike, patience) for log in logs]
+        rows.append({"spike": spike, "patience": patience, "firings": sum(map(len, fired)),
+                     "runs": len(logs), "runs that fire": sum(map(bool, fired)),
+                     "phases": sum(len({record["phase"] for record in log}) for log in logs),
+                     "phases that fire": sum(len({record["phase"] for record in found}) for found in fired)})
+    return rows
+
+
+def find_thresholds(logs: list[list[dict]]) -> tuple[float, int]:
+    """The strictest (spike, patience) at which LDAM fires in every run and in half of all phases, so that
+    there is something to see; the loosest of all where there is none."""
+    for row in threshold_table(logs):
+        if row["runs that fire"] == row["runs"] and 2 * row["phases that fire"] >= row["phases"]:
+            break
+    return row["spike"], row["patience"]
+
+
+def what_ldam_did(logs: list[list[dict]], folder: Path) -> dict:
+    """How far the runs of row ldam were from the paper's thresholds; thresholds.csv and .png."""
+    rows = threshold_table(logs)
+    write_csv(folder / "thresholds.csv", rows)
+    grid = np.array([row["firings"] for row in rows]).reshape(len(PATIENCES), len(SPIKES))
+    figure, (axis,) = panels(1, 6, 3)
+    axis.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=max(1, 2 * grid.max()))
+    for (y, x), count in np.ndenumerate(grid):
+        axis.text(x, y, count, ha="center", va="center", fontsize=8)
+    axis.set(xlabel="jump of the gradient norm (--ldam-spike)", ylabel="declines (--ldam-patience)",
+             title=f"firings in {len(logs)} runs of {len(logs[0])} epochs")
+    axis.set_xticks(range(len(SPIKES)), [f"{spike:g}" for spike in SPIKES])
+    axis.set_yticks(range(len(PATIENCES)), PATIENCES)
+    figure.savefig(folder / "thresholds.png")
+    records = [record for log in logs for record in log]
+    return {"runs": len(logs), "epochs": len(records), "largest jump": max(map(largest_jump, logs)),
+            "firings at the paper's thresholds": sum(record["ldam/fired"] for record in records),
+            "most declines": max(record.get("ldam/r_s", 0) for record in records)}
+
+
+# ----------------------------------------------------------------------------- the table
+
+def summarise(cfg: AblateConfig, spike: float, patience: int) -> dict:
+    """Every finished row of this folder, of the seeds asked for: table, plots, claims, what LDAM did."""
+    folder = Path(cfg.out)
+    runs, logs = read_runs(cfg)
+    table = [table_row(name, runs, logs) for name in runs]
+    write_csv(folder / "ablate.csv", table)
+    plot_rows(runs, folder / "ablate.png")
+
+    compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
+    compared += [(f"With LDAM {reward} is higher throughout (supplement Figure {number})", "ldam-epoch",
+                  "no-ldam", f"{reward} in training") for reward, number in SUPPLEMENT.items()]
+    claims = []
+    for text, better, worse, measure in compared:
+        values = advantage(runs, better, worse, measure)
+        if len(values) > 1:
+            claims.append(claim(text, measure, values, "seeds"))
+    if claims:
+        write_csv(folder / "claims.csv", claims)
+
+    # LDAM: when it fired, and the curves with it and without
+    ldam = {"spike": spike, "patience": patience}
+    if "ldam" in logs:
+        ldam |= what_ldam_did(list(logs["ldam"].values()), folder)
+    first_runs = {name: by_seed[0] for name, by_seed in logs.items() if 0 in by_seed}
+    if first_runs:
+        figure9(first_runs, folder)
+    if {"ldam-epoch", "no-ldam"} <= first_runs.keys():
+        draw_curves({"LDAM": first_runs["ldam-epoch"], "no LDAM": first_runs["no-ldam"]},
+                    [f"reward/{reward}" for reward in SUPPLEMENT], folder / "supplement")
+
+    text = "\n".join([markdown(table), PAPER_NOTE, "", markdown([ldam]), markdown(claims) if claims else ""])
+    (folder / "ablate.md").write_text(text, encoding="utf-8")
+    return finish(cfg, "ablate", {"ablate": table, "claims": claims, "ldam": ldam}, text)
+
+
+def read_runs(cfg: AblateConfig) -> tuple[dict, dict]:
+    """{row: {seed: scores}} of finished runs, and {row: {seed: epochs}} of those with a stage 3, whose scores
+    also have the mean of each reward in training, in its own phase."""
+    runs, logs = {}, {}
+    for name in ROWS:
+        for seed in range(cfg.seeds):
+            folder = run_folder(cfg, name, seed)
+            if not (folder / "row.json").is_file():
+                continue
+            scores = json.loads((folder / "row.json").read_text())["scores"]
+            runs.setdefault(name, {})[seed] = scores
+            if (folder / "stage3").is_dir():
+                log = stage3_log(folder / "stage3")
+                logs.setdefault(name, {})[seed] = log
+                for phase in {record["phase"] for record in log}:
+                    scores[f"{phase} in training"] = fmean(own_rewards(log, phase))
+    return runs, logs
+
+
+def table_row(name: str, runs: dict, logs: dict) -> dict:
+    """Means over seeds, and the judge's paired difference to the row that it is compared with."""
+    reference = "all" if ROWS[name].family == "layers" else "no-ldam"
+    row = {"row": ROWS[name].title, "seeds": len(runs[name])}
+    for measure in MEASURES:
+        values = [scores[measure] for scores in runs[name].values()]
+        row[measure], row[f"{measure} s.e."] = mean_and_error(values)
+    difference = advantage(runs, name, reference, "judge") if name != reference else []
+    row["judge against"] = ROWS[reference].title
+    row["judge difference"], row["difference s.e."] = mean_and_error(difference)
+    epochs = [record for log in logs.get(name, {}).values() for record in log]
+    row["firings"] = sum(record["ldam/fired"] for record in epochs) if epochs else None
+    row["paper"] = ROWS[name].paper
+    return row
+
+
+def advantage(runs: dict, better: str, worse: str, measure: str) -> list[float]:
+    """better - worse for each seed that both have, turned so that a positive number is an advantage."""
+    a, b = runs.get(better, {}), runs.get(worse, {})
+    sign = -1 if measure == "loss" else 1
+    return [sign * (a[seed][measure] - b[seed][measure]) for seed in a
+            if seed in b and measure in a[seed] and measure in b[seed]]
+
+
+def plot_rows(runs: dict, path: Path) -> None:
+    """Each row's seeds (pale) and mean with its standard error, a panel a measure."""
+    figure, axes = panels(len(MEASURES), 3, 0.6 + 0.35 * len(runs))
+    names = list(runs)[::-1]
+    for axis, measure in zip(axes, MEASURES):
+        for y, name in enumerate(names):
+            color = "tab:blue" if ROWS[name].family == "layers" else "tab:red"
+            values = [scores[measure] for scores in runs[name].values()]
+            mean, error = mean_and_error(values)
+            axis.plot(values, [y] * len(values), "o", color=color, alpha=0.3, markersize=4)
+            axis.errorbar([mean], [y], xerr=[error or 0], fmt="o", color=color, capsize=3)
+        axis.set(title=measure + (" (less is better)" if measure == "loss" else ""))
+        axis.set_yticks(range(len(names)), [ROWS[name].title for name in names] if axis is axes[0] else [])
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    run(run_row)

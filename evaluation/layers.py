@@ -1,0 +1,363 @@
+"""What do the layers carry? `python evaluate.py layers`: one trained model, looked into.
+
+    Figure 2   each layer alone as the condition: the rewards by depth
+    Figure 4   how alike the layers are: q_i, the visual tokens that the paper compares, and c_i, what the
+               LIM makes of them; with --last-file beside a model that was trained on the last layer only
+    Figure 5   each region of layers removed: what every reward loses
+    Figure 9   the reward curves of stage III runs (--runs), and the signals that LDAM listens to
+
+The supplement's Figures 1-3 are Figure 9 of two runs, one with LDAM (red) and one without (blue), raw and as
+EMA 0.1: `--runs runs/ldam,runs/no-ldam`. Their captions call the blue line "only the last layer", the text
+"the removal of LDAM, with all other settings remaining unchanged"; the text is followed.
+
+Every figure is a PNG and a CSV. claims.csv has a verdict on each sentence of the paper: supported,
+contradicted or undecided at 95 %, and the n that would decide it (claims.py). All pictures of a prompt start
+from the same noise, so that differences are paired by prompt.
+
+Letters: L VLM layers, P pairs of layers, B prompts, N queries, D width, H W pixels.
+"""
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from common import Refused, StopSignal, derive_seed, fingerprint, knob, precision, read_log, write_json
+from data import nano_prompts
+from evaluation import DrawConfig, draw, drawing_settings, finish, load, mean_and_error, same_settings, start
+from evaluation.claims import claim, markdown, panels, write_csv
+from grpo import open_prompts, open_rewards
+from ldam import REGIONS, REWARD_REGIONS, region_layers
+from model import PRESETS, ParaUni
+from pictures import save_sheet, smoothed
+
+COLORS = ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange", "tab:cyan", "tab:brown")
+Scores = dict[str, dict[str, Tensor]]       # variant -> reward -> one score a prompt, (B,) float64
+
+
+@dataclass(frozen=True)
+class LayersConfig(DrawConfig):
+    """Flags of `evaluate.py layers`."""
+    last_file: str = knob("", "weights trained on the last layer only, for Figure 4, as "
+                              "runs/ablate/last-seed0/stage2/stage2.safetensors; empty: without")
+    runs: tuple[str, ...] = knob((), "stage 3 run folders whose curves are drawn")
+    prompts: str = knob("", "file with one held-out prompt a line; nano has its own")
+    limit: int = knob(96, "the first so many prompts (the paper's Figure 2 has 500); 0: all of them")
+    rewards: tuple[str, ...] = knob(("clip", "pickscore", "aesthetic"), "names, or file.py:function")
+    reward_weights: str = knob("auto", "folder with clip/, pickscore/, aesthetic/; "
+                                       "auto: nano's own, or weights/rewards")
+    out: str = knob("runs/layers", "folder for figures and tables; an interrupted analysis there goes on")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """The paper's analyses of layers. Returns the rows of claims.csv, figure2.csv and figure5.csv under these
+    names, {} if it was stopped."""
+    cfg, dist = start(LayersConfig, argv, __doc__.splitlines()[0])
+    preset, folder = PRESETS[cfg.preset], Path(cfg.out)
+    # what is missing shows before the first picture, not after the last one
+    if "clip" not in cfg.rewards:
+        raise Refused("Figure 2 shows the CLIP score: name clip among --rewards")
+    if not (cfg.prompts or preset.shapes_world):
+        raise Refused(f"preset {cfg.preset} has no prompts of its own: name a file with --prompts")
+    logs = {run: stage3_log(Path(run)) for run in cfg.runs}
+    models = {"all layers": load(cfg, dist.device)}
+    if cfg.last_file:
+        models["the last layer"] = load(cfg, dist.device, cfg.last_file)
+    model = models["all layers"]
+    prompts = open_prompts(cfg.prompts, model) or nano_prompts(test=True)
+    prompts = prompts[:cfg.limit or None]
+
+    # a variant is a choice of layers to fuse
+    L = preset.vlm_layers
+    variants = {"all": list(range(1, L + 1))}
+    variants |= {f"layer {i}": [i] for i in range(1, L + 1)}
+    variants |= {f"no {region}": without_region(region, L) for region in REGIONS}
+    scores = score_variants(cfg, model, prompts, variants)
+    if len(scores) < len(variants):
+        return {}
+
+    single, claims = figure2(scores, L, folder)
+    claims += figure4({name: similarities(one, prompts, cfg) for name, one in models.items()}, folder)
+    removed, regions_claims = figure5(scores, folder)
+    claims += regions_claims
+    if logs:
+        claims += figure9(logs, folder)
+    write_csv(folder / "claims.csv", claims)
+
+    # the pictures themselves: a row a prompt, a column a variant
+    shown = prompts[:4]
+    columns = [draw_all(cfg, model, shown, layers) for layers in variants.values()]
+    images = torch.stack(columns, 1).flatten(0, 1)                              # (4 variants, 3, H, W)
+    save_sheet(folder / "figure2_pictures.png", images, len(variants), list(variants) * len(shown), shown)
+    return finish(cfg, "layers", {"claims": claims, "figure2": single, "figure5": removed},
+                  "\n".join(map(markdown, (single, removed, claims))))
+
+
+def without_region(region: str, num_layers: int) -> list[int]:
+    removed = region_layers(region, num_layers)
+    return [i for i in range(1, num_layers + 1) if i not in removed]
+
+
+def draw_all(cfg: DrawConfig, model: ParaUni, prompts: list[str], layers: list[int] | None = None) -> Tensor:
+    """A picture of each prompt, (B, 3, H, W) in [0, 1] on the CPU, conditioned on some layers. The noise of
+    picture i comes from (seed, i), whatever the layers and the model."""
+    seeds = [derive_seed(cfg.seed, "analyse", i) for i in range(len(prompts))]
+    batches = [slice(first, first + cfg.batch_size) for first in range(0, len(prompts), cfg.batch_size)]
+    return torch.cat([draw(cfg, model, prompts[b], seeds[b], layers=layers) for b in batches])
+
+
+def score_variants(cfg: LayersConfig, model: ParaUni, prompts: list[str],
+                   variants: dict[str, list[int]]) -> Scores:
+    """Every reward of every prompt's picture under every variant. What variants.json has is not drawn again;
+    where a signal stops it, variants are missing."""
+    scorers = open_rewards(cfg, model, prompts[0])
+    digests = {name: fingerprint(scorer)[:16] for name, scorer in scorers.items()}
+    same_settings(Path(cfg.out), {**drawing_settings(cfg, model), "prompts": derive_seed(*prompts),
+                                  "limit": len(prompts), "rewards": digests})
+    path = Path(cfg.out) / "variants.json"
+    scores = json.loads(path.read_text()) if path.is_file() else {}
+    todo = [name for name in variants if name not in scores]
+    with StopSignal() as signal:
+        for name in tqdm(todo, unit="variant"):
+            if signal.stop:
+                print("stopped; the same command goes on from here")
+                break
+            images = draw_all(cfg, model, prompts, variants[name])              # (B, 3, H, W)
+            scores[name] = {reward: scorer(images, prompts).tolist() for reward, scorer in scorers.items()}
+            write_json(path, scores)
+    return {name: {reward: torch.tensor(values, dtype=torch.float64) for reward, values in by_reward.items()}
+            for name, by_reward in scores.items()}
+
+
+def reward_columns(scores: dict[str, Tensor]) -> dict:
+    """Mean and standard error of each reward, as columns of a table."""
+    columns = {}
+    for reward, values in scores.items():
+        columns[reward], columns[f"{reward} s.e."] = mean_and_error(values.tolist())
+    return {**columns, "n": len(values)}
+
+
+# ----------------------------------------------------------------------------- Figure 2: each layer alone
+
+def figure2(scores: Scores, L: int, folder: Path) -> tuple[list[dict], list[dict]]:
+    """The rewards by the layer that is the condition, beside those of all layers. Returns its table and its
+    claims."""
+    depth = list(range(1, L + 1))
+    names = ["all", *(f"layer {i}" for i in depth)]
+    rows = [{"condition": name, **reward_columns(scores[name])} for name in names]
+    write_csv(folder / "figure2.csv", rows)
+    figure, axes = panels(len(scores["all"]))
+    for axis, reward in zip(axes, scores["all"]):
+        means = [row[reward] for row in rows]
+        errors = [row[f"{reward} s.e."] or 0 for row in rows]
+        axis.axhline(means[0], color="black", label="all layers")
+        axis.axhspan(means[0] - errors[0], means[0] + errors[0], color="black", alpha=0.15, linewidth=0)
+        axis.errorbar(depth, means[1:], errors[1:], marker="o", capsize=3, label="one layer")
+        axis.set(title=reward, xlabel="layer used as the condition")
+    axes[0].legend()
+    figure.savefig(folder / "figure2.png")
+
+    # each prompt's least-squares slope over depth
+    clip = torch.stack([scores[name]["clip"] for name in names[1:]])            # (L, B)
+    x = torch.tensor(depth, dtype=torch.float64) - (L + 1) / 2                  # (L,)
+    slopes = x @ clip / x.square().sum()                                        # (B,)
+    # the best layer is chosen by the same pictures, which leans against the claim
+    best = clip[clip.mean(1).argmax()]                                          # (B,)
+    more = scores["all"]["clip"] - best                                         # (B,)
+    return rows, [
+        claim("The CLIP score of a single layer rises with its depth (Figure 2)", "CLIP score a layer",
+              slopes.tolist(), "prompts"),
+        claim("All layers together say more than the best single one (section 1)",
+              "CLIP score, all - best layer", more.tolist(), "prompts")]
+
+
+# ----------------------------------------------------------------------------- Figure 4: how alike layers are
+
+def similarity(features: Tensor) -> Tensor:
+    """Cosine similarity of layers i and j, a mean over queries: (L, B, N, D) -> (B, L, L), on the CPU."""
+    unit = F.normalize(features.float(), dim=-1)                                # (L, B, N, D)
+    return torch.einsum("ibnd,jbnd->bij", unit, unit).cpu() / unit.shape[2]     # (B, L, L)
+
+
+@torch.no_grad()
+def similarities(model: ParaUni, prompts: list[str], cfg: LayersConfig) -> dict[str, Tensor]:
+    """Of q_i, before the LIM, and of c_i, behind it: (B, L, L) each."""
+    maps = {"q_i": [], "c_i": []}
+    for first in range(0, len(prompts), cfg.batch_size):
+        prefix = model.encode_prefix(prompts[first:first + cfg.batch_size])
+        with precision(model.device, cfg.dtype):
+            maps["q_i"].append(similarity(model.read_queries(prefix)))
+            maps["c_i"].append(similarity(model.condition_layers(prefix)))
+    return {kind: torch.cat(parts) for kind, parts in maps.items()}
+
+
+def figure4(likeness: dict[str, dict[str, Tensor]], folder: Path) -> list[dict]:
+    """Maps, table and claims, from {what the model was trained on: {"q_i" or "c_i": (B, L, L)}}."""
+    rows, claims = [], []
+    figure, axes = panels(len(likeness), 4.4, 3.6, rows=2)
+    for kind in ("q_i", "c_i"):
+        means = {trained_on: maps[kind].mean(0) for trained_on, maps in likeness.items()}   # (L, L) each
+        low = min(mean.min().item() for mean in means.values())
+        line, axes = axes[:len(means)], axes[len(means):]
+        for axis, (trained_on, mean) in zip(line, means.items()):
+            L = len(mean)
+            rows += [{"features": kind, "trained on": trained_on, "layer": i + 1,
+                      **{f"layer {j + 1}": mean[i, j].item() for j in range(L)}} for i in range(L)]
+            image = axis.imshow(mean.numpy(), vmin=low, vmax=1, origin="lower", extent=(0.5, L + 0.5) * 2)
+            # the regions' borders, where clusters would end
+            for region in ("shallow", "middle"):
+                edge = max(region_layers(region, L)) + 0.5
+                axis.axhline(edge, color="white", linewidth=0.8)
+                axis.axvline(edge, color="white", linewidth=0.8)
+            axis.set(title=f"{kind}, trained on {trained_on}", xlabel="layer", ylabel="layer")
+        figure.colorbar(image, ax=line, label="cosine similarity")
+        claims += figure4_claims(kind, *(maps[kind] for maps in likeness.values()))
+    figure.savefig(folder / "figure4.png")
+    write_csv(folder / "figure4.csv", rows)
+    return claims
+
+
+def figure4_claims(kind: str, every: Tensor, last: Tensor | None = None) -> list[dict]:
+    """What the paper says of the maps (B, L, L): "adjacent layers exhibit higher similarity", "cluster-like
+    phenomena" where all layers were trained, "relatively low" similarity where only the last one was."""
+    L = every.shape[-1]
+    i, j = torch.triu_indices(L, L, 1)                                          # (P,) each
+    region = torch.tensor([[n in region_layers(name, L) for name in REGIONS] for n in range(1, L + 1)])
+    region = region.int().argmax(1)                                             # (L,)
+    same = region[i] == region[j]                                               # (P,)
+    near = j - i == 1                                                           # (P,)
+    every = every[:, i, j].double()                                             # (B, P)
+
+    # a cluster ends at its border: judged by neighbours alone, among which nearness plays no part
+    def clusters(maps: Tensor) -> Tensor:
+        return maps[:, near & same].mean(1) - maps[:, near & ~same].mean(1)     # (B,)
+
+    found = [
+        ("Adjacent layers are more alike than others", "adjacent - others",
+         every[:, near].mean(1) - every[:, ~near].mean(1)),
+        ("Layers of one region are more alike than layers of two", "same region - two regions",
+         every[:, same].mean(1) - every[:, ~same].mean(1)),
+        ("Clusters: neighbours are more alike inside a region than across its border",
+         "neighbours, inside - across", clusters(every))]
+    if last is not None:
+        last = last[:, i, j].double()                                           # (B, P)
+        found += [
+            ("Layers are less alike when trained on the last one only", "all pairs, all - last",
+             every.mean(1) - last.mean(1)),
+            ("Clusters are weaker when trained on the last layer only",
+             "neighbours, inside - across, all - last", clusters(every) - clusters(last))]
+    return [claim(f"{text} (Figure 4, {kind})", f"cosine similarity, {measure}", values.tolist(), "prompts")
+            for text, measure, values in found]
+
+
+# ----------------------------------------------------------------------------- Figure 5: regions removed
+
+def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
+    """Each region removed: the paired change of each reward. Returns its table and its claims."""
+    rewards = list(scores["all"])
+    changes = {region: {reward: scores[f"no {region}"][reward] - scores["all"][reward] for reward in rewards}
+               for region in REGIONS}
+    rows = [{"removed": region, **reward_columns(by_reward)} for region, by_reward in changes.items()]
+    write_csv(folder / "figure5.csv", rows)
+    figure, axes = panels(len(rewards), 3.2, 3)
+    for axis, reward in zip(axes, rewards):
+        errors = [row[f"{reward} s.e."] or 0 for row in rows]
+        axis.bar(list(REGIONS), [row[reward] for row in rows], yerr=errors, capsize=4, color=COLORS[:3])
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(title=f"change of {reward}", xlabel="region removed")
+    figure.savefig(folder / "figure5.png")
+    falls = {reward: {region: -changes[region][reward] for region in REGIONS} for reward in rewards}
+    return rows, figure5_claims(falls)
+
+
+def figure5_claims(falls: dict[str, dict[str, Tensor]]) -> list[dict]:
+    """The caption of Figure 5, from {reward: {region removed: how far each score falls (B,)}}."""
+    claims = []
+    for region, fall in falls["clip"].items():
+        claims.append(claim("clip is sensitive to all three regions (Figure 5)",
+                            f"fall of clip without {region}", fall.tolist(), "prompts"))
+    for reward, most in REWARD_REGIONS.items():
+        if reward not in falls:
+            continue
+        # "most": more than by the strongest of the others; its choice by these scores leans against the claim
+        others = {region: fall for region, fall in falls[reward].items() if region != most}
+        rival = max(others, key=lambda region: others[region].mean())
+        claims.append(claim(f"{reward} is most sensitive to the {most} region (Figure 5)",
+                            f"fall of {reward} without {most} - without {rival}",
+                            (falls[reward][most] - others[rival]).tolist(), "prompts"))
+    for reward in falls.keys() & {"aesthetic", "pickscore"}:
+        # "little": by less than half, up or down, of what the other two regions do
+        shallow, middle, deep = falls[reward].values()                          # (B,) each
+        change = shallow * shallow.mean().sign()                                # (B,)
+        claims.append(claim(f"Shallow layers have little impact on {reward} (Figure 5)",
+                            f"{reward}: half the fall without another region - change without shallow",
+                            ((middle + deep) / 4 - change).tolist(), "prompts"))
+    return claims
+
+
+# ----------------------------------------------------------------------------- Figure 9: curves of stage III
+
+def stage3_log(run: Path) -> list[dict]:
+    """The epochs of a stage 3 run."""
+    records = [record for record in read_log(run / "metrics.jsonl") if "ldam/fired" in record]
+    if not records:
+        raise Refused(f"expected the folder of a stage 3 run, with epochs in its log, got {run}")
+    return records
+
+
+def own_rewards(log: list[dict], phase: str) -> list[float]:
+    """The training reward of each epoch of its own phase, without those that have none."""
+    values = [record[f"reward/{phase}"] for record in log if record["phase"] == phase]
+    return [value for value in values if value is not None]
+
+
+def largest_jump(log: list[dict]) -> float:
+    """Of the gradient norm: the largest ratio of successive epochs of a phase."""
+    jumps = [after["grad_norm"] / before["grad_norm"] for before, after in zip(log, log[1:])
+             if before["phase"] == after["phase"] and before["grad_norm"] and after["grad_norm"]]
+    return max(jumps, default=0.0)
+
+
+def figure9(logs: dict[str, list[dict]], folder: Path) -> list[dict]:
+    """Rewards, and the signals of LDAM, by epoch; a claim for each reward of each run."""
+    rewards = dict.fromkeys(key for log in logs.values() for key in log[0] if key.startswith("reward/"))
+    draw_curves(logs, list(rewards), folder / "figure9")
+    draw_curves(logs, ["grad_norm", "ldam/gamma_raw", "ldam/r_s", "kl"], folder / "curves_signals")
+    claims = []
+    for run, log in logs.items():
+        for phase in dict.fromkeys(record["phase"] for record in log):
+            own = own_rewards(log, phase)
+            half = len(own) // 2
+            gains = [late - early for early, late in zip(own[:half], own[-half:])]
+            if half > 1:
+                claims.append(claim(f"{phase} rises in its phase (Figure 9, {run})",
+                                    f"{phase}, later - earlier half", gains, "pairs of epochs"))
+    return claims
+
+
+def draw_curves(logs: dict[str, list[dict]], keys: list[str], path: Path) -> None:
+    """A panel a number, a colour a run: as logged (pale) and as EMA 0.1. Grey: a new phase; dotted: LDAM
+    fires."""
+    rows = [{"run": run, "epoch": record["epoch"], "phase": record["phase"], "fired": record["ldam/fired"],
+             **{key: record.get(key) for key in keys}} for run, log in logs.items() for record in log]
+    write_csv(path.with_suffix(".csv"), rows)
+    figure, axes = panels(len(keys))
+    for axis, key in zip(axes, keys):
+        for run, color in zip(logs, itertools.cycle(COLORS)):
+            own = [row for row in rows if row["run"] == run]
+            known = [row for row in own if row[key] is not None]
+            epochs, values = [row["epoch"] for row in known], [row[key] for row in known]
+            axis.plot(epochs, values, color=color, alpha=0.3)
+            axis.plot(epochs, smoothed(values), color=color, label=run)
+            for before, row in zip([own[0], *own], own):
+                if row["phase"] != before["phase"]:
+                    axis.axvline(row["epoch"] - 0.5, color="grey", linewidth=0.5)
+                if row["fired"]:
+                    axis.axvline(row["epoch"], color=color, linewidth=0.8, linestyle=":")
+        axis.set(title=key, xlabel="epoch")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path.with_suffix(".png"))

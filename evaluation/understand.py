@@ -1,0 +1,457 @@
+"""Does the vision-language model still see? Its answers to questions about pictures (paper's supplement,
+Table 3).
+
+    nano                one word                    share of right answers by kind of question
+    POPE, MME           yes or no                   accuracy, F1; accuracy of questions and of pictures
+    MMBench, SEED       a letter                    circular accuracy; accuracy by type
+    MMMU, RealWorldQA   a letter, a word, a number  accuracy
+    TextVQA             words                       soft agreement with ten annotators
+    MM-Vet              sentences                   none here: a submission file for its outside grader
+
+A benchmark is a reader, from its published file to Questions, and a metric, from Questions and answers to
+rows of the table. Metrics are those of each benchmark's own code; where one differs it says so. Each picture
+is shown as one square tile, as the model sees it everywhere here: InternVL's own evaluation cuts large ones
+into up to 12.
+
+The VLM is frozen in all stages. The hashes of its weights and answers show it, and --reference asks the
+untouched one the same.
+
+Letters: B pictures, H W pixels.
+"""
+import ast
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from common import Refused, StopSignal, fingerprint, knob, precision, read_lines, write_json
+from data import BadPicture, read_picture, to_tensor
+from evaluation import (EvalConfig, finish, load, mean_and_error, number, read_json, read_table, resume_lines,
+                        same_settings, start)
+from model import PRESETS, ParaUni, weights_folder
+from nano import world
+
+
+# ----------------------------------------------------------------------------- questions
+
+WORD = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+LETTERS = "ABCDEFGHIJ"
+
+
+class Question(NamedTuple):
+    name: str                           # of its own in the file
+    group: str                          # task, category or subject
+    image: Path | bytes | Tensor        # a file, the content of one, or (3, H, W) in [0, 1]
+    text: str                           # as it is put to the model
+    answers: list[str]                  # all that are right; none where an outside grader decides
+    choices: list[str] = []             # texts of A, B, ...
+
+
+def multiple_choice(question: str, choices: list[str], hint: str = "") -> str:
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices))
+    return (f"{hint}\n" if hint else "") + f"{question}\n{options}{LETTER}"
+
+
+def as_list(value: str | list) -> list[str]:
+    """A list that some files have as a list, others as Python's way to write it."""
+    value = ast.literal_eval(value) if isinstance(value, str) else value
+    assert isinstance(value, list), f"expected a list, got {value!r}"
+    return [str(item) for item in value]
+
+
+def read_nano(count: int, seed: int) -> list[Question]:
+    """Each about a picture of its own; the first two words of a question are its kind."""
+    images, pairs = world.question_set(count, seed % 2 ** 32)                       # (count, 3, H, W)
+    return [Question(str(i), " ".join(text.split()[:2]), images[i], text, [answer])
+            for i, (text, answer) in enumerate(pairs)]
+
+
+def read_pope(path: Path) -> list[Question]:
+    """JSON lines: question_id, image, text, label yes or no. One file for each of its three samplings."""
+    questions = []
+    for entry in map(json.loads, read_lines(path)):
+        assert entry["label"] in ("yes", "no"), f"expected the label yes or no, got {entry['label']!r}"
+        questions.append(Question(str(entry["question_id"]), "all", Path(entry["image"]),
+                                  entry["text"] + WORD, [entry["label"]]))
+    return questions
+
+
+def read_mme(path: Path) -> list[Question]:
+    """A folder of task folders: beside each picture (or in questions_answers_YN/, the picture in images/) a
+    text file of two lines, question, tab, Yes or No."""
+    questions = []
+    for file in sorted(path.rglob("*.txt")):
+        task = file.relative_to(path).parts[0]
+        places = [folder / (file.stem + end) for folder in (file.parent, file.parent.parent / "images")
+                  for end in (".png", ".jpg", ".jpeg")]
+        pictures = [place.resolve() for place in places if place.is_file()]
+        assert pictures, f"no picture {file.stem}.png or .jpg beside {file}"
+        for i, line in enumerate(read_lines(file), start=1):
+            text, _, answer = line.rpartition("\t")
+            assert answer in ("Yes", "No"), f"line {i} of {file}: expected a question, a tab, Yes or No"
+            questions.append(Question(f"{task}/{file.stem}/{i}", task, pictures[0], text, [answer.lower()]))
+    return questions
+
+
+def read_mmbench(path: Path) -> list[Question]:
+    """Tab-separated: index, question, A, B, ..., answer, category, image (base64, or an earlier row's index),
+    hint if there is one. A question stands there once or, circular, once for each turn of its options at
+    index + k 1,000,000; where it stands once, the turns are made here."""
+    rows = read_table(path, "\t")
+    circular = any(int(row["index"]) >= 10 ** 6 for row in rows)
+    pictures: dict[str, bytes] = {}
+    questions = []
+    for row in rows:
+        index, image = row["index"], row["image"]
+        pictures[index] = pictures[image] if image in pictures else base64.b64decode(image, validate=True)
+        choices = [row[letter] for letter in LETTERS if row.get(letter)]
+        right = LETTERS[:len(choices)].index(row["answer"])
+        for turn in range(1 if circular else len(choices)):
+            turned = choices[turn:] + choices[:turn]
+            name = str(int(index) + turn * 10 ** 6)
+            text = multiple_choice(row["question"], turned, row.get("hint") or "")
+            answer = LETTERS[(right - turn) % len(choices)]
+            questions.append(Question(name, row["category"], pictures[index], text, [answer], turned))
+    return questions
+
+
+def read_seed(path: Path) -> list[Question]:
+    """JSON: questions of question_id, question_type_id, data_id, question, choice_a .. d, answer;
+    question_type names the types. Those on pictures (data_type image) are asked."""
+    data = read_json(path)
+    types = {number: name for name, number in data.get("question_type", {}).items()}
+    questions = []
+    for entry in data["questions"]:
+        if entry.get("data_type", "image") == "image":
+            kind = entry["question_type_id"]
+            choices = [entry[f"choice_{letter}"] for letter in "abcd" if entry.get(f"choice_{letter}")]
+            text = multiple_choice(entry["question"], choices)
+            questions.append(Question(str(entry["question_id"]), types.get(kind, str(kind)),
+                                      Path(entry["data_id"]), text, [entry["answer"]], choices))
+    return questions
+
+
+def read_mmmu(path: Path) -> list[Question]:
+    """JSON lines with the published fields: id, question, options, answer, image_1 (file name or base64). Of
+    several pictures only the first is shown."""
+    questions = []
+    for entry in map(json.loads, read_lines(path)):
+        # validation_Accounting_1
+        subject = entry.get("subject") or "_".join(entry["id"].split("_")[1:-1]) or "all"
+        image = entry["image_1"]
+        image = Path(image) if len(image) < 256 else base64.b64decode(image, validate=True)
+        choices = as_list(entry.get("options") or [])
+        text = re.sub(r"<image \d>", "", entry["question"]).strip()
+        text = multiple_choice(text, choices) if choices else text + WORD
+        answers = entry["answer"]
+        answers = as_list(answers) if isinstance(answers, list) or answers.startswith("[") else [answers]
+        questions.append(Question(entry["id"], subject, image, text, answers, choices))
+    return questions
+
+
+def read_realworldqa(path: Path) -> list[Question]:
+    """JSON, a list or one object a line: image, question (with its options and how to answer), answer."""
+    lines = read_lines(path)
+    entries = read_json(path) if lines[0].startswith("[") else [json.loads(line) for line in lines]
+    return [Question(str(i), "all", Path(entry["image"]), entry["question"], [str(entry["answer"])],
+                     re.findall(r"^\s*[A-J][.)]\s*(.+?)\s*$", entry["question"], re.M))
+            for i, entry in enumerate(entries)]
+
+
+def read_textvqa(path: Path) -> list[Question]:
+    """JSON: data of question_id, image_id (the picture's name without .jpg), question, ten answers."""
+    return [Question(str(entry["question_id"]), "all", Path(f"{entry['image_id']}.jpg"),
+                     entry["question"] + WORD, as_list(entry["answers"]))
+            for entry in read_json(path)["data"]]
+
+
+def read_mmvet(path: Path) -> list[Question]:
+    """JSON: v1_0 -> imagename, question, capability. Its answers are graded outside, by a language model."""
+    return [Question(name, "all", Path(entry["imagename"]), entry["question"], [])
+            for name, entry in read_json(path).items()]
+
+
+# ----------------------------------------------------------------------------- what an answer says
+
+def first_words(answer: str) -> list[str]:
+    """The words of the first sentence."""
+    return re.findall(r"[a-z]+", answer.lower().split(".")[0])
+
+
+def yes_or_no(answer: str) -> str:
+    """"yes" or "no" if the first sentence says exactly one of them, else ""."""
+    found = {"yes", "no"} & set(first_words(answer))
+    return found.pop() if len(found) == 1 else ""
+
+
+def choice_letter(answer: str, choices: list[str]) -> str:
+    """The letter of the chosen option: at the start, in brackets or at the end; else that of the only option
+    whose text is there; else "" (the official MMMU scorer guesses at random there)."""
+    letters = LETTERS[:len(choices)]
+    for pattern in (rf"^([{letters}])(?![A-Za-z'])", rf"\(([{letters}])\)", rf"\b([{letters}])[.):]",
+                    rf"\b([{letters}])$"):
+        match = re.search(pattern, answer.strip())
+        if match:
+            return match[1]
+    named = [letter for letter, choice in zip(LETTERS, choices) if choice.strip().lower() in answer.lower()]
+    return named[0] if len(named) == 1 else ""
+
+
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+DIGITS = {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
+
+
+def plain(text: str) -> str:
+    """Lower case without articles, apostrophes and punctuation; digits for number words (VQA's form)."""
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower().replace("'", ""))
+    words = re.sub(r"[^\w\s.:%$-]|(?<!\d)\.|\.(?!\d)", " ", text).split()
+    return " ".join(DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+# ----------------------------------------------------------------------------- marks of single questions
+
+def same_word(question: Question, answer: str) -> float:
+    return float(answer == question.answers[0])
+
+
+def choice_or_open(question: Question, answer: str) -> float:
+    """SEED-Bench, MMMU: the right letter; without options, the last thing said contains a right text as
+    words, or a right number, to two decimals."""
+    if question.choices:
+        return float(choice_letter(answer, question.choices) == question.answers[0])
+    last = re.split(r"\b(?:is|are|equals?|answer:)\b|=|\n", answer.strip().rstrip("."))[-1]
+    numbers = [round(float(found), 2) for found in re.findall(r"-?\d+(?:\.\d+)?", last.replace(",", ""))]
+    for right in map(plain, question.answers):
+        if re.fullmatch(r"-?\d+(?:\.\d+)?", right):
+            found = round(float(right), 2) in numbers
+        else:
+            found = re.search(rf"(?<!\w){re.escape(right)}(?!\w)", plain(last))
+        if found:
+            return 1.0
+    return 0.0
+
+
+def choice_or_word(question: Question, answer: str) -> float:
+    """RealWorldQA, exact match: the letter where there are options, else the word or number."""
+    right = question.answers[0]
+    if question.choices and right in LETTERS:
+        return float(choice_letter(answer, question.choices) == right)
+    return float(plain(answer) == plain(right))
+
+
+def vqa_accuracy(question: Question, answer: str) -> float:
+    """TextVQA: over each choice of all but one of the annotators, min(1, agreeing / 3), mean. Differs:
+    apostrophes are dropped on both sides, in place of the official table of contractions."""
+    agree = [plain(annotator) == plain(answer) for annotator in question.answers]
+    return fmean(min(1.0, (sum(agree) - own) / 3) for own in agree)
+
+
+# ----------------------------------------------------------------------------- metrics
+
+Row = dict[str, str | float | int | None]       # name, value, error, n
+Metric = Callable[[list[Question], list[str]], list[Row]]
+
+
+def mean_row(name: str, marks: list[float]) -> Row:
+    mean, error = mean_and_error(marks)
+    return {"name": name, "value": mean, "error": error, "n": len(marks)}
+
+
+def bare_row(name: str, value: float | None, n: int) -> Row:
+    """What is no mean over questions has no error."""
+    return {"name": name, "value": value, "error": None, "n": n}
+
+
+def grouped(questions: list[Question], marks: list[float]) -> list[Row]:
+    """A row for each group, then all questions together."""
+    groups: dict[str, list[float]] = {}
+    for question, mark in zip(questions, marks, strict=True):
+        groups.setdefault(question.group, []).append(mark)
+    groups.pop("all", None)
+    return [*(mean_row(name, groups[name]) for name in sorted(groups)), mean_row("all", marks)]
+
+
+def by_group(mark: Callable[[Question, str], float]) -> Metric:
+    """The metric that is a mean of marks."""
+    return lambda questions, answers: grouped(questions, list(map(mark, questions, answers)))
+
+
+def score_pope(questions: list[Question], answers: list[str]) -> list[Row]:
+    """Accuracy, precision and recall of yes, F1, share of yes. As official, a first sentence without "no" and
+    "not" is a yes."""
+    said_yes = [not {"no", "not"} & set(first_words(answer)) for answer in answers]
+    is_yes = [question.answers[0] == "yes" for question in questions]
+    hits, n = sum(a and b for a, b in zip(said_yes, is_yes)), len(answers)
+    precision, recall = (hits / sum(side) if sum(side) else 0.0 for side in (said_yes, is_yes))
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    return [mean_row("accuracy", [float(a == b) for a, b in zip(said_yes, is_yes)]),
+            bare_row("precision", precision, n), bare_row("recall", recall, n), bare_row("F1", f1, n),
+            mean_row("share of yes", [float(yes) for yes in said_yes])]
+
+
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+def score_mme(questions: list[Question], answers: list[str]) -> list[Row]:
+    """Each task: 100 (share of right answers + share of pictures with both right); perception and cognition
+    are sums over tasks."""
+    tasks: dict[str, dict[str, list[bool]]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        pictures = tasks.setdefault(question.group, {})
+        marks = pictures.setdefault(question.name.rpartition("/")[0], [])
+        marks.append(yes_or_no(answer) == question.answers[0])
+    rows = []
+    for task, pictures in sorted(tasks.items()):
+        every = [right for pair in pictures.values() for right in pair]
+        rows.append(bare_row(task, 100 * (fmean(every) + fmean(map(all, pictures.values()))), len(every)))
+    cognition = [row for row in rows if row["name"].lower() in COGNITION]
+    perception = [row for row in rows if row not in cognition]
+    return rows + [bare_row(title, sum(row["value"] for row in part), sum(row["n"] for row in part))
+                   for title, part in (("perception", perception), ("cognition", cognition)) if part]
+
+
+def score_mmbench(questions: list[Question], answers: list[str]) -> list[Row]:
+    """CircularEval: right in every turn of its options; `first turn` is the plain share."""
+    turns: dict[int, list[bool]] = {}
+    first: dict[int, Question] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        base = int(question.name) % 10 ** 6
+        turns.setdefault(base, []).append(choice_letter(answer, question.choices) == question.answers[0])
+        first.setdefault(base, question)
+    rows = grouped(list(first.values()), [float(all(turns[base])) for base in first])
+    return [*rows, mean_row("first turn", [float(turns[base][0]) for base in first])]
+
+
+def score_mmvet(questions: list[Question], answers: list[str]) -> list[Row]:
+    """No score: a language model outside grades the submission file."""
+    return [bare_row("answers, to be graded", None, len(answers))]
+
+
+BENCHMARKS = {"nano": (read_nano, by_group(same_word)),
+              "pope": (read_pope, score_pope),
+              "mme": (read_mme, score_mme),
+              "mmbench": (read_mmbench, score_mmbench),
+              "seed": (read_seed, by_group(choice_or_open)),
+              "mmmu": (read_mmmu, by_group(choice_or_open)),
+              "realworldqa": (read_realworldqa, by_group(choice_or_word)),
+              "textvqa": (read_textvqa, by_group(vqa_accuracy)),
+              "mmvet": (read_mmvet, score_mmvet)}
+
+
+# ----------------------------------------------------------------------------- the command
+
+@dataclass(frozen=True)
+class UnderstandConfig(EvalConfig):
+    benchmark: str = knob("nano", "whose questions, and whose metric", choices=BENCHMARKS)
+    questions: str = knob("", "the benchmark's question file (MME: its folder)")
+    images: str = knob("", "folder of its pictures; not needed where they are in the question file")
+    count: int = knob(2000, "questions about the nano world, each about a picture of its own")
+    limit: int = knob(0, "the first so many questions of --questions; 0: all of them")
+    max_new_tokens: int = knob(32, "longest answer, tokens (MM-Vet wants sentences: 512)")
+    reference: str = knob("", "weights folder with the untouched vlm/, or auto: that of --weights; "
+                              "ask it the same, and compare")
+    batch_size: int = knob(250, "questions at a time")
+    out: str = knob("runs/understand", "folder for table and answers; what was cut short there goes on")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Ask, score, compare with the untouched VLM. {} if it was stopped."""
+    cfg, dist = start(UnderstandConfig, argv, __doc__.splitlines()[0])
+    questions = read_questions(cfg)
+    model = load(cfg, dist.device)
+    answers = ask(cfg, model, questions, Path(cfg.out))
+    if len(answers) < len(questions):
+        return {}
+    rows = BENCHMARKS[cfg.benchmark][1](questions, answers)
+    result = {"benchmark": cfg.benchmark, "rows": rows, "vlm_sha256": fingerprint(model.vlm),
+              "answers_sha256": hashlib.sha256("\n".join(answers).encode()).hexdigest()}
+    lines = [f"{cfg.benchmark}, {len(questions)} questions" + (" (part of the file)" if cfg.limit else ""),
+             f"{'':25} {'value':>9} {'s.e.':>8} {'n':>6}"]
+    for row in rows:
+        lines.append(f"{row['name']:25} {number(row['value'], 9)} {number(row['error'])} {row['n']:6}")
+    lines += [f"{name:14} {result[name]}" for name in ("answers_sha256", "vlm_sha256")]
+    if cfg.benchmark == "mmvet":
+        submission = Path(cfg.out) / "mmvet_submission.json"
+        write_json(submission, {question.name: answer for question, answer in zip(questions, answers)})
+        lines.append(f"for the grader: {submission}")
+
+    if cfg.reference:
+        # the VLM as it was before any stage, in a model of its own: no stage file is loaded into it
+        folder = weights_folder(cfg.preset, cfg.weights if cfg.reference == "auto" else cfg.reference)
+        untouched = ParaUni.from_preset(cfg.preset, folder, "none", device=dist.device, dtype=torch.bfloat16)
+        others = ask(cfg, untouched, questions, Path(cfg.out) / "untouched")
+        if len(others) < len(questions):
+            return {}
+        same = sum(a == b for a, b in zip(answers, others))
+        same_weights = fingerprint(untouched.vlm) == result["vlm_sha256"]
+        result["untouched"] = {"same_answers": same, "of": len(answers), "same_weights": same_weights}
+        lines.append(f"as the untouched VLM: {same} of {len(answers)} answers; weights "
+                     f"{'equal to the bit' if same_weights else 'differ'}")
+    return finish(cfg, "understand", result, "\n".join(lines))
+
+
+def read_questions(cfg: UnderstandConfig) -> list[Question]:
+    if cfg.benchmark == "nano":
+        if not PRESETS[cfg.preset].shapes_world:
+            raise Refused(f"the questions about the nano world are in its words: preset {cfg.preset} needs "
+                          "--benchmark and --questions")
+        return read_nano(cfg.count, cfg.seed)
+    # a stranger's file may be wrong in any way
+    try:
+        questions = BENCHMARKS[cfg.benchmark][0](Path(cfg.questions))
+        assert questions, "it holds no questions"
+    except Exception as error:
+        raise Refused(f"--questions {cfg.questions} cannot be read as the published file of {cfg.benchmark}: "
+                      f"{error!r}") from error
+    return questions[:cfg.limit or None]
+
+
+def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder: Path) -> list[str]:
+    """The answers to all questions, in order, written as they come; fewer if a signal stopped it."""
+    asked = repr([(question.name, question.text, question.answers) for question in questions])
+    names = ("benchmark", "seed", "dtype", "max_new_tokens")
+    same_settings(folder, {"weights": f"sha256:{fingerprint(model.vlm)[:16]}",
+                           "questions": f"sha256:{hashlib.sha256(asked.encode()).hexdigest()[:16]}",
+                           **{name: getattr(cfg, name) for name in names}})
+    path = folder / "answers.jsonl"
+    answers = [record["answer"] for record in resume_lines(path)]
+    with (StopSignal() as stop, open(path, "a") as file, precision(model.device, cfg.dtype),
+          tqdm(total=len(questions), initial=len(answers), unit="question") as bar):
+        while len(answers) < len(questions) and not stop.stop:
+            part = questions[len(answers):len(answers) + cfg.batch_size]
+            images = torch.stack([tile(question, cfg.images, model) for question in part])  # (B, 3, H, W)
+            texts = [question.text for question in part]
+            new = model.answer(images.to(model.device), texts, cfg.max_new_tokens)
+            for question, answer in zip(part, new):
+                record = {"name": question.name, "question": question.text, "right": question.answers}
+                file.write(json.dumps({**record, "answer": answer}) + "\n")
+            file.flush()
+            answers += new
+            bar.update(len(part))
+    if len(answers) < len(questions):
+        print(f"stopped after {len(answers)} questions; the same command goes on from here")
+    return answers
+
+
+def tile(question: Question, folder: str, model: ParaUni) -> Tensor:
+    """A question's picture as the VLM's one tile, (3, side, side) in [0, 1]."""
+    image = question.image
+    if isinstance(image, Tensor):
+        return image
+    try:
+        picture = read_picture(Path(folder) / image if isinstance(image, Path) else image)
+    except BadPicture as error:
+        raise Refused(f"question {question.name}: {error}") from error
+    side = model.preset.vlm.vision_config.image_size[0]
+    return to_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))

@@ -1,0 +1,287 @@
+"""evaluation/ablate.py: the flags of its rows, runs that are trained, resumed, stopped, and the table."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from common import Refused, parse_config
+from evaluation import ablate
+from evaluation.ablate import ROWS, AblateConfig
+from evaluation.layers import stage3_log
+from grpo import GRPOConfig
+from helpers import save_stages, tiny_model
+from ldam import LDAM
+
+pytestmark = pytest.mark.usefixtures("tiny_preset")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stages(tiny_model(), tmp_path_factory.mktemp("parts"))
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ----------------------------------------------------------------------------- rows and their flags
+
+def test_rows_about_layers_fuse_what_they_say() -> None:
+    found = {name: ablate.layer_flags(name, 8) for name, row in ROWS.items() if row.family == "layers"}
+    assert found == {"all": [], "no-norm": ["--no-norm"], "last": ["--layers", "8"],
+                     "no-shallow": ["--layers", "4,5,6,7,8"], "no-middle": ["--layers", "1,2,3,7,8"],
+                     "no-deep": ["--layers", "1,2,3,4,5,6"], "every-other": ["--layers", "2,4,6,8"]}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_is_flags_that_train_takes(name: str, parts: Path, tmp_path: Path) -> None:
+    cfg = AblateConfig(weights=str(parts), out=str(tmp_path), reinforce=True)
+    plan = ablate.make_plan(cfg, name, 1, 1.5, 3)
+    configs = {"1": train.TrainConfig, "2": train.TrainConfig, "3": GRPOConfig}
+    stages = [parse_config(configs[flags[1]], flags) for flags in plan["stages"]]
+    assert [stage.stage for stage in stages] == ([3] if ROWS[name].family == "ldam" else [1, 2, 3])
+    assert all(stage.seed == 1 and stage.resume == "auto" for stage in stages)
+    if ROWS[name].family == "layers":
+        assert stages[0].norm == (name != "no-norm") and stages[1].init.endswith("stage1/stage1.safetensors")
+        return
+    last = stages[-1]
+    assert (last.ldam_spike, last.ldam_patience) == ((1.5, 3) if ROWS[name].at_nano else (100.0, 5))
+    assert last.ldam == (name != "no-ldam") and (last.ldam_mode == "keep") == (name == "ldam-keep")
+    assert last.ldam_use_grad_norm == (name != "no-grad-norm")
+    assert last.ldam_use_reward == (name != "no-reward")
+
+
+def test_the_rows_of_table_3_have_the_papers_scores() -> None:
+    papers = {row.paper for row in ROWS.values() if row.paper}
+    assert papers == {0.82, 0.85, 0.84, 0.86, 0.73, 0.87}
+    assert ROWS["all"].paper == ROWS["ldam"].paper == 0.87 and "does not say" in ablate.PAPER_NOTE
+
+
+@pytest.mark.parametrize("flags", [("--seeds", "1"), ("--rows", "al"), ("--spike", "2")])
+def test_flags_that_cannot_end_in_a_table_are_refused(flags: tuple, tmp_path: Path) -> None:
+    with pytest.raises(Refused):
+        ablate.main([*flags, "--out", str(tmp_path)])
+
+
+# ----------------------------------------------------------------------------- one run
+
+def test_a_run_is_trained_scored_and_not_trained_again(parts: Path, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate, "build_reward",
+                        lambda name, device, weights: lambda images, prompts: images.mean((1, 2, 3)))
+    monkeypatch.setattr(ablate, "heldout_loss", lambda model, seed: 0.5)
+    cfg = AblateConfig(weights=str(parts), out=str(tmp_path), stage1_steps=2, stage2_steps=2, pictures=4,
+                       limit=6, num_steps=2, guidance_scale=1.0, dtype="fp32")
+    folder = tmp_path / "no-middle-seed0"
+    folder.mkdir()
+    plan = ablate.make_plan(cfg, "no-middle", 0, 0.0, 0)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    monkeypatch.setattr(sys, "argv", ["ablate.py", str(folder)])
+    ablate.run_row()
+    scores = json.loads((folder / "row.json").read_text())["scores"]
+    assert set(scores) == {*ablate.MEASURES, "tasks"} and 0 <= scores["judge"] <= 1
+    record = json.loads((folder / "stage1" / "stage1.json").read_text())
+    assert record["command"].startswith("python train.py --stage 1")
+    # stage 2 goes on with the layers of stage 1
+    model = tiny_model()
+    model.load_stage(folder / "stage2" / "stage2.safetensors", 2)
+    assert model.lim.layers == [1, 4] and not list(folder.glob("stage*/checkpoints"))
+    monkeypatch.setattr(train, "main", lambda flags: pytest.fail("trained again"))
+    monkeypatch.setattr(sys, "argv", ["ablate.py", str(folder)])
+    ablate.run_row()
+    assert json.loads((folder / "row.json").read_text())["scores"] == scores
+
+
+def test_the_heldout_loss_is_the_mean_over_pictures_whatever_the_batch() -> None:
+    model = tiny_model()
+    whole = ablate.heldout_loss(model, 0, count=6, batch=6)
+    assert ablate.heldout_loss(model, 0, count=6, batch=4) == pytest.approx(whole, rel=1e-5)
+    assert ablate.heldout_loss(model, 1, count=6, batch=6) != whole
+    with torch.no_grad():
+        model.dit.proj_out.weight.mul_(3)
+    assert ablate.heldout_loss(model, 0, count=6, batch=6) > whole
+
+
+# ----------------------------------------------------------------------------- all runs
+
+CHILD = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+if folder.name.startswith("last") and {broken}:
+    sys.exit(2)
+time.sleep({seconds})
+(folder / "row.json").write_text(json.dumps({{"seconds": 1, "scores": {{"judge": 0.5, "loss": 1.0}}}}))
+"""
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, seconds: float = 0, broken: bool = False) -> list[str]:
+    """Runs are played by a few lines; returns the names of those that were started."""
+    started: list[str] = []
+
+    def start(folder: Path, jobs: int) -> subprocess.Popen:
+        started.append(folder.name)
+        return subprocess.Popen([sys.executable, "-S", "-c", CHILD.format(broken=broken, seconds=seconds),
+                                 str(folder)])
+    monkeypatch.setattr(ablate, "start_run", start)
+    return started
+
+
+def plans(folder: Path, *names: str, steps: int = 5) -> dict[Path, dict]:
+    return {folder / f"{name}-seed{seed}": {"stages": [["--steps", str(steps)]], "score": {}}
+            for seed in (0, 1) for name in names}
+
+
+def test_finished_runs_are_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, started = AblateConfig(), stand_in(monkeypatch)
+    assert ablate.run_all(cfg, plans(tmp_path, "all", "last"))
+    assert sorted(started) == ["all-seed0", "all-seed1", "last-seed0", "last-seed1"]
+    (tmp_path / "last-seed1" / "row.json").unlink()
+    assert ablate.run_all(cfg, plans(tmp_path, "all", "last")) and started[4:] == ["last-seed1"]
+    with pytest.raises(Refused, match="'5'.* -> '6'"):
+        ablate.run_all(cfg, plans(tmp_path, "all", steps=6))
+    assert len(started) == 5
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, broken=True)
+    with pytest.raises(Refused, match="last-seed0.*log.txt"):
+        ablate.run_all(AblateConfig(), plans(tmp_path, "all", "last"))
+    assert (tmp_path / "all-seed1" / "row.json").is_file()
+
+
+def test_a_signal_stops_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = stand_in(monkeypatch, seconds=60)
+    begin = ablate.start_run
+
+    def start(folder: Path, jobs: int) -> subprocess.Popen:
+        process = begin(folder, jobs)
+        if len(started) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+    monkeypatch.setattr(ablate, "start_run", start)
+    assert not ablate.run_all(AblateConfig(jobs=2), plans(tmp_path, "all", "last"))
+    assert len(started) == 2 and not list(tmp_path.glob("*/row.json"))
+
+
+def test_a_run_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def popen(command: list[str], env: dict, **files: object) -> None:
+        assert command[1:] == ["-m", "evaluation.ablate", str(tmp_path)] and "RANK" not in env
+        assert Path(env["PYTHONPATH"], "evaluation", "ablate.py").is_file()
+        files["stdout"].write("seen")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    ablate.start_run(tmp_path, jobs=2)
+    assert (tmp_path / "log.txt").read_text() == "seen"
+
+
+# ----------------------------------------------------------------------------- when LDAM fires
+
+#         epoch  1    2    3    4    5    6    7    8
+NORMS, FALLS = [1.0, 1.0, 2.5, 1.0, 1.0, 1.0, 1.0, 1.0], [0.9, 0.8, 0.7, 0.9, 0.6, 0.5, 0.4, 0.3]
+
+
+def write_log(folder: Path, norms: list[float], rewards: list[float], fired: int = 0,
+              phases: int = 1) -> Path:
+    """A stage 3 log whose every phase has these gradient norms and rewards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"epoch": 0, "phase": "clip", "heldout/clip": 0.4}]
+    for phase in ("clip", "pickscore", "aesthetic")[:phases]:
+        ldam = LDAM()
+        for norm, reward in zip(norms, rewards):
+            ldam.update(norm, reward)
+            lines.append({"epoch": len(lines), "phase": phase, "grad_norm": norm, "kl": 0.0, "ldam/fired": 0,
+                          "ldam/r_s": ldam.last["r_s"], "ldam/gamma_raw": ldam.last["gamma_raw"],
+                          **{f"reward/{name}": reward for name in ablate.REWARDS}})
+    lines[1]["ldam/fired"] = fired
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_replay_fires_where_algorithm_1_does(tmp_path: Path) -> None:
+    log = stage3_log(write_log(tmp_path, NORMS, FALLS, phases=2))
+
+    def replay(spike: float, patience: int) -> list[int]:
+        return [record["epoch"] for record in ablate.replay(log, spike, patience)]
+    assert replay(100, 5) == []
+    assert replay(2, 2) == [3, 11]                              # the jump and the second decline: epoch 3
+    assert replay(2, 3) == [5, 13] and replay(2, 5) == [7, 15]
+    assert replay(2.5, 2) == [3, 11] and replay(3, 1) == []     # the largest jump is 2.5, which counts
+    assert replay(2, 6) == []                                   # only in the phase's last epoch: no use
+    log[2]["grad_norm"] = None                                  # the jump was not finite: nobody saw it
+    assert replay(2, 2) == [11]
+
+
+def test_the_strictest_thresholds_at_which_every_run_fires(tmp_path: Path) -> None:
+    one = stage3_log(write_log(tmp_path / "a", NORMS, FALLS))
+    two = stage3_log(write_log(tmp_path / "b", [1, 1, 1.6, 1, 1, 1, 1, 1], FALLS))
+    assert ablate.find_thresholds([one]) == (2.0, 5) and ablate.find_thresholds([one, two]) == (1.5, 5)
+    # it must fire in half of all phases: in one of two, not in one of three
+    quiet = [record | {"phase": "pickscore", "epoch": record["epoch"] + 8, "grad_norm": 1.0}
+             for record in one]
+    assert ablate.find_thresholds([one + quiet]) == (2.0, 5)
+    third = [record | {"phase": "aesthetic", "epoch": record["epoch"] + 8} for record in quiet]
+    assert ablate.find_thresholds([one + quiet + third])[1] == 1
+
+
+# ----------------------------------------------------------------------------- the table
+
+def finished(folder: Path, name: str, judges: list[float], losses: list[float] = (0.5, 0.5, 0.5),
+             fired: int = 0, rewards: list[float] = FALLS) -> None:
+    for seed, (judge, loss) in enumerate(zip(judges, losses)):
+        run = folder / f"{name}-seed{seed}"
+        run.mkdir(parents=True)
+        scores = {"judge": judge, "clip": 0.4, "pickscore": 0.4, "aesthetic": 5.0, "loss": loss, "tasks": {}}
+        (run / "row.json").write_text(json.dumps({"scores": scores, "seconds": 1}))
+        if ROWS[name].family == "ldam":
+            rewards_of_seed = [reward + 0.01 * seed * fired for reward in rewards]
+            write_log(run / "stage3", NORMS, rewards_of_seed, fired, phases=3)
+
+
+def test_table_claims_and_what_ldam_did(tmp_path: Path) -> None:
+    finished(tmp_path, "all", [0.50, 0.51, 0.52], [0.40, 0.40, 0.40])
+    finished(tmp_path, "no-norm", [0.30, 0.312, 0.32], [0.500, 0.501, 0.502])
+    finished(tmp_path, "last", [0.60, 0.50, 0.40], [0.300, 0.301, 0.302])
+    finished(tmp_path, "ldam", [0.2, 0.2, 0.2])
+    finished(tmp_path, "no-ldam", [0.2, 0.2, 0.2])
+    finished(tmp_path, "ldam-epoch", [0.21, 0.22, 0.23], fired=1, rewards=[reward + 0.1 for reward in FALLS])
+    result = ablate.summarise(AblateConfig(out=str(tmp_path)), 2.0, 5)
+    table = {row["row"]: row for row in read_csv(tmp_path / "ablate.csv")}
+    norm, drop = table[ROWS["no-norm"].title], np.array([0.30, 0.312, 0.32]) - np.array([0.50, 0.51, 0.52])
+    assert float(norm["judge difference"]) == pytest.approx(drop.mean(), rel=1e-4)
+    assert float(norm["difference s.e."]) == pytest.approx(drop.std(ddof=1) / 3 ** 0.5, rel=1e-3)
+    assert norm["paper"] == "0.73" and norm["firings"] == ""
+    assert table[ROWS["ldam-epoch"].title]["firings"] == "3"
+    claims = {(row["claim"], row["measure"]): row for row in result["claims"]}
+    for text, measure, verdict in (
+            ("Without LayerNorm it is worse", "judge", "supported"),
+            ("Without LayerNorm it is worse", "loss", "supported"),             # a larger loss is worse
+            ("The last layer alone is worse than all", "judge", "undecided"),
+            ("The last layer alone is worse than all", "loss", "contradicted"),
+            ("LDAM helps", "judge", "undecided"),                       # 0.02 +- 0.0058: 3.5 errors, not 4.3
+            ("With LDAM pickscore is higher throughout (supplement Figure 1)", "pickscore in training",
+             "supported")):
+        assert claims[text, measure]["verdict"] == verdict, text
+    assert claims["LDAM helps", "judge"]["n needed"] == 5
+    assert not any("deep" in text for text, _ in claims)                        # no such row was trained
+    assert result["ldam"]["largest jump"] == 2.5 and result["ldam"]["firings at the paper's thresholds"] == 0
+    grid = {(float(row["spike"]), int(row["patience"])): row["firings"]
+            for row in read_csv(tmp_path / "thresholds.csv")}
+    assert grid[100.0, 5] == "0" and grid[2.0, 5] == "9" and grid[3.0, 1] == "0"
+    assert ablate.PAPER_NOTE in (tmp_path / "ablate.md").read_text()
+    for name in ("ablate", "thresholds", "figure9", "supplement"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_thresholds_are_asked_for_where_they_cannot_be_found(tmp_path: Path, parts: Path) -> None:
+    with pytest.raises(Refused, match="add ldam to --rows, or give --spike and --patience"):
+        ablate.main(["--out", str(tmp_path), "--weights", str(parts), "--rows", "ldam-keep"])

@@ -1,0 +1,212 @@
+"""evaluation/dpg.py: DPG-Bench's rule against a second writing of it, its question file, the answering model,
+and the way from pictures to the score with small stand-ins."""
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessor,
+                          BlipProcessor)
+
+import evaluate
+import evaluation
+from common import Refused, derive_seed
+from evaluation import dpg
+from test_geneval import SIDE, Painter
+
+COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "category_broad",
+           "category_detailed", "tuple", "question_natural_language")
+
+
+def reference_dpg(rows: list[dict], answers: dict, quirks: bool) -> tuple[dict, dict]:
+    """The rule in the small, on the file's rows: prompt -> score, category -> share of yes."""
+    kept = rows[1:] if quirks else rows
+    prompts, categories = {}, {}
+    for name in dict.fromkeys(row["item_id"] for row in kept):
+        mine = [row for row in kept if row["item_id"] == name]
+        ids = {row["proposition_id"] for row in mine}
+        total, raw, lost = [], [], False
+        for tile in answers[name]["tiles"]:
+            value = {row["proposition_id"]: int(tile[row["proposition_id"]] == "yes") for row in mine}
+            raw.append(dict(value))
+            for row in mine:
+                for parent in row["dependency"].split(", "):
+                    if parent != "0" and parent not in ids:
+                        if quirks:
+                            lost = True
+                            break
+                        continue
+                    if parent != "0" and value[parent] == 0:
+                        value[row["proposition_id"]] = 0
+                        break
+            total.append(sum(value.values()) / len(value))
+        if lost:
+            continue
+        prompts[name] = sum(total) / len(total)
+        for tile in (raw[-1:] if quirks else raw):
+            for row in mine:
+                detailed = row["tuple"].split("(")[0].strip()
+                for level in {detailed, detailed.split("-")[0].strip()}:
+                    categories.setdefault(level, []).append(tile[row["proposition_id"]])
+    return prompts, {name: 100 * sum(marks) / len(marks) for name, marks in categories.items()}
+
+
+def made_up_questions(path: Path, rng: np.random.Generator, prompts: int) -> list[dict]:
+    """A question file with up to 12 propositions a prompt, most of them hanging on others, a few on later
+    ones and on such as are not there."""
+    rows = []
+    for i in range(prompts):
+        for n in range(1, int(rng.integers(2, 13))):
+            parents = rng.permutation(range(1, n))[:rng.integers(0, 3)].tolist() if rng.random() < 0.8 else []
+            parents += [n + 1] if rng.random() < 0.05 else []
+            kind = ["entity - whole", "attribute - color", "relation - spatial", "global"][rng.integers(4)]
+            values = (f"item_{i}", f"prompt, {i}", "k", str(n), ", ".join(map(str, parents)) or "0", "x", "y",
+                      f"{kind} (thing {n})", f"Is there {n}?")
+            rows.append(dict(zip(COLUMNS, values)))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_scores_are_those_of_a_second_writing_of_the_rule(tmp_path: Path, quirks: bool) -> None:
+    rng = np.random.default_rng(3)
+    rows = made_up_questions(tmp_path / "q.csv", rng, 300)
+    answers: dict[str, dict] = {}
+    for row in rows:
+        for tile in answers.setdefault(row["item_id"], {"tiles": [{} for _ in range(4)]})["tiles"]:
+            tile[row["proposition_id"]] = str(rng.choice(["yes", "no", "yes please"], p=[0.75, 0.2, 0.05]))
+    items, notes = dpg.read_items(tmp_path / "q.csv", quirks)
+    got = dpg.dpg_scores(items, answers, quirks)
+    prompts, categories = reference_dpg(rows, answers, quirks)
+    assert got["prompts"] == pytest.approx(prompts, abs=1e-12) and got["prompts"].keys() == prompts.keys()
+    assert {name: row["yes"] for name, row in got["categories"].items()} == pytest.approx(categories)
+    assert len(got["dropped"]) + len(prompts) == 300 and bool(got["dropped"]) == quirks == (not notes)
+    assert got["score"] == pytest.approx(100 * np.mean(list(prompts.values())))
+    assert got["error"] == pytest.approx(100 * np.std(list(prompts.values()), ddof=1) / len(prompts) ** 0.5)
+
+
+def question_file(path: Path, *rows: str) -> Path:
+    path.write_bytes("\r\n".join(("\ufeff" + ",".join(COLUMNS), *rows, "")).encode())
+    return path
+
+
+def test_dependencies_by_hand(tmp_path: Path) -> None:
+    path = question_file(tmp_path / "q.csv", "a,t\u2028u,k,1,0,e,w,entity - whole (dog),dog?",
+                         'a,t,k,2,1,a,c,"attribute - color (dog, red)",red?',
+                         'a,t,k,3,"2, left",r,s,"relation - spatial (dog, left)",left?',
+                         "a,t,k,4,9,e,w,entity - whole (tv),tv?")
+    items, notes = dpg.read_items(path)
+    assert items[0].text == "t\u2028u"
+    assert [p.parents for p in items[0].propositions] == [[], [1], [2], []] and len(notes) == 2
+    assert "a, 3: the dependency ' left' is no number" in notes[0] and "a, 4: 9, its parent" in notes[1]
+    assert dpg.tile_scores(items[0], {1: "no", 2: "yes", 3: "yes", 4: "yes"}) == {1: 0, 2: 0, 3: 0, 4: 1}
+    got = dpg.dpg_scores(items, {"a": {"tiles": [{"1": "no", "2": "yes", "3": "yes", "4": "Yes"}]}})
+    assert got["score"] == 0 and got["categories"]["entity"] == {"yes": 0, "n": 2}
+    assert got["categories"]["attribute - color"]["yes"] == 100                     # without the dependency
+    with pytest.raises(ValueError, match="left"):
+        dpg.read_items(path, quirks=True)                   # where the official reader stops too
+
+
+def test_an_item_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="stem of a file name as item_id"):
+        dpg.read_items(question_file(tmp_path / "q.csv", "../a,t,k,1,0,e,w,x (y),q?"))
+
+
+# ----------------------------------------------------------------------------- from pictures to the score
+
+class FakeAnswerer:
+    """Yes in light pictures; counts its questions."""
+    name, asked = "fake", []
+
+    def __init__(self, source: str, device: torch.device) -> None:
+        pass
+
+    def __call__(self, picture: Image.Image, questions: list[str]) -> list[str]:
+        assert picture.size == (SIDE, SIDE)
+        self.asked.append(len(questions))
+        return ["yes" if picture.getpixel((0, 0))[0] > 100 else "no"] * len(questions)
+
+
+def score(out: Path, *flags: object) -> dict:
+    path = question_file(out / "q.csv", "a1,two dogs,k,1,0,entity,whole,entity - whole (dog),Is there a dog?",
+                         'a1,two dogs,k,2,1,other,count,"other - count (dogs, two)",Are there two?',
+                         "b_2,a red cup,k,1,0,entity,whole,entity - whole (cup),Is there a cup?")
+    flags = ["--preset", "b-512", "--questions", path, "--out", out, *flags]
+    return evaluate.main(["dpg", *map(str, flags)])
+
+
+def test_it_draws_asks_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = Painter()
+    monkeypatch.setattr(evaluation, "load", lambda *args: painter)
+    monkeypatch.setattr(dpg, "Answerer", FakeAnswerer)
+    monkeypatch.setattr(FakeAnswerer, "asked", [])
+    result = score(tmp_path)
+    light = {name: [derive_seed(0, "dpg", name, k) % 200 > 100 for k in range(4)] for name in ("a1", "b_2")}
+    assert result["score"] == pytest.approx(100 * np.mean([np.mean(light["a1"]), np.mean(light["b_2"])]))
+    assert FakeAnswerer.asked == [2] * 4 + [1] * 4 and result["judge"] == "fake" and not result["benchmark"]
+    assert result["name"].endswith("not the benchmark: 2 prompts of 1065; the judge is not mPLUG-large")
+    (tmp_path / "answers/b_2.json").unlink()
+    FakeAnswerer.asked.clear()
+    painter.batches = []
+    assert score(tmp_path)["prompts"] == result["prompts"]
+    assert FakeAnswerer.asked == [1] * 4 and not painter.batches
+    (tmp_path / "images/a1.png").unlink()                   # the rest of another model's folder
+    assert score(tmp_path, "--images", tmp_path / "images")["prompts"] == {"b_2": result["prompts"]["b_2"]}
+
+
+def test_ready_answers_are_scored_alone(tmp_path: Path) -> None:
+    answers = {"a1": {"tiles": [{"1": "yes", "2": "no"}, {"1": "no", "2": "yes"}]}}
+    (tmp_path / "a.json").write_text(json.dumps({"judge": "made up", "items": answers}))
+    flags = ["--images", tmp_path, "--answers", tmp_path / "a.json"]
+    result = score(tmp_path, *flags)
+    assert result["score"] == 25 and list(result["prompts"]) == ["a1"] and result["error"] is None
+    assert result["categories"]["entity"] == {"yes": 50, "n": 2}
+    quirks = score(tmp_path, *flags, "--official-quirks")   # proposition 1 of a1 is lost with the first row
+    assert quirks["dropped"] == ["a1"] and quirks["score"] is None
+    del answers["a1"]["tiles"][1]["2"]
+    (tmp_path / "a.json").write_text(json.dumps({"judge": "made up", "items": answers}))
+    with pytest.raises(KeyError, match="2"):                # never counted as a no
+        score(tmp_path, *flags, "--official-quirks")
+
+
+def test_bad_grids_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpg, "Answerer", FakeAnswerer)
+    (tmp_path / "grids").mkdir()
+    with pytest.raises(Refused, match="expected grids called ITEM_ID.png in .*grids, found none"):
+        score(tmp_path, "--images", tmp_path / "grids")
+    Image.new("RGB", (16, 15)).save(tmp_path / "grids" / "a1.png")
+    with pytest.raises(Refused, match="a1.png to be a square of 2 x 2 pictures"):
+        score(tmp_path, "--images", tmp_path / "grids")
+
+
+def test_the_answering_model_answers_as_transformers_does(tmp_path: Path) -> None:
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] is there a dog yes no ?".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    text = {"vocab_size": len(words), "hidden_size": 16, "encoder_hidden_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 16, "projection_dim": 16, "bos_token_id": 5,
+            "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+              "image_size": 32, "patch_size": 8, "projection_dim": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).eval()
+    model.save_pretrained(tmp_path / "m")
+    processor = BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}),
+                              BertTokenizer(str(tmp_path / "vocab.txt")))
+    processor.save_pretrained(tmp_path / "m")
+    answerer = dpg.Answerer(str(tmp_path / "m"), torch.device("cpu"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    asked = ["is there a dog?", "is a dog there?"]
+    expected = []
+    for question in asked:
+        with torch.no_grad():
+            inputs = processor(images=image, text=question, return_tensors="pt")
+            out = model.generate(**inputs, max_new_tokens=10)
+        expected.append(processor.decode(out[0], skip_special_tokens=True).strip().rstrip(".").lower())
+    assert answerer(image, asked) == expected and any(expected)

@@ -1,0 +1,436 @@
+"""evaluation/geneval.py: GenEval's rules against a second writing of them, the detector's post-processing and
+the colour crops against plain second writings, the way from pictures to verdicts with small stand-ins."""
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+import evaluate
+import evaluation
+from common import Dist, Refused, derive_seed
+from evaluation import geneval
+from evaluation.geneval import COLORS, NAMES, TASKS
+
+CPU = torch.device("cpu")
+SHAPES = ("bench", "dog", "clock", "tv remote")             # few classes, so that they collide
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+# ----------------------------------------------------------------------------- the rules, a second time
+# On arrays (k, 6), one a class: left, top, right, bottom, score, colour.
+
+def reference_position(a: np.ndarray, b: np.ndarray) -> list[str]:
+    middle_a, middle_b = (np.array([(x[0] + x[2]) / 2, (x[1] + x[3]) / 2]) for x in (a, b))
+    width = np.array([abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1])])
+    away = middle_a - middle_b
+    left_over = np.where(np.abs(away) > 0.1 * width, np.abs(away) - 0.1 * width, 0) * np.sign(away)
+    if (np.abs(left_over) < 1e-3).all():
+        return []
+    x, y = left_over / np.sqrt((away ** 2).sum())
+    return [name for name, here in zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5)) if here]
+
+
+def reference_verdict(arrays: dict[str, np.ndarray], request: dict) -> bool:
+    threshold = 0.9 if request["tag"] == "counting" else 0.3
+    seen = {}
+    for name, array in arrays.items():
+        array = array[np.argsort(-array[:, 4], kind="stable")]
+        seen[name] = array[array[:, 4] > threshold][:16]
+    nothing, matched, good = np.zeros((0, 6)), [], True
+    for want in request["include"]:
+        best = seen.get(want["class"], nothing)[:want["count"]]
+        fits = len(best) == want["count"]
+        if fits and "color" in want:
+            fits = bool((best[:, 5] == COLORS.index(want["color"])).sum() >= want["count"])
+        if fits and "position" in want:
+            relation, group = want["position"]
+            fits = matched[group] is not None and all(
+                relation in reference_position(a, b) for a in best for b in matched[group])
+        matched.append(best if fits else None)
+        good = good and fits
+    return good and all(len(seen.get(no["class"], nothing)) < no["count"]
+                        for no in request.get("exclude", []))
+
+
+def made_up_request(rng: np.random.Generator, task: str) -> dict:
+    """A request of the published form."""
+    a, b = rng.permutation(SHAPES)[:2].tolist()
+    count = 2 if task == "colors" and rng.random() < 0.3 else 1
+    clauses, colors = [{"class": a, "count": count}], [COLORS[i] for i in rng.integers(0, 3, 2)]
+    if task == "counting":
+        n = int(rng.integers(2, 5))
+        return {"tag": task, "prompt": task, "include": [{"class": a, "count": n}],
+                "exclude": [{"class": a, "count": n + 1}]}
+    if task in ("two_object", "position", "color_attr"):
+        clauses.append({"class": b, "count": 1})
+    if task == "position":
+        clauses[1]["position"] = [RELATIONS[rng.integers(4)], 0]
+    if task in ("colors", "color_attr"):
+        for clause, color in zip(clauses, colors):
+            clause["color"] = color
+    return {"tag": task, "prompt": task, "include": clauses}
+
+
+def made_up_detections(rng: np.random.Generator, task: str) -> list[dict]:
+    """Up to 30 boxes, often of the same few classes, scores and colours, some exactly on a threshold."""
+    count = int(rng.integers(0, 9)) if rng.random() < 0.8 else 30
+    objects = []
+    for _ in range(count):
+        left, top, width, height = (int(x) for x in (*rng.integers(0, 100, 2), *rng.integers(1, 60, 2)))
+        sure = 0.93 + 0.07 * rng.random() if task == "counting" else rng.random()
+        score = float(rng.choice([sure, 0.3, 0.9, round(rng.random(), 1)], p=[0.7, 0.1, 0.1, 0.1]))
+        name = SHAPES[rng.integers(2 if count > 9 or rng.random() < 0.7 else 4)]
+        objects.append({"class": name, "score": score, "box": [left, top, left + width, top + height],
+                        "color": COLORS[rng.integers(3)]})
+    return objects
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_verdicts_are_those_of_a_second_writing_of_the_rules(task: str) -> None:
+    rng, right, total = np.random.default_rng([7, TASKS.index(task)]), 0, 600
+    for _ in range(total):
+        request, objects = made_up_request(rng, task), made_up_detections(rng, task)
+        arrays = {name: np.array([[*f["box"], f["score"], COLORS.index(f["color"])] for f in objects
+                                  if f["class"] == name]).reshape(-1, 6) for name in SHAPES}
+        # only the colours that were asked for are there
+        asked = geneval.need_color(objects, request)
+        some = [thing if thing in asked else {**thing, "color": ""} for thing in objects]
+        good, reason = geneval.verdict(some, request)
+        assert good == reference_verdict(arrays, request), (request, objects)
+        assert good == (reason == "")
+        right += good
+    assert 0.02 * total < right < 0.98 * total              # the made-up pictures are no walk-over
+
+
+def boxed(name: str, x: float, y: float, score: float = 0.95, **more: str) -> dict:
+    return {"class": name, "score": score, "box": [x - 10, y - 10, x + 10, y + 10], **more}
+
+
+def test_the_thresholds_by_hand() -> None:
+    dog = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+    assert geneval.verdict([boxed("dog", 0, 0, 0.301)], dog) == (True, "")
+    assert geneval.verdict([boxed("dog", 0, 0, 0.3)], dog) == (False, "expected 1 dog, found 0")
+    two = {"tag": "counting", "include": [{"class": "dog", "count": 2}],
+           "exclude": [{"class": "dog", "count": 3}]}
+    assert geneval.verdict([boxed("dog", 0, 0, 0.91), boxed("dog", 9, 9, 0.91)], two)[0]
+    assert not geneval.verdict([boxed("dog", 0, 0, 0.91), boxed("dog", 9, 9, 0.9)], two)[0]
+    assert geneval.verdict([boxed("dog", 0, 0, 0.91)] * 3, two)[1] == "expected fewer than 3 dog, found 3"
+    assert len(geneval.keep([boxed("dog", i, 0) for i in range(40)], "colors")["dog"]) == 16
+
+
+def test_positions_by_hand() -> None:
+    here = boxed("dog", 100, 100)
+    # 8 - 4 is half of 8: not beyond it
+    for x, y, where in ((60, 100, {"left of"}), (140, 138, {"right of", "below"}), (104, 100, set()),
+                        (108, 100, set()), (108.1, 100, {"right of"})):
+        assert geneval.position(boxed("tv", x, y), here) == where
+
+
+def test_task_scores_against_hand_numbers() -> None:
+    tasks = ["counting", "counting", "colors", "colors", "position"]
+    verdicts = {(0, 0): True, (0, 1): True, (1, 0): False, (1, 1): False,       # shares 1 and 0
+                (2, 0): False, (2, 1): False, (3, 0): False, (3, 1): True}      # shares 0 and 1/2
+    scores = geneval.task_scores(verdicts, tasks)
+    assert scores["tasks"] == {
+        "counting": {"right": 0.5, "error": pytest.approx(0.5), "prompts": 2, "pictures": 4},
+        "colors": {"right": 0.25, "error": pytest.approx(0.25), "prompts": 2, "pictures": 4}}
+    assert scores["overall"] == {"right": 0.375, "error": pytest.approx(0.3125 ** 0.5 / 2), "prompts": 4,
+                                 "pictures": 8}
+    assert geneval.task_scores({(4, 0): True}, tasks)["overall"]["error"] is None
+
+
+def test_the_classes_are_coco_s_under_geneval_s_names() -> None:
+    assert len(set(NAMES)) == 80 and NAMES[:3] == ("person", "bicycle", "car") and NAMES[-1] == "toothbrush"
+    assert [NAMES.index(name) for name in geneval.RENAMED.values()] == [64, 65, 66]
+
+
+# ----------------------------------------------------------------------------- the detector and the namer
+
+@pytest.fixture(scope="module")
+def detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mask2Former of a few thousand weights."""
+    back = {new: old for old, new in geneval.RENAMED.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        swin = SwinConfig(image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4,
+                          out_features=["stage1", "stage2", "stage3", "stage4"])
+        model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
+            backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, dim_feedforward=16,
+            encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
+            num_queries=5, id2label={i: back.get(name, name) for i, name in enumerate(NAMES)}))
+        nn.init.normal_(model.class_predictor.weight, std=0.5)                  # sure of some classes
+    folder = tmp_path_factory.mktemp("detector")
+    model.save_pretrained(folder)
+    return folder
+
+
+def reference_detections(detector: geneval.Detector, image: Image.Image) -> list[tuple]:
+    """All pairs of query and class above the threshold, whole masks first."""
+    x, (h, w) = detector.prepare(image)
+    with torch.no_grad():
+        out = detector.model(pixel_values=x)
+    probs = out.class_queries_logits[0].softmax(-1)[:, :80]                         # (Q, 80)
+    masks = F.interpolate(out.masks_queries_logits, x.shape[-2:], mode="bilinear", align_corners=False)
+    masks = F.interpolate(masks[..., :h, :w], image.size[::-1], mode="bilinear", align_corners=False)[0]
+    found = []
+    for query, mask in enumerate(masks):
+        inside = (mask > 0).double()
+        quality = (mask.double().sigmoid() * inside).sum() / (inside.sum() + 1e-6)
+        ys, xs = np.nonzero(inside.numpy())
+        for label in range(80):
+            score = (probs[query, label] * quality).item()
+            if score > geneval.MIN_SCORE:
+                found.append((NAMES[label], score, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], inside))
+    return sorted(found, key=lambda f: -f[1])
+
+
+def test_the_detector_is_its_description(detector_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # in place of 800, 1333 and 0.3
+    for name, value in (("SHORT", 60), ("LONG", 100), ("MIN_SCORE", 0.03)):
+        monkeypatch.setattr(geneval, name, value)
+    detector = geneval.Detector(str(detector_folder), CPU)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 44, 3), dtype=np.uint8))
+    x, size = detector.prepare(image)
+    assert x.shape == (1, 3, 64, 96) and size == (60, 88)
+    assert not x[..., 60:, :].any() and not x[..., 88:].any()
+    assert detector.prepare(image.resize((60, 30)))[1] == (50, 100)
+    found, expected = detector(image), reference_detections(detector, image)
+    assert 3 < len(expected) < geneval.TOP and [f["class"] for f in found] == [e[0] for e in expected]
+    for thing, (_, score, box, inside) in zip(found, expected, strict=True):
+        assert thing["score"] == pytest.approx(score, rel=1e-4) and thing["box"] == box
+        assert np.array_equal(geneval.mask_of(thing["mask"]), inside.numpy().astype(bool))
+
+
+def test_a_detector_of_other_classes_is_refused(tmp_path: Path, detector_folder: Path) -> None:
+    config = json.loads((detector_folder / "config.json").read_text())
+    config["id2label"] |= {"0": "robot"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(detector_folder / "model.safetensors")
+    with pytest.raises(Refused, match="no detector of COCO's 80 classes"):
+        geneval.Detector(str(tmp_path), CPU)
+
+
+def test_run_lengths_go_there_and_back() -> None:
+    mask = np.array([[1, 0, 0], [1, 1, 0]], dtype=bool)
+    assert geneval.run_lengths(mask) == {"size": [2, 3], "counts": [0, 2, 1, 1, 2]}     # down the columns
+    for share in (0.0, 0.1, 0.5, 1.0):
+        mask = np.random.default_rng(0).random((5, 7)) < share
+        assert np.array_equal(geneval.mask_of(geneval.run_lengths(mask)), mask)
+
+
+def test_a_crop_is_grey_outside_the_mask() -> None:
+    pixels = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
+    mask = np.zeros((6, 5), dtype=bool)
+    mask[1:4, 2:4] = [[True, True], [False, True], [True, True]]
+    # PIL rounds the box to 2, 1, 4, 4
+    thing = {"box": [1.6, 1.4, 4.4, 4.0], "mask": geneval.run_lengths(mask)}
+    got = np.asarray(geneval.crop(Image.fromarray(pixels), thing))
+    assert np.array_equal(got, np.where(mask[..., None], pixels, 0x99)[1:4, 2:4])
+    whole = geneval.crop(Image.fromarray(pixels), {"box": [1.0, 1.0, 1.2, 1.3]})
+    assert np.array_equal(np.asarray(whole), pixels[1:2, 1:2])                  # no mask; a pixel at least
+
+
+def test_colors_are_the_nearest_mean_sentence(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1}
+    config = {"embed_dim": 16, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(CLIP(**config).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    namer = geneval.ColorNamer(tmp_path, CPU)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    objects = [{"class": name, "box": [x, 2, x + 20, 30]}
+               for name, x in (("car", 1), ("dog", 15), ("car", 31))]
+    for thing, color in zip(objects, namer(image, objects), strict=True):
+        texts = [[f"a photo of a {c} {thing['class']}", f"a photo of a {c}-colored {thing['class']}",
+                  f"a photo of a {c} object"] for c in COLORS]
+        with torch.no_grad():
+            means = torch.stack([F.normalize(namer.clip.encode_text(namer.encode(t)), dim=-1).mean(0)
+                                 for t in texts])
+            pixels = namer.look(image.crop(tuple(thing["box"])))[None]
+            logits = F.normalize(namer.clip.encode_image(pixels), dim=-1) @ F.normalize(means, dim=-1).T
+            assert torch.allclose(namer.describe(thing["class"]), F.normalize(means, dim=-1), atol=1e-6)
+        assert color == COLORS[logits.argmax().item()]
+
+
+# ----------------------------------------------------------------------------- from pictures to verdicts
+
+REQUESTS = [
+    {"tag": "single_object", "prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]},
+    {"tag": "counting", "prompt": "a photo of two cups", "include": [{"class": "cup", "count": 2}],
+     "exclude": [{"class": "cup", "count": 3}]},
+    {"tag": "colors", "prompt": "a photo of a red car",
+     "include": [{"class": "car", "count": 1, "color": "red"}]}]
+
+
+def thing(name: str, score: float = 0.95, **color: str) -> dict:
+    return {"class": name, "score": score, "box": [0, 0, 4, 4], **color}
+
+
+SEEN = [[[thing("dog")], [thing("dog", 0.3)], [], [thing("cat")]],
+        [[thing("cup")] * 2, [thing("cup")] * 3, [thing("cup")] * 2 + [thing("cup", 0.9)], [thing("cup")]],
+        [[thing("car", 0.5, color="red")], [thing("car", 0.5, color="blue")],
+         [thing("car", 0.4, color="red"), thing("car", 0.5, color="blue")], []]]
+RIGHT = [True, False, False, False, True, False, True, False, True, False, False, False]
+SIDE = 8
+
+
+class Painter(nn.Module):
+    """Stands in for ParaUni: a picture is one grey level, drawn from its seed."""
+    device, preset = CPU, SimpleNamespace(image_size=SIDE)
+
+    def __init__(self, stop_at: int = -1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.batches, self.stop_at = [], stop_at
+
+    def generate(self, prompts: list[str], num_steps: int, guidance_scale: float, seed: list[int]) -> Tensor:
+        if len(self.batches) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.batches.append(list(zip(prompts, seed)))
+        return torch.tensor([s % 200 / 255 for s in seed]).view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE)
+
+
+@pytest.fixture
+def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
+    painter = Painter()
+    monkeypatch.setattr(evaluation, "load", lambda *args: painter)
+    return painter
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A finished folder of GenEval's layout."""
+    for i, request in enumerate(REQUESTS):
+        folder = tmp_path / f"images/{i:05}"
+        (folder / "samples").mkdir(parents=True)
+        (folder / "metadata.jsonl").write_text(json.dumps(request))
+        for j in range(4):
+            Image.new("RGB", (SIDE, SIDE), (50 * i + j,) * 3).save(folder / f"samples/{j:05}.png")
+    return tmp_path / "images"
+
+
+def detections(path: Path, detector: str = "made up", **more: object) -> Path:
+    pictures = {f"{i:05}/samples/{j:05}.png": {"objects": objects}
+                for i, group in enumerate(SEEN) for j, objects in enumerate(group)}
+    path.write_text(json.dumps({"detector": detector, "pictures": pictures, **more}))
+    return path
+
+
+def score(out: Path, *flags: object) -> dict:
+    return evaluate.main(["geneval", "--out", str(out), *map(str, flags)])
+
+
+def test_pictures_are_drawn_in_geneval_s_layout_and_only_once(tmp_path: Path, painter: Painter,
+                                                              capsys: pytest.CaptureFixture) -> None:
+    # a BOM, and a line of another file that JSON allows and Python's splitlines() cuts
+    requests = [{**REQUESTS[0], "note": "\u2028"}, *REQUESTS[1:]]
+    text = "\ufeff" + "\r\n".join(json.dumps(request, ensure_ascii=False) for request in requests)
+    (tmp_path / "m.jsonl").write_text(text, encoding="utf-8")
+    flags = ["--metadata", tmp_path / "m.jsonl", "--no-score", "--per-prompt", 2, "--batch-size", 4]
+    painter.stop_at = 0
+    assert score(tmp_path, *flags) == {} and "stopped with 2 files to go" in capsys.readouterr().out
+    painter.stop_at = -1
+    score(tmp_path, *flags)
+    assert [len(batch) for batch in painter.batches] == [4, 2]
+    for i, request in enumerate(requests):
+        assert json.loads((tmp_path / f"images/{i:05}/metadata.jsonl").read_text()) == request
+        for j in range(2):
+            grey = Image.open(tmp_path / f"images/{i:05}/samples/{j:05}.png").getpixel((0, 0))[0]
+            assert grey == derive_seed(0, "geneval", i, j) % 200
+    with pytest.raises(Refused, match="other settings .--seed 0 -> 1."):
+        score(tmp_path, *flags, "--seed", 1)
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, REQUESTS[::-1])))
+    with pytest.raises(Refused, match="00000/metadata.jsonl asks for something else"):
+        score(tmp_path, *flags)
+
+
+def test_two_processes_share_the_files(tmp_path: Path, painter: Painter,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "any_rank", lambda flag, dist: flag)
+    cfg = geneval.GenevalConfig(out=str(tmp_path))
+    jobs = [evaluation.Job(tmp_path / f"{i}.png", "x", [i, 50 + i, 100 + i, 150 + i]) for i in range(5)]
+    for rank, expected in ((1, {1, 3}), (0, {0, 1, 2, 3, 4})):
+        assert evaluation.draw_files(cfg, Dist(rank, 2, CPU), jobs)
+        assert {int(path.stem) for path in tmp_path.glob("?.png")} == expected
+    grid = np.asarray(Image.open(tmp_path / "3.png"))[:, :, 0]                      # (2 SIDE, 2 SIDE)
+    assert [grid[0, 0], grid[0, -1], grid[-1, 0], grid[-1, -1]] == [3, 53, 103, 153]
+
+
+def test_ready_detections_are_scored_and_a_part_is_not_the_benchmark(tmp_path: Path, images: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--images", images, "--detections", detections(tmp_path / "d.json")]
+    result = score(tmp_path / "o", *flags)
+    records = [json.loads(line) for line in (tmp_path / "o/verdicts.jsonl").read_text().splitlines()]
+    assert [record["right"] for record in records] == RIGHT
+    assert records[5]["reason"] == "expected fewer than 3 cup, found 3"
+    assert {task: row["right"] for task, row in result["tasks"].items()} == {
+        "single_object": 0.25, "counting": 0.5, "colors": 0.25}
+    assert "not the benchmark: 3 prompts that are not the published 553" in result["name"]
+    # the whole benchmark is called so with mmdet's detector only
+    monkeypatch.setattr(geneval, "PROMPTS_DIGEST", geneval.prompts_digest(REQUESTS[::-1]))
+    assert score(tmp_path / "o", *flags)["name"] == (
+        "GenEval's rules, not the benchmark: the detector is not mmdet's")
+    detections(tmp_path / "d.json", "mmdet mask2former_swin-s")
+    assert score(tmp_path / "o", *flags)["name"] == "GenEval"
+    (images / "00002/samples/00003.png").unlink()
+    Image.new("RGB", (9, 9)).save(images / "00001/samples/00003.png")
+    assert score(tmp_path / "o", *flags)["name"] == (
+        "GenEval's rules, not the benchmark: prompts without exactly 4 pictures; pictures of 2 sizes")
+
+
+def test_detections_of_other_pictures_or_classes_are_refused(tmp_path: Path, images: Path) -> None:
+    path = detections(tmp_path / "d.json", sha256={"00000/samples/00000.png": "0" * 64})
+    with pytest.raises(Refused, match="00000/samples/00000.png, or of another picture"):
+        score(tmp_path / "o", "--images", images, "--detections", path)
+    path.write_text(path.read_text().replace('"cup"', '"mouse"'))
+    with pytest.raises(Refused, match="the detections name .'mouse'.: expected COCO's"):
+        score(tmp_path / "o", "--images", images, "--detections", path)
+
+
+class FakeDetector:
+    """Sees what SEEN says, by the grey level of the picture, but no colour; counts its pictures."""
+    name, levels = "fake", []
+
+    def __init__(self, source: str, device: torch.device) -> None:
+        pass
+
+    def __call__(self, picture: Image.Image) -> list[dict]:
+        level = picture.getpixel((0, 0))[0]
+        self.levels.append(level)
+        return [{key: entry[key] for key in entry if key != "color"}
+                for entry in SEEN[level // 50][level % 50]]
+
+
+class FakeColors(FakeDetector):
+    def __call__(self, picture: Image.Image, objects: list[dict]) -> list[str]:
+        level = picture.getpixel((0, 0))[0]
+        best = max(SEEN[level // 50][level % 50], key=lambda entry: entry["score"])
+        return [best["color"] for _ in objects]
+
+
+def test_only_pictures_that_changed_are_looked_at_again(tmp_path: Path, images: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(geneval, "Detector", FakeDetector)
+    monkeypatch.setattr(geneval, "ColorNamer", FakeColors)
+    monkeypatch.setattr(FakeDetector, "levels", [])
+    score(tmp_path / "o", "--images", images)
+    lines = (tmp_path / "o/verdicts.jsonl").read_text().splitlines()
+    assert len(FakeDetector.levels) == 12 and [json.loads(line)["right"] for line in lines] == RIGHT
+    (tmp_path / "o/detections/00002.json").unlink()         # an evaluation that was stopped there
+    Image.new("RGB", (SIDE, SIDE), (3, 3, 3)).save(images / "00000/samples/00000.png")
+    FakeDetector.levels.clear()
+    assert score(tmp_path / "o", "--images", images)["tasks"]["single_object"]["right"] == 0
+    assert FakeDetector.levels == [3, 1, 2, 3, 100, 101, 102, 103]

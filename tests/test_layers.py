@@ -1,0 +1,214 @@
+"""evaluation/layers.py and claims.py: figures against plain code, verdicts against made-up numbers."""
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from common import Refused, derive_seed
+from evaluation import layers
+from evaluation.claims import T95, claim, n_needed, t_quantile
+from helpers import TINY, save_stages, tiny_model
+from ldam import REGIONS
+from train import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("tiny_preset")
+PROMPTS = ["a red heart", "a blue star", "two moons", "a ring above a square"]
+L = TINY.vlm_layers
+CURVES = [f"reward/{name}" for name in ("aesthetic", "clip")]
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def verdicts(claims: list[dict]) -> dict[str, str]:
+    return {row["claim"]: row["verdict"] for row in claims}
+
+
+# ----------------------------------------------------------------------------- claims
+
+def test_quantiles_are_those_of_students_t() -> None:
+    for df in (*range(1, 40), 100, 1000):
+        close = 6e-4 if df <= len(T95) else 3e-3
+        assert t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), abs=close), df
+
+
+@pytest.mark.parametrize("values, verdict", [
+    ([1.0, 1.1, 0.9], "supported"), ([-1.0, -1.1, -0.9], "contradicted"), ([1.0, -1.0, 0.5], "undecided"),
+    ([0.3, 0.1, 0.2], "undecided"),                                     # 3.46 errors: 4.30 are needed of 3
+    ([0.3, 0.1, 0.2] * 10, "supported"), ([5.0], "undecided")])
+def test_a_verdict_is_the_t_test_at_95_percent(values: list[float], verdict: str) -> None:
+    row = claim("x", "y", values, "seeds")
+    assert row["verdict"] == verdict
+    assert (row["n needed"] is None) == (verdict != "undecided" or len(values) == 1)
+    if len(values) > 1:
+        assert row["standard error"] == pytest.approx(stats.sem(values))
+        assert (stats.ttest_1samp(values, 0).pvalue < 0.05) == (verdict != "undecided")
+
+
+@pytest.mark.parametrize("spread", [0.4, 1.0, 4.0])
+def test_the_sample_that_is_asked_for_decides_four_times_in_five(spread: float) -> None:
+    n = n_needed(spread, 2)
+    samples = np.random.default_rng(0).normal(1, spread, (4000, n))
+    t = samples.mean(1) / stats.sem(samples, axis=1)
+    assert 0.77 < (t > t_quantile(n - 1)).mean() < 0.9
+
+
+# ----------------------------------------------------------------------------- the whole command
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_stages(tiny_model(0), tmp_path_factory.mktemp("parts"))
+    tiny_model(1).save_stage(folder / "last.safetensors", TrainConfig())
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rewards are colours of the pictures; returns the layers of every variant that is drawn."""
+    channels = {name: torch.nn.Module() for name in ("clip", "pickscore", "aesthetic")}
+    for k, scorer in enumerate(channels.values()):
+        scorer.forward = lambda images, prompts, k=k: images[:, k].mean((1, 2))
+    monkeypatch.setattr(layers, "open_rewards", lambda cfg, model, prompt: channels)
+    calls, draw_all = [], layers.draw_all
+
+    def spy(cfg: layers.LayersConfig, model: torch.nn.Module, prompts: list[str], which: list[int]) -> Tensor:
+        calls.append(which)
+        return draw_all(cfg, model, prompts, which)
+    monkeypatch.setattr(layers, "draw_all", spy)
+    return calls
+
+
+def run(parts: Path, out: Path, *more: str) -> dict:
+    return layers.main(["--weights", str(parts), "--prompts", str(parts / "prompts.txt"), "--num-steps", "2",
+                        "--batch-size", "3", "--out", str(out), *more])
+
+
+def test_figures_are_what_plain_code_computes(parts: Path, tmp_path: Path, drawn: list) -> None:
+    run(parts, tmp_path, "--last-file", str(parts / "last.safetensors"))
+    model, last = tiny_model(0), tiny_model(0)
+    last.load_stage(parts / "last.safetensors")
+    seeds = [derive_seed(0, "analyse", i) for i in range(len(PROMPTS))]
+
+    def red(which: list[int]) -> np.ndarray:
+        return model.generate(PROMPTS, 2, 4.5, seed=seeds, layers=which)[:, 0].mean((1, 2)).double().numpy()
+    whole, one = red([1, 2, 3, 4]), red([2])
+    single = {row["condition"]: row for row in read_csv(tmp_path / "figure2.csv")}
+    assert list(single) == ["all", "layer 1", "layer 2", "layer 3", "layer 4"]
+    assert float(single["all"]["clip"]) == pytest.approx(whole.mean(), rel=1e-4)
+    assert float(single["layer 2"]["clip"]) == pytest.approx(one.mean(), rel=1e-4)
+    assert float(single["layer 2"]["clip s.e."]) == pytest.approx(stats.sem(one), rel=1e-3)
+    # of 4 layers, 2 and 3 stand in the middle
+    removed = {row["removed"]: row for row in read_csv(tmp_path / "figure5.csv")}
+    assert float(removed["middle"]["clip"]) == pytest.approx((red([1, 4]) - whole).mean(), abs=1e-5)
+    # q_i: the VLM's own features; c_i: behind the LIM
+    cosines = {(row["trained on"], row["features"], row["layer"]): row
+               for row in read_csv(tmp_path / "figure4.csv")}
+    assert len(cosines) == 2 * 2 * L
+    for name, trained in (("all layers", model), ("the last layer", last)):
+        prefix = trained.encode_prefix(PROMPTS)
+        for kind, f in (("q_i", trained.read_queries(prefix)), ("c_i", trained.condition_layers(prefix))):
+            plain = torch.cosine_similarity(f[:, None], f[None], dim=-1).mean((2, 3))                 # (L, L)
+            table = [[float(cosines[name, kind, str(i)][f"layer {j}"]) for j in range(1, L + 1)]
+                     for i in range(1, L + 1)]
+            assert torch.allclose(torch.tensor(table), plain, atol=1e-4)
+    for name in ("figure2", "figure4", "figure5", "figure2_pictures"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_analysis_goes_on_where_it_was_cut(parts: Path, tmp_path: Path, drawn: list,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    # pictures are slow, and not at issue
+    monkeypatch.setattr(layers, "save_sheet", lambda *sheet: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: None)
+    whole, path = run(parts, tmp_path), tmp_path / "variants.json"
+    scores, count = json.loads(path.read_text()), len(drawn)
+    path.write_text(json.dumps({name: scores[name] for name in list(scores)[:5]}))
+    assert run(parts, tmp_path) == whole and json.loads(path.read_text()) == scores
+    assert len(drawn) == 2 * count - 5
+    with pytest.raises(Refused, match="--num-steps 2 -> 3"):
+        run(parts, tmp_path, "--num-steps", "3")
+
+
+@pytest.mark.parametrize("flags", [("--rewards", "aesthetic"), ("--runs", "parts")])
+def test_what_cannot_be_shown_is_refused_before_the_first_picture(flags: tuple, parts: Path, tmp_path: Path,
+                                                                  drawn: list) -> None:
+    (parts / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')                 # a log, of stage 1
+    with pytest.raises(Refused, match="clip|stage 3"):
+        run(parts, tmp_path, *(str(parts) if flag == "parts" else flag for flag in flags))
+    assert not drawn
+
+
+# ----------------------------------------------------------------------------- what the claims say
+
+def noisy(mean: float, n: int = 20) -> Tensor:
+    """n values with just this mean, and another part of a spread of 0.01 for each mean."""
+    noise = 0.01 * np.random.default_rng(round(1000 * abs(mean))).standard_normal(n)
+    return torch.tensor(mean + noise - noise.mean(), dtype=torch.float64)
+
+
+def test_figure2_follows_the_layers(tmp_path: Path) -> None:
+    scores = {"all": {"clip": noisy(1)}, **{f"layer {i}": {"clip": noisy(0.1 * i)} for i in range(1, 9)}}
+    rising, more = layers.figure2(scores, 8, tmp_path)[1]
+    assert rising["verdict"] == more["verdict"] == "supported"
+    assert rising["estimate"] == pytest.approx(0.1) and more["estimate"] == pytest.approx(0.2)
+    falling = {name: {"clip": -row["clip"]} for name, row in scores.items()}
+    assert layers.figure2(falling, 8, tmp_path)[1][0]["verdict"] == "contradicted"
+
+
+def test_figure4_tells_clusters_from_mere_nearness() -> None:
+    rng = torch.Generator().manual_seed(0)
+    noise = 0.01 * torch.randn(20, 8, 8, generator=rng)
+    i = torch.arange(8)
+    region = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    near = 1 - 0.1 * (i[:, None] - i).abs() + noise                     # smooth: no border anywhere
+    blocks = near - 0.3 * (region[:, None] != region)
+    clusters = "Clusters: neighbours are more alike inside a region than across its border (Figure 4, q_i)"
+    assert verdicts(layers.figure4_claims("q_i", blocks))[clusters] == "supported"
+    smooth = verdicts(layers.figure4_claims("q_i", near))
+    assert smooth[clusters] == "undecided"
+    assert smooth["Adjacent layers are more alike than others (Figure 4, q_i)"] == "supported"
+    # the paper's contrast
+    contrast = ("Layers are less alike when trained on the last one only (Figure 4, q_i)",
+                "Clusters are weaker when trained on the last layer only (Figure 4, q_i)")
+    low = near.flip(0) - 0.5
+    for a, b, verdict in ((blocks, low, "supported"), (low, blocks, "contradicted")):
+        said = verdicts(layers.figure4_claims("q_i", a, b))
+        assert [said[text] for text in contrast] == [verdict] * 2
+
+
+def test_figure5_judges_all_four_claims_of_the_caption(tmp_path: Path) -> None:
+    def claims(**falls: tuple[float, float, float]) -> list[dict]:
+        base = {reward: noisy(5) for reward in falls}
+        scores = {"all": base}
+        for k, region in enumerate(REGIONS):
+            scores[f"no {region}"] = {reward: base[reward] - noisy(fall[k]) for reward, fall in falls.items()}
+        return layers.figure5(scores, tmp_path)[1]
+    papers = claims(clip=(0.2, 0.3, 0.5), pickscore=(0.02, 0.6, 0.3), aesthetic=(-0.02, 0.6, 0.3))
+    assert len(papers) == 3 + 3 + 2 and {row["verdict"] for row in papers} == {"supported"}
+    other = claims(clip=(-0.2, 0.5, 0.3), pickscore=(0.5, 0.4, 0.3), aesthetic=(-0.5, 0.2, 0.3))
+    said = verdicts(other[3:])
+    assert [row["verdict"] for row in other[:3]] == ["contradicted", "supported", "supported"]
+    assert len(said) == 5 and set(said.values()) == {"contradicted"}
+
+
+# ----------------------------------------------------------------------------- curves
+
+def test_figure9_has_the_values_and_says_what_rises(tmp_path: Path) -> None:
+    log = [{"epoch": n, "phase": phase, "reward/aesthetic": n + n % 3, "reward/clip": None if n == 2 else -n,
+            "ldam/fired": int(n == 9), "grad_norm": 1.0 + n % 2, "kl": 0.0}
+           for n, phase in enumerate(["aesthetic"] * 8 + ["clip"] * 8, start=1)]
+    said = verdicts(layers.figure9({"with": log, "without": log}, tmp_path))
+    assert said["aesthetic rises in its phase (Figure 9, with)"] == "supported"
+    assert said["clip rises in its phase (Figure 9, without)"] == "contradicted"
+    rows = read_csv(tmp_path / "figure9.csv")
+    assert len(rows) == 32 and rows[8]["fired"] == "1" and [rows[1][key] for key in CURVES] == ["4", ""]
+    assert "ldam/gamma_raw" in read_csv(tmp_path / "curves_signals.csv")[0]
+    assert layers.largest_jump(log) == 2.0

@@ -1,0 +1,266 @@
+"""evaluation/understand.py: every format is read from a file made here, every metric is held against hand
+numbers; nano's questions, and a benchmark that is cut short and goes on."""
+import base64
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import evaluate
+from common import Refused
+from evaluation import understand
+from evaluation.understand import BENCHMARKS, Question
+from nano import world
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def lines_of(*entries: dict) -> str:
+    """JSON lines with a BOM, CRLF, and in each line a separator that Python's splitlines() would cut at."""
+    lines = [json.dumps({**entry, "x": "\u2028"}, ensure_ascii=False) for entry in entries]
+    return "\ufeff" + "\r\n".join(lines)
+
+
+def values(name: str, questions: list[Question], answers: list[str]) -> dict[str, float]:
+    return {row["name"]: row["value"] for row in BENCHMARKS[name][1](questions, answers)}
+
+
+def base64_picture(pixels: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8)
+PICTURE = base64_picture(PIXELS)
+
+
+# ----------------------------------------------------------------------------- formats and metrics
+
+def test_pope(tmp_path: Path) -> None:
+    entries = [{"question_id": i, "image": f"{i}.jpg", "text": "Is there a dog in the image?", "label": label}
+               for i, label in enumerate(("yes", "yes", "no", "no"))]
+    asked = understand.read_pope(write(tmp_path / "p.jsonl", lines_of(*entries)))
+    assert [q.answers for q in asked] == [["yes"], ["yes"], ["no"], ["no"]]
+    assert asked[2].image == Path("2.jpg")
+    assert asked[0].text.startswith("Is there a dog") and "single word" in asked[0].text
+    # the third is a yes since nothing is denied, as the official script has it
+    got = values("pope", asked, ["Yes, there is.", "No", "hard to say", "There is not one."])
+    assert got == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "F1": 0.5, "share of yes": 0.5}
+    assert values("pope", asked, ["no"] * 4)["F1"] == 0
+
+
+def test_mme(tmp_path: Path) -> None:
+    for task, picture, text in (("count", "a", "Two?\tYes\nThree?\tNo\n"),
+                                ("count", "b", "One?\tYes\nTwo?\tNo\n"),
+                                ("code_reasoning", "c", "Is it C?\tYes\nIs it Go?\tNo\n")):
+        write(tmp_path / task / f"{picture}.txt", text)
+        write(tmp_path / task / f"{picture}.png", "")
+    asked = understand.read_mme(tmp_path)
+    assert [(q.group, q.name) for q in asked][1:3] == [("code_reasoning", "code_reasoning/c/2"),
+                                                       ("count", "count/a/1")]
+    assert asked[0].image == tmp_path / "code_reasoning" / "c.png" and asked[0].answers == ["yes"]
+    # count: 3 of 4 questions and 1 of 2 pictures
+    assert values("mme", asked, ["Yes", "no.", "yes", "no", "Yes", "Yes, two"]) == {
+        "code_reasoning": 200, "count": 125, "perception": 125, "cognition": 200}
+
+
+def test_mmbench_asks_every_turn_of_the_options(tmp_path: Path) -> None:
+    table = ("index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
+             f"7\tWhich?\u2028One?\tLook.\tred\tblue\tpink\t\tB\tcolors\t{PICTURE}\n"
+             "8\tWhere?\t\tup\tdown\t\t\tA\tplaces\t7\n")
+    asked = understand.read_mmbench(write(tmp_path / "m.tsv", table))
+    assert [q.name for q in asked] == ["7", "1000007", "2000007", "8", "1000008"]
+    assert [q.answers[0] for q in asked] == ["B", "A", "C", "A", "B"] and asked[4].image == asked[0].image
+    assert asked[1].text == ("Look.\nWhich?\u2028One?\nA. blue\nB. pink\nC. red\n"
+                             "Answer with the option's letter from the given choices directly.")
+    assert values("mmbench", asked, ["B", "(A)", "C. red", "A", "A"]) == {
+        "colors": 1, "places": 0, "all": 0.5, "first turn": 1}
+    turned = table + f"1000008\tWhere?\t\tdown\tup\t\t\tB\tplaces\t{PICTURE}\n"
+    asked = understand.read_mmbench(write(tmp_path / "c.tsv", turned))
+    assert [q.name for q in asked] == ["7", "8", "1000008"]
+
+
+def test_seed(tmp_path: Path) -> None:
+    one = {"question_id": "1", "question_type_id": 2, "data_id": "x.jpg", "question": "Q?", "choice_a": "cat",
+           "choice_b": "dog", "choice_c": "cow", "choice_d": "", "answer": "B", "data_type": "image"}
+    data = {"question_type": {"Scene Understanding": 1, "Instance Identity": 2},
+            "questions": [one, {**one, "question_id": "2", "data_type": "video"}]}
+    asked = understand.read_seed(write(tmp_path / "s.json", json.dumps(data)))
+    assert [(q.group, q.choices) for q in asked] == [("Instance Identity", ["cat", "dog", "cow"])]
+    assert values("seed", asked, ["a dog"]) == {"Instance Identity": 1, "all": 1}
+
+
+def test_mmmu(tmp_path: Path) -> None:
+    entries = [{"id": "validation_Accounting_1", "question": "<image 1> Which?", "options": "['$6', '$7']",
+                "answer": "B", "image_1": "a.png"},
+               {"id": "validation_Math_Art_2", "question": "How much?", "options": "[]",
+                "answer": "['2.50', 'five']", "image_1": PICTURE}]
+    asked = understand.read_mmmu(write(tmp_path / "m.jsonl", lines_of(*entries)))
+    assert [q.group for q in asked] == ["Accounting", "Math_Art"]
+    assert asked[0].text.startswith("Which?\nA. $6")
+    assert asked[1].answers == ["2.50", "five"] and not asked[1].choices and isinstance(asked[1].image, bytes)
+    for answers, right in ((["The answer is (B).", "so x = 2.5"], 1), (["A", "5 and not more"], 0.5),
+                           (["A", "25"], 0)):
+        assert values("mmmu", asked, answers)["all"] == right
+
+
+def test_realworldqa(tmp_path: Path) -> None:
+    entries = [{"image": "0.webp", "question": "Which way?\nA. left\nB. right\nSay which.", "answer": "B"},
+               {"image": "1.webp", "question": "How many? Answer with a number.", "answer": "3"}]
+    for text in (json.dumps(entries), lines_of(*entries)):
+        asked = understand.read_realworldqa(write(tmp_path / "r.json", text))
+        assert asked[0].choices == ["left", "right"] and asked[0].text == entries[0]["question"]
+        assert values("realworldqa", asked, ["B. right", "Three."]) == {"all": 1}
+        assert values("realworldqa", asked, ["A", "33"]) == {"all": 0}
+
+
+def test_textvqa(tmp_path: Path) -> None:
+    data = {"data": [{"question_id": 5, "image_id": "f00", "question": "What?",
+                      "answers": ["The Coca-Cola"] * 2 + ["pepsi"] * 7 + ["fanta"]}]}
+    asked = understand.read_textvqa(write(tmp_path / "t.json", json.dumps(data)))
+    assert asked[0].image == Path("f00.jpg") and asked[0].name == "5"
+    # two agree: 8 of 10 leave-one-out sets see two (2/3), 2 see one (1/3); one agrees: 9 see it (1/3)
+    for answer, mark in (("Pepsi.", 1.0), ("coca cola", 0.0), ("a coca-cola", 0.6), ("fanta", 0.3)):
+        assert values("textvqa", asked, [answer])["all"] == pytest.approx(mark), answer
+
+
+@pytest.mark.parametrize(("answer", "letter"), [
+    ("B", "B"), ("(C) a cow", "C"), ("The answer is B.", "B"), ("I think it is A", "A"), ("dog", "B"),
+    ("Answer: cow", "C"), ("cat or dog", ""), ("E", ""), ("", ""), ("B's", ""),
+])
+def test_the_letter_of_an_answer(answer: str, letter: str) -> None:
+    assert understand.choice_letter(answer, ["cat", "dog", "cow"]) == letter
+
+
+def test_yes_no_and_the_normal_form_of_words() -> None:
+    for answer, read in (("Yes.", "yes"), ("no, yes", ""), ("It is. Yes", ""), ("NO", "no"), ("", "")):
+        assert understand.yes_or_no(answer) == read
+    assert understand.plain("The Two Dogs' 1,000.5 $!") == "2 dogs 1000.5 $"
+
+
+def test_errors_are_over_questions() -> None:
+    asked = [Question(str(i), "g", Path(), "", ["A"], ["x", "y"]) for i in range(4)]
+    rows = BENCHMARKS["seed"][1](asked, ["A", "A", "B", "B"])
+    assert rows == [{"name": name, "value": 0.5, "error": pytest.approx((1 / 3) ** 0.5 / 2), "n": 4}
+                    for name in ("g", "all")]
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "nano"])
+def test_a_file_that_is_missing_empty_or_malformed_is_refused(tmp_path: Path, name: str) -> None:
+    for path in (tmp_path / "nothing", write(tmp_path / "a", ""), write(tmp_path / "b", '{"a": 1}')):
+        cfg = understand.UnderstandConfig(benchmark=name, questions=str(path))
+        with pytest.raises(Refused, match=f"cannot be read as the published file of {name}"):
+            understand.read_questions(cfg)
+
+
+# ----------------------------------------------------------------------------- the command
+
+class Seer(nn.Module):
+    """Stands in for ParaUni: says yes where the middle of the picture is light."""
+    device = torch.device("cpu")
+    preset = SimpleNamespace(vlm=SimpleNamespace(vision_config=SimpleNamespace(image_size=[14, 14])))
+
+    def __init__(self, stop_at: int = -1) -> None:
+        super().__init__()
+        self.vlm, self.asked, self.stop_at = nn.Linear(1, 1, bias=False), [], stop_at
+        nn.init.ones_(self.vlm.weight)
+
+    def answer(self, images: Tensor, questions: list[str], max_new_tokens: int) -> list[str]:
+        if len(self.asked) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert images.shape[1:] == (3, 14, 14)
+        self.asked.append((len(questions), max_new_tokens))
+        return ["Yes" if level > 0.5 else "No" for level in images[:, 0, 7, 7].tolist()]
+
+
+@pytest.fixture
+def pope(tmp_path: Path) -> list[str]:
+    """Five questions about five pictures: three right ones for a Seer, and the flags that ask them."""
+    entries = []
+    for i, (level, label) in enumerate(((255, "yes"), (0, "no"), (255, "no"), (0, "yes"), (255, "yes"))):
+        Image.new("RGB", (20, 30), (level,) * 3).save(tmp_path / f"{i}.jpg")
+        entries.append({"question_id": i, "image": f"{i}.jpg", "text": "Is it light?", "label": label})
+    path = write(tmp_path / "pope.jsonl", lines_of(*entries))
+    return ["understand", "--benchmark", "pope", "--questions", str(path), "--images", str(tmp_path),
+            "--batch-size", "2", "--out", str(tmp_path / "o")]
+
+
+def test_a_benchmark_is_asked_scored_and_gone_on_with(tmp_path: Path, pope: list[str],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    seer = Seer(stop_at=1)
+    monkeypatch.setattr(understand, "load", lambda *args: seer)
+    assert evaluate.main(pope) == {}
+    seer.stop_at = -1
+    with open(tmp_path / "o/answers.jsonl", "a") as file:
+        file.write('{"name": "4", "ans')                    # a line that a crash cut
+    result = evaluate.main(pope)
+    assert seer.asked == [(2, 32), (2, 32), (1, 32)]
+    assert {row["name"]: row["value"] for row in result["rows"]}["accuracy"] == 0.6
+    with pytest.raises(Refused, match="other settings .--max-new-tokens 32 -> 9."):
+        evaluate.main([*pope, "--max-new-tokens", "9"])
+
+
+def test_answers_are_compared_with_those_of_the_untouched_model(pope: list[str],
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    seer, other = Seer(), Seer()
+    monkeypatch.setattr(understand, "load", lambda *args: seer)
+    monkeypatch.setattr(understand.ParaUni, "from_preset", lambda *args, **more: other)
+    flags = [*pope, "--reference", "auto"]
+    assert evaluate.main(flags)["untouched"] == {"same_answers": 5, "of": 5, "same_weights": True}
+    nn.init.zeros_(other.vlm.weight)
+    other.answer = lambda images, questions, max_new_tokens: ["No"] * len(questions)
+    assert evaluate.main([*flags, "--out", flags[flags.index("--out") + 1] + "2"])["untouched"] == {
+        "same_answers": 2, "of": 5, "same_weights": False}
+
+
+def test_mm_vet_gets_a_submission_file(tmp_path: Path, pope: list[str],
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(understand, "load", lambda *args: Seer())
+    path = write(tmp_path / "mmvet.json", json.dumps({"v1_0": {"imagename": "0.jpg", "question": "Why?"}}))
+    result = evaluate.main([*pope, "--benchmark", "mmvet", "--questions", str(path)])
+    assert json.loads((tmp_path / "o/mmvet_submission.json").read_text()) == {"v1_0": "Yes"}
+    assert result["rows"][0]["value"] is None
+
+
+def test_pictures_of_questions_may_be_bytes() -> None:
+    seer = Seer()
+    seer.preset = SimpleNamespace(vlm=SimpleNamespace(vision_config=SimpleNamespace(image_size=[30, 30])))
+    content = base64.b64decode(PICTURE)
+    got = understand.tile(Question("q", "all", content, "", []), "", seer)
+    assert torch.equal(got, torch.from_numpy(PIXELS).permute(2, 0, 1) / 255)
+    with pytest.raises(Refused, match="question q: "):
+        understand.tile(Question("q", "all", content[:400], "", []), "", seer)
+
+
+def test_nano_s_questions_are_marked_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, pairs = world.question_set(7)
+    answers = iter([right for _, right in pairs[:6]] + ["ring"])
+    seer = Seer()
+    monkeypatch.setattr(understand, "load", lambda *args: seer)
+    seer.answer = lambda images, asked, max_new_tokens: [next(answers) for _ in asked]
+    result = evaluate.main(["understand", "--count", "7", "--batch-size", "2", "--out", str(tmp_path)])
+    assert result["rows"][-1]["value"] == pytest.approx(6 / 7) and result["rows"][-1]["n"] == 7
+    kinds = {" ".join(text.split()[:2]) for text, _ in pairs}
+    assert {row["name"] for row in result["rows"]} == kinds | {"all"}
+    with pytest.raises(Refused, match="preset l-1024 needs --benchmark and --questions"):
+        evaluate.main(["understand", "--preset", "l-1024", "--out", str(tmp_path)])
+
+
+def test_nano_s_answers_are_the_same_in_every_batch(tmp_path: Path) -> None:
+    flags = ["understand", "--weights", "random", "--seed", "-1", "--count", "5"]
+    whole = evaluate.main([*flags, "--out", str(tmp_path / "a")])
+    parts = evaluate.main([*flags, "--batch-size", "3", "--out", str(tmp_path / "b")])
+    assert whole == parts and whole["vlm_sha256"] and whole["rows"][-1]["n"] == 5
