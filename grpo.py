@@ -511,8 +511,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 
     per_phase = math.ceil(cfg.steps / cfg.inner_updates)
     total = per_phase * len(names)
-    share = cfg.num_groups // dist.world_size
-    mine = range(dist.rank * share, (dist.rank + 1) * share)        # the groups of this rank
+    mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
     num_updates = per_phase * cfg.inner_updates
     with StopSignal() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
         for epoch in range(done, total + 1):
@@ -558,7 +557,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             usable = rewards[names[phase]].isfinite().all(1)                            # (P,)
             advantages = group_advantages(rewards[names[phase]])                        # (P, G)
             # of all ranks' groups back to this rank's pictures
-            own = advantages[mine.start:mine.stop].flatten()                            # (B,)
+            own = advantages.chunk(dist.world_size)[dist.rank].flatten()                # (B,)
 
             # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
             norms, figures = [], []

@@ -25,9 +25,10 @@ def save_sheet(path: str | Path, images: Tensor, columns: int, captions: list[st
     for i, axis in enumerate(axes.flat):
         axis.axis("off")
         if i < len(images):
-            axis.imshow(images[i].float().cpu().clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+            pixels = images[i].float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()       # (H, W, 3)
+            axis.imshow(pixels, interpolation="nearest")
             caption = textwrap.fill(captions[i], 20) if captions else ""
-            axis.set_title(caption, fontsize=7, y=-0.02, va="top")
+            axis.text(0.5, -0.04, caption, transform=axis.transAxes, fontsize=7, ha="center", va="top")
     for axis, title in zip(axes[:, 0], titles or []):
         axis.text(-0.08, 0.5, title, transform=axis.transAxes, rotation=90, fontsize=9, ha="right",
                   va="center")

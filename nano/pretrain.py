@@ -581,8 +581,9 @@ def train_clip(folder: Path, steps: int) -> Scores:
             model.logit_scale.clamp_(max=math.log(100))
         pixels = preprocess(images.to(DEVICE), world.SIZE)                              # (B, 3, H, W)
         image, tokens = model.visual(pixels)                                            # (B, E), (B, P, D)
-        text = embed_texts(model, ids)                                                  # (T, E)
-        logits = model.logit_scale.exp() * F.normalize(image.float(), dim=-1) @ text.T  # (B, T)
+        text = model.encode_text(ids.to(DEVICE))                                        # (T, E)
+        cosines = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T              # (B, T)
+        logits = model.logit_scale.exp() * cosines.float()                              # (B, T)
         # a caption that is true of another scene too is no negative there
         B, T = true.shape
         also_true = true & ~torch.eye(B, T, dtype=torch.bool)                           # (B, T)
@@ -758,7 +759,7 @@ class PretrainConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse_config(PretrainConfig, argv, description=__doc__)
+    cfg = parse_config(PretrainConfig, argv, description="Train what the paper downloads.")
     if not set(cfg.parts) <= set(PARTS):
         raise Refused(f"unknown part in {' '.join(cfg.parts)}: expected some of {', '.join(PARTS)}")
     # on a CPU the fused attention's bf16 gradient is slow: plain products and a softmax do in its place
