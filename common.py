@@ -9,6 +9,8 @@ import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -172,12 +173,13 @@ def shard(model: nn.Module) -> None:
 
 
 def whole(tree: Any) -> Any:
-    """The same nested dicts and lists with split tensors put together. All ranks must call it."""
+    """The same nested dicts and lists with split tensors put together, one after another, on the CPU.
+    All ranks must call it."""
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [whole(value) for value in tree]
-    return tree.detach().full_tensor() if isinstance(tree, DTensor) else tree
+    return tree.detach().full_tensor().cpu() if isinstance(tree, DTensor) else tree
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -225,12 +227,15 @@ def fingerprint(module: nn.Module) -> str:
 
 def environment() -> dict[str, str]:
     """Versions, device and commit, for a run's records; commit is "" outside a git checkout."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = ""
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
     device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     return {"torch": str(torch.__version__), "transformers": version("transformers"),
-            "device": device, "commit": git.stdout.strip()}
+            "device": device, "commit": commit}
 
 
 # ----------------------------------------------------------------------------- a run
@@ -350,12 +355,16 @@ def load_checkpoint(state: dict, params: dict[str, nn.Parameter], ema: dict[str,
 
 
 def write_log(run_dir: str, record: dict, dist: Dist) -> None:
-    """The lead appends one line of JSON to metrics.jsonl; what is not finite becomes null."""
+    """The lead appends one line of JSON to metrics.jsonl."""
     if dist.lead:
-        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in record.items()}
         with open(Path(run_dir) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite(record)) + "\n")
+
+
+def finite(record: dict) -> dict:
+    """JSON has no NaN and no infinity: they become null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()}
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -387,7 +396,8 @@ def prepare(cfg: RunConfig, model: nn.Module) -> dict[str, nn.Parameter]:
     model.requires_grad_(False)
     for p in model.trainable(cfg.stage).values():
         p.requires_grad_(True)
-    model.lim.gradient_checkpointing = model.dit.gradient_checkpointing = cfg.gradient_checkpointing
+    model.lim.connector.gradient_checkpointing = cfg.gradient_checkpointing
+    model.dit.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.fsdp:
         shard(model)
     if cfg.compile:
@@ -399,7 +409,7 @@ def compile_parts(device: torch.device, *parts: nn.Module) -> None:
     """torch.compile, in place. On a GPU by the blocks of each part's first list: equal blocks share what the
     first of them compiled, so that depth costs no compile time. On a CPU, for nano, whole: faster."""
     # without one fusion of Inductor's: for the gradient of the DiT at a width of 2,240 it failed an assertion
-    inductor.triton.mix_order_reduction = False
+    torch._inductor.config.triton.mix_order_reduction = False
     # all compiled modules share one count, and beyond 8 torch falls back to eager; stage 3 needs more
     torch._dynamo.config.recompile_limit = 64
     for part in parts:
@@ -460,6 +470,6 @@ def finish(cfg: RunConfig, model: nn.Module, dist: Dist, made: dict) -> None:
     path = Path(cfg.run_dir) / f"stage{cfg.stage}.safetensors"
     model.save_stage(path, cfg, write=dist.lead)
     if dist.lead:
-        write_json(path.with_suffix(".json"), {"command": " ".join(["python", *sys.argv]), "seed": cfg.seed,
-                                               "devices": dist.world_size, **made, **environment()})
+        write_json(path.with_suffix(".json"), {"command": shlex.join(["python", *sys.argv]), "seed": cfg.seed,
+                                               "devices": dist.world_size, **finite(made), **environment()})
         print(f"weights {path}")

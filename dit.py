@@ -269,11 +269,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, kv: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
         table = self.scale_shift_table + modulation                              # (B, 6, M)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.split(1, dim=1)
-        attended = self.attn1(modulated_norm(x, shift_1, scale_1))               # (B, P, M)
-        x = torch.addcmul(x, gate_1, attended)                                   # (B, P, M)
+        # what has no name is freed at once
+        x = torch.addcmul(x, gate_1, self.attn1(modulated_norm(x, shift_1, scale_1)))    # (B, P, M)
         x = x + self.attn2(x, *kv)                                               # (B, P, M)
-        fed = self.ff(modulated_norm(x, shift_2, scale_2), grid)                 # (B, P, M)
-        return torch.addcmul(x, gate_2, fed)                                     # (B, P, M)
+        return torch.addcmul(x, gate_2, self.ff(modulated_norm(x, shift_2, scale_2), grid))
 
 
 class DiT(nn.Module):

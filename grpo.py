@@ -7,7 +7,7 @@
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near the stage II model (KL)
   6. LDAM looks at the gradient norm and the reward, and may fire
-  7. EMA, log, save; held-out prompts are looked at now and then
+  7. EMA, save; then, as the next turn begins, look at held-out prompts now and then, and log
 
 Rewards come one after another (phases), each with a fresh optimizer, from the weights of the phase before.
 
@@ -94,7 +94,7 @@ class GRPOConfig(RunConfig):
     ldam_use_reward: bool = knob(True, "listen to the reward")
     # held-out evaluation
     num_eval: int = knob(96, "held-out prompts, one picture each")
-    eval_every: int = knob(50, "epochs between evaluations within a phase; one at the end of each anyway")
+    eval_every: int = knob(50, "epochs between evaluations, over all phases; each phase ends with one")
     eval_steps: int = knob(20, "sampling steps")
     eval_guidance_scale: float = knob(4.5, "guidance")
 
@@ -293,11 +293,13 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
 
     # each prompt's condition, once for all of its pictures
     conditions = encode_conditions(policy, prefix, perturbation, cfg)
-    conditions_ref = encode_conditions(reference, prefix, perturbation, cfg)
+    if cfg.kl_coef > 0:
+        conditions_ref = encode_conditions(reference, prefix, perturbation, cfg)
     for groups, pictures in chunks(P, B // P, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         kv = chunk_kv(policy, conditions, groups, noise, cfg.guidance_scale, cfg)
-        kv_ref = chunk_kv(reference, conditions_ref, groups, noise, cfg.guidance_scale, cfg)
+        if cfg.kl_coef > 0:
+            kv_ref = chunk_kv(reference, conditions_ref, groups, noise, cfg.guidance_scale, cfg)
 
         # from noise to picture, step by step
         generators = [generator("picture", *key) for key in keys[pictures]]
@@ -389,9 +391,12 @@ def score(name: str, scorer: Reward, images: Tensor, prompts: list[str], part: i
     return torch.cat(parts)                                                             # (b,)
 
 
-def score_groups(scorers: dict[str, Reward], images: Tensor, prompts: list[str],
-                 dist: Dist) -> dict[str, Tensor]:
-    """Every reward of this rank's pictures (B, 3, H, W) of P prompts; name -> (P, G), those of all ranks."""
+@torch.no_grad()
+def score_groups(model: ParaUni, scorers: dict[str, Reward], latents: Tensor, prompts: list[str],
+                 cfg: GRPOConfig, dist: Dist) -> dict[str, Tensor]:
+    """Every reward of the pictures of latents (B, C, H, W) of P prompts; name -> (P, G) of all ranks."""
+    with precision(model.device, cfg.dtype):
+        images = model.decode(latents)                                                  # (B, 3, H, W)
     group_size = len(images) // len(prompts)
     repeated = [prompt for prompt in prompts for _ in range(group_size)]                # B
     rewards = {}
@@ -433,9 +438,10 @@ def check_flags(cfg: GRPOConfig, world_size: int) -> None:
     if cfg.group_size < 2 or cfg.num_groups % world_size or not fits:
         raise Refused("expected --group-size of at least 2, --num-groups to be a multiple of the number of "
                       f"devices, {world_size}, and --micro-batch to divide --group-size or to be as large")
+    if not (0 <= cfg.sde_window < cfg.num_steps and cfg.noise_level > 0 and min(cfg.steps, cfg.num_eval) > 0):
+        raise Refused("expected --sde-window below --num-steps; --noise-level, --steps, --num-eval above 0")
     if not (PRESETS[cfg.preset].shapes_world or cfg.prompts and cfg.eval_prompts):
         raise Refused(f"preset {cfg.preset} needs prompt files: --prompts and --eval-prompts")
-    assert 0 <= cfg.sde_window < cfg.num_steps, "expected --sde-window below --num-steps"
 
 
 def open_prompts(path: str, model: ParaUni) -> list[str]:
@@ -459,12 +465,13 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
     for name in cfg.rewards:
         scorer = build_reward(name, model.device, weights=folder)
         scorer(torch.full((1, 3, side, side), 0.5, device=model.device), [prompt])
-        scorers[name.rpartition(":")[2]] = scorer
+        short_name = name.rpartition(":")[2]
+        if short_name in scorers:
+            raise Refused(f"expected --rewards to name each reward once, got two called {short_name}")
+        scorers[short_name] = scorer
+    if not scorers:
+        raise Refused("expected --rewards to name a reward")
     return scorers
-
-
-# What a checkpoint holds of the loop's own variables
-RESUMED = ("skipped", "record", "evals", "gamma")
 
 
 def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, LDAM, None]:
@@ -505,7 +512,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             raise Refused("the prompt files are not those that this run began with: put them back")
         load_checkpoint(state, params, ema, optimizer)
         ldam.load_state_dict(state["ldam"])
-        done, skipped, record, evals, gamma = (state[key] for key in ("epoch", *RESUMED))
+        done, skipped, record = state["epoch"], state["skipped"], state["record"]
+        evals, gamma = state["evals"], state["gamma"]
         kept = state["kept_noise"]
         model.lim.kept_noise = reference.lim.kept_noise = None if kept is None else kept.to(dist.device)
 
@@ -542,18 +550,17 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             prefix = model.encode_prefix([*texts, None])
 
             # 2. roll out G pictures of each prompt along the SDE
-            trained = stochastic_steps(cfg.num_steps, cfg.sde_window, epoch)
-            rolled = rollout(model, reference, prefix, keys, perturbation, trained, cfg)
+            steps = stochastic_steps(cfg.num_steps, cfg.sde_window, epoch)
+            rolled = rollout(model, reference, prefix, keys, perturbation, steps, cfg)
             clock.append(time.perf_counter())
 
             # 3. decode, score
-            images = model.decode(rolled.latents[-1])                                   # (B, 3, H, W)
-            rewards = score_groups(scorers, images, texts, dist)                        # name -> (P, G)
+            rewards = score_groups(model, scorers, rolled.latents[-1], texts, cfg, dist)    # name -> (P, G)
             means = {name: finite_mean(values.flatten().tolist()) for name, values in rewards.items()}
             clock.append(time.perf_counter())
 
             # 4. compare within groups
-            # a group with a reward that is not finite teaches nothing
+            # a group with a reward that is not finite gets no advantage
             usable = rewards[names[phase]].isfinite().all(1)                            # (P,)
             advantages = group_advantages(rewards[names[phase]])                        # (P, G)
             # of all ranks' groups back to this rank's pictures
@@ -571,7 +578,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 norms.append(clip_gradients(params.values(), cfg.clip_norm))
                 figures.append(summarise(logged, dist))
                 # on the first update rollout and update must agree
-                check_ratio(figures[0]["ratio_dev"], cfg, warn=dist.lead and epoch == update == 0)
+                if update == 0:
+                    check_ratio(figures[0]["ratio_dev"], cfg, warn=dist.lead and epoch == done)
                 # without a finite gradient, or any group to learn from, the weights stay as they are
                 skipped += 1
                 if math.isfinite(norms[-1]) and usable.any():
@@ -584,7 +592,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             if cfg.ldam and math.isfinite(norms[0]) and math.isfinite(means[names[phase]]):
                 gamma = ldam.update(norms[0], means[names[phase]])
             # the other reading: not for an epoch but for good
-            if gamma is not None and cfg.ldam_mode == "keep":
+            if gamma is not None and cfg.ldam_mode == "keep" and step + 1 < per_phase:
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
                 gamma = None
 
@@ -602,8 +610,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             bar.update()
             bar.set_postfix_str(f"{names[phase]} {means[names[phase]]:.3f}, kl {figures[0]['kl']:.1e}")
             # saved before anything else may fail
-            is_stopped = mean_over_ranks(float(stop.stop), dist) > 0
-            gives_up = skipped >= cfg.max_skipped
+            is_stopped, gives_up = mean_over_ranks(stop.stop, dist) > 0, skipped >= cfg.max_skipped
             if is_stopped or gives_up or step + 1 == per_phase or (epoch + 1) % cfg.save_every == 0:
                 save_checkpoint(cfg, dist, epoch + 1, params, ema, optimizer, {
                     "epoch": epoch + 1, "skipped": skipped, "record": record, "evals": evals, "gamma": gamma,

@@ -1,4 +1,4 @@
-"""Layer Integration Module (LIM): one condition out of the query features of every VLM layer (paper Eq. 4, 5).
+"""Layer Integration Module (LIM): one condition out of the query features of every VLM layer.
 
     c_i = LN(f_theta(q_i))      for every layer i = 1..L; f_theta and LN are shared by all layers     (Eq. 4)
     c   = 1/n sum_i c_i         the condition that the diffusion transformer attends to               (Eq. 5)
@@ -94,15 +94,19 @@ class Connector(nn.Module):
     def __init__(self, config: LIMConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.gradient_checkpointing = False     # True: compute each layer again in the backward pass
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer(x)                                                                # (R, N, D)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)     # (R, N, D)
+            else:
+                x = layer(x)                                                            # (R, N, D)
         return x
 
 
 class LIM(nn.Module):
-    """Layer Integration Module. gradient_checkpointing computes activations again in the backward pass."""
+    """Layer Integration Module."""
 
     def __init__(self, config: LIMConfig) -> None:
         super().__init__()
@@ -111,7 +115,6 @@ class LIM(nn.Module):
         self.projector = nn.Linear(config.width, config.caption_channels)
         self.agglayer_norm = nn.LayerNorm(config.caption_channels, eps=1e-5) if config.norm else nn.Identity()
         self.layers = list(range(1, config.vlm_layers + 1))         # those that are fused; fewer in ablations
-        self.gradient_checkpointing = False
         # (L, N, E): what LDAM's firings have left, multiplied into the c_i (--ldam-mode keep); None: nothing
         self.register_buffer("kept_noise", None, persistent=False)
 
@@ -124,17 +127,11 @@ class LIM(nn.Module):
         # layer outermost, cut apart again by both sizes: a batch of L samples is never taken for L layers
         L, B, N, D = q.shape
         rows = q.reshape(L * B, N, D)                                                   # (R, N, D)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            c = checkpoint(self.encode, rows, use_reentrant=False, preserve_rng_state=False)
-        else:
-            c = self.encode(rows)                                                       # (R, N, E)
+        c = self.agglayer_norm(self.projector(self.connector(rows)))                    # (R, N, E)
         c_layers = c.unflatten(0, (L, B))                                               # (L, B, N, E)
         if self.kept_noise is None:
             return c_layers
         return c_layers * self.kept_noise[:, None].to(c_layers.device)
-
-    def encode(self, rows: Tensor) -> Tensor:
-        return self.agglayer_norm(self.projector(self.connector(rows)))                 # (R, N, E)
 
     def fuse(self, c_layers: Tensor, layers: Iterable[int] | None = None) -> Tensor:
         """The condition c = mean over layers of c_i (paper Eq. 5), (B, N, E).

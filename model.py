@@ -61,7 +61,7 @@ class Preset:
     dit_class: type = DiT               # another has the members that dit.py's head names
     # of the frozen weights in memory, whatever their file says
     vlm_dtype: torch.dtype = torch.bfloat16
-    # longer prompts are cut in training, as published; never at inference
+    # longer captions are cut in stages I and II, as published; no other prompt is
     train_tokens: int = 128
     # VLM layers that are fused, from 1; empty: all, as in the paper
     layers: tuple[int, ...] = ()
@@ -128,7 +128,7 @@ NANO = Preset(
                  "times": "noisy", "ema_decay": 0.998},
              2: {"steps": 2000, "warmup": 100, "batch_size": 64, "micro_batch": 64, "lr": 5e-4,
                  "times": "noisy", "ema_decay": 0.998},
-             3: {"steps": 24, "warmup": 2, "micro_batch": 32, "num_groups": 4, "group_size": 8,
+             3: {"steps": 24, "micro_batch": 32, "num_groups": 4, "group_size": 8,
                  "num_steps": 6, "clip_range": 2e-3, "kl_coef": 0.1, "ema_decay": 0.7, "save_every": 8}})
 
 INTERNVL3_1B = internvl(width=896, layers=24, heads=14, kv_heads=2, mlp_width=4864)         # 938 M
@@ -217,6 +217,7 @@ class ParaUni(nn.Module):
     def __init__(self, preset: Preset, vlm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
         self.preset, self.tokenizer = preset, tokenizer
+        self.fresh: tuple[str, ...] = ()            # parameters that the published files lack
         self.vlm = vlm
         self.queries = nn.Parameter(torch.randn(preset.num_queries, preset.vlm_width))  # (N, D)
         self.lim = LIM(preset.lim)
@@ -246,7 +247,7 @@ class ParaUni(nn.Module):
         """Build a preset and load its weights.
 
         weights       "auto": weights/NAME; a folder with vlm/, transformer/, vae/; "random": from `seed`
-        stage_file    a stageN.safetensors; "auto": the newest in the folder; "none": queries and LIM afresh
+        stage_file    a stageN.safetensors; "auto": the folder's highest; "none": queries and LIM afresh
         dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
         fresh         prefixes of parameters that the files may lack
         stage         which stage the file must be of; None: any
@@ -271,6 +272,7 @@ class ParaUni(nn.Module):
             model = make(preset, folder, seed, fresh)
 
         # queries and LIM: drawn as published, then what a stage has trained
+        model.fresh = fresh
         model.init_trained(seed)
         model.fuse_as(layers or preset.layers, norm and preset.lim.norm)
         if stage_file != "none":
@@ -384,7 +386,7 @@ class ParaUni(nn.Module):
         metadata = {"stage": str(cfg.stage), "preset": self.preset.name,
                     "layers": ",".join(map(str, self.lim.layers)),
                     "norm": str(not isinstance(self.lim.agglayer_norm, nn.Identity)),
-                    "fresh": json.dumps(cfg.fresh), "config": json.dumps(config_dict(cfg))}
+                    "fresh": json.dumps(self.fresh), "config": json.dumps(config_dict(cfg))}
         if write:
             with atomic(path) as temporary:
                 save_file(tensors, temporary, metadata)

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: sheets of pictures, curves of rewards, the table of what training has changed.
+"""What a run leaves to look at: sheets of pictures, curves of rewards, the table of what has changed.
 
 B pictures, H W pixels.
 """

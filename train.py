@@ -91,7 +91,9 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     state = open_run(cfg, dist, "step")
     # the model of the stage before, and what it is fed
     model = ParaUni.for_training(cfg, dist.device)
-    data = Latents(cfg.data, cfg.batch_size, cfg.seed, model) if cfg.data else NanoLatents(model.vae, cfg.seed)
+    data = NanoLatents(model.vae, cfg.seed)
+    if cfg.data:
+        data = Latents(cfg.data, cfg.batch_size, cfg.seed, model)
     # what this stage trains; everything else is frozen
     params = prepare(cfg, model)
     ema = {name: p.detach().clone() for name, p in params.items()}

@@ -53,7 +53,8 @@ def diffusers_vae(vae: DCAE) -> nn.Module:
 def diffusers_pipeline(dit: nn.Module, vae: DCAE) -> Callable:
     """diffusers' SANA pipeline of such a DiT and our DC-AE's weights, without its text encoder."""
     from diffusers import DPMSolverMultistepScheduler, SanaPipeline
-    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+                                         flow_shift=3.0)
     pipeline = SanaPipeline(None, None, diffusers_vae(vae), dit, solver)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

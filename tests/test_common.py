@@ -135,7 +135,7 @@ def after_a_step(value: float) -> tuple[dict, dict, torch.optim.Optimizer]:
     """One parameter, its average, its optimizer."""
     params = {"w": nn.Parameter(torch.full((2, 2), float(value)))}
     optimizer = adamw(params.values(), 0.1, 0.0)
-    params["w"].sum().backward()
+    params["w"].square().sum().backward()
     optimizer.step()
     return params, {"w": torch.full((2, 2), 3.0 * value)}, optimizer
 
@@ -272,12 +272,16 @@ def test_the_average_follows_in_place_and_changes_places_with_the_weights() -> N
 
 def test_on_a_gpu_equal_blocks_are_compiled_once_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    dit, counter, counts = tiny_model().dit, CompileCounter(), []
-    monkeypatch.setattr(nn.Module, "compile", lambda block: setattr(
-        block, "_compiled_call_impl", torch.compile(block._call_impl, backend=counter, fullgraph=True)))
+    dit, counter, compiled, counts = tiny_model().dit, CompileCounter(), [], []
+
+    def compile_with_counter(block: nn.Module) -> None:
+        compiled.append(block)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend=counter, fullgraph=True)
+    monkeypatch.setattr(nn.Module, "compile", compile_with_counter)
     compile_parts(torch.device("cuda"), dit)
+    assert compiled == list(dit.transformer_blocks) and len(compiled) == 2
     for B in (2, 3, 4, 2):
         dit(torch.randn(B, *TINY.latent_shape), torch.rand(B), torch.randn(B, 4, 32))
         counts.append(counter.frame_count)
-    # two blocks; for one size, then for any
+    # for one size, then for any
     assert counts == [1, 2, 2, 2]

@@ -91,12 +91,11 @@ def test_a_batch_of_as_many_prompts_as_layers_is_not_mixed() -> None:
 
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "recompute"])
 def test_what_is_computed_again_changes_no_bit(switch: str) -> None:
-    calls: list[int] = []
-    results = []
+    calls, results = [], []
     for again in (False, True):
         lim = random_lim()
         mlp = lim.connector.layers[0].mlp
-        setattr(lim if switch == "gradient_checkpointing" else mlp, switch, again)
+        setattr(mlp if switch == "recompute" else lim.connector, switch, again)
         mlp.fc2.register_forward_pre_hook(lambda *_: calls.append(1))
         results.append(value_and_gradients(lim, draw(5, 3, 4, 16)))
     (c, gradients), (c_again, gradients_again) = results

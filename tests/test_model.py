@@ -107,7 +107,7 @@ def test_layers_are_the_outputs_of_the_vlms_layers_counted_from_one(model: ParaU
         hook.remove()
     # the last one with the final norm on it
     features = [*raw[:-1], language.norm(raw[-1])]
-    c = [model.lim.encode(hidden[:, -N:]) for hidden in features]
+    c = [model.lim(hidden[None, :, -N:])[0] for hidden in features]
     for layers in ([1], [L], [2, 4], None):
         want = torch.stack([c[i - 1] for i in layers or range(1, L + 1)]).mean(0)
         got = model.condition(["a red heart"], layers=layers)
@@ -188,15 +188,15 @@ def test_prompt_picture_layers_guidance_and_solver_are_heard(model: ParaUni) -> 
         assert (other - base).abs().max() > 1e-3
 
 
-def test_guidance_is_against_the_unconditional_prompt_about_the_same_picture(
+def test_guidance_is_against_no_prompt_about_the_same_picture(
         model: ParaUni, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, condition = [], model.condition
     monkeypatch.setattr(model, "condition", lambda *args: seen.append(args) or condition(*args))
     images = pictures(2)
     model.generate(["a heart", "a star"], num_steps=1)
-    model.generate(["a heart", "a star"], num_steps=1, images=images)
+    model.generate(["a heart", "a star"], num_steps=1, images=images, layers=[2])
     assert [args[0] for args in seen] == [["a heart", "a star"], [None], ["a heart", "a star"], [None, None]]
-    assert seen[3][1] is images
+    assert seen[3][1] is images and seen[3][2] == [2]
 
 
 def test_decoding_maps_to_pictures_in_chunks(model: ParaUni, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,25 +209,30 @@ def test_decoding_maps_to_pictures_in_chunks(model: ParaUni, monkeypatch: pytest
     torch.testing.assert_close(model.decode(latents), want, rtol=0, atol=1e-5)
 
 
-def test_answers_are_greedy_and_do_not_depend_on_the_batch(model: ParaUni) -> None:
+def test_answers_are_greedy_and_do_not_depend_on_the_batch() -> None:
+    model = tiny_model()
     images, questions = pictures(3), ["how many hearts?", "is the star red?", "what color is the ring?"]
-    answers = model.answer(images, questions, max_new_tokens=4)
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    # a picture is likelier than "the", which it says
+    head = model.vlm.lm_head.weight
+    head[IMAGE_TOKEN] = 2 * head[model.tokenizer.convert_tokens_to_ids("the")]
+    answers, likeliest = model.answer(images, questions, max_new_tokens=4), []
     for b, question in enumerate(questions):
-        text = spell(question, True).removesuffix("<img>")
-        row = model.tokenizer(text, add_special_tokens=False).input_ids
-        start = len(row)
+        row = model.tokenizer(spell(question, True).removesuffix("<img>"), add_special_tokens=False).input_ids
+        start, pixels = len(row), model.pixels(images[b:b + 1])
         while len(row) < start + 4 and row[-1] != end:
-            pixels = model.pixels(images[b:b + 1])
             with torch.no_grad():
                 logits = model.vlm(torch.tensor([row]), pixel_values=pixels).logits[0, -1]
-            # no answer is a picture
+            likeliest.append(int(logits.argmax()))
+            # but no answer is a picture
             logits[IMAGE_TOKEN] = -torch.inf
             row.append(int(logits.argmax()))
         assert model.tokenizer.decode(row[start:], skip_special_tokens=True).strip() == answers[b]
-    assert len(set(answers)) > 1
+    assert len(set(answers)) > 1 and IMAGE_TOKEN in likeliest
     assert model.chat(images[0], questions[0]) == model.answer(images[:1], questions[:1])[0]
 
+
+# ----------------------------------------------------------------------------- how it starts
 
 def test_the_frozen_parts_stay_in_eval_mode(model: ParaUni) -> None:
     try:

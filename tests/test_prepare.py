@@ -130,8 +130,8 @@ def test_joined_tars_are_read_to_the_end(tmp_path: Path) -> None:
     assert captions == ["caption 0", "caption 1", "2"] and not left_out
 
 
-@pytest.mark.parametrize("cut, count", [(512 * 10 + 100, 2), (512 * 9 + 300, 2), (512 * 4, 1), (512 * 3, 0),
-                                        (700, 0), (100, 0)])
+@pytest.mark.parametrize("cut, count", [(512 * 10 + 100, 2), (512 * 9 + 300, 2), (512 * 4, 1),
+                                        (512 * 3 + 5, 0), (700, 0), (100, 0)])
 def test_of_a_cut_tar_what_is_whole_is_read(cut: int, count: int, tmp_path: Path) -> None:
     """A sample is 4 blocks: two headers, a picture of 1 block, a caption."""
     write_tar(tmp_path / "whole.tar", pairs(7))

@@ -66,7 +66,8 @@ class Bright:
 def command(patch: pytest.MonkeyPatch, stage: int, weights: Path, run_dir: Path, flags: tuple[str, ...],
             at: dict[int, str]) -> dict[str, float]:
     """What the command line does; pictures, which take longer than a run, are drawn in one test only."""
-    scorers = {"bright": Bright(at), "red": lambda images, prompts: images[:, 0].mean((1, 2))}
+    red = lambda images, prompts: images[:, 0].mean((1, 2))                             # noqa: E731
+    scorers = {"bright": Bright(at), "red": red, "clip": red}
     patch.setattr(grpo, "build_reward", lambda name, device, weights: scorers[name])
     if "--eval-every" not in flags:
         patch.setattr(grpo, "leave_pictures", lambda *args: None)
@@ -190,6 +191,9 @@ def test_the_log_and_the_files_of_stage_3(run: Callable, tmp_path: Path) -> None
     assert lines[0]["kl"] < 1e-9 < lines[1]["kl"] < lines[3]["kl"]
     assert lines[0]["lr"] == lines[2]["lr"] > lines[1]["lr"] == lines[3]["lr"]
     assert final == {name: lines[3][f"heldout/{name}"] for name in ("bright", "red")}
+    state = newest(tmp_path / "run")
+    assert {entry["step"].item() for entry in state["optimizer"]["state"].values()} == {2}
+    assert len(state["evals"]) == 2, "before the first phase, and after it"
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files >= {"stage3.safetensors", "stage3.json", "config.json", "rewards.png", "before_after.png"}
     made = json.loads((tmp_path / "run" / "stage3.json").read_text())
@@ -257,13 +261,26 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
     assert all(torch.equal(leaf, b[path]) for path, leaf in a.items() if isinstance(leaf, Tensor))
 
 
+@pytest.mark.parametrize("layers, changed", [("present", [4]), ("all", [2, 3, 4])])
+def test_which_layers_a_later_reward_perturbs(layers: str, changed: list[int], run: Callable,
+                                              tmp_path: Path) -> None:
+    """Of 4 layers CLIP has the last; what fires stays. It fires after the second epoch of each phase."""
+    run(3, "run", "--steps", "3", "--rewards", "bright,clip", "--ldam-mode", "keep", "--ldam-layers", layers,
+        "--ldam-spike", "1e-9", "--no-ldam-use-reward")
+    before, after = (torch.load(tmp_path / "run" / "checkpoints" / f"{epoch:08}.pt")["kept_noise"]
+                     for epoch in (3, 6))
+    assert [i for i in range(1, 5) if not torch.equal(before[i - 1], after[i - 1])] == changed
+
+
 def test_an_epoch_without_a_usable_reward_changes_nothing_and_is_counted(run: Callable,
                                                                          tmp_path: Path) -> None:
-    run(3, "run", "--save-every", "1", "--keep", "9", at={4: "nan"})
+    # at 6 it is only watched
+    run(3, "run", "--save-every", "1", "--keep", "9", at={4: "nan", 6: "nan"})
     lines = read_log(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
     assert [line["reward_nan"] for line in lines] == [0, 2, 0, 0]
-    assert lines[1]["reward/bright"] is None and lines[1]["ldam/fired"] == 0
+    assert [line["reward/bright"] is None for line in lines] == [False, True, True, False]
+    assert lines[1]["ldam/fired"] == 0
     checkpoints = tmp_path / "run" / "checkpoints"
     before, after, later = (torch.load(checkpoints / f"{epoch:08}.pt") for epoch in (1, 2, 3))
     for kind in ("trained", "ema"):
@@ -371,9 +388,12 @@ def test_layers_and_norm_of_stage_1_are_kept_by_later_stages(run: Callable, weig
                                                              tmp_path: Path) -> None:
     run(1, "1", "--steps", "1", "--layers", "2,4", "--no-norm")
     run(2, "2", "--steps", "1", "--init", f"{tmp_path}/1/stage1.safetensors")
-    run(3, "3", "--steps", "1", "--init", f"{tmp_path}/2/stage2.safetensors")
+    # LDAM fires after the second epoch, on layers 2 and 3 of 4
+    run(3, "3", "--init", f"{tmp_path}/2/stage2.safetensors", "--steps", "3", "--ldam-mode", "keep",
+        "--rewards", "bright", "--ldam-spike", "1e-9", "--no-ldam-use-reward")
     model = ParaUni.from_preset("nano", weights, tmp_path / "3" / "stage3.safetensors")
     assert model.lim.layers == [2, 4] and not list(model.lim.agglayer_norm.parameters())
+    assert [bool((field != 1).any()) for field in model.lim.kept_noise] == [False, True, False, False]
 
 
 def test_a_new_preset_is_one_entry_and_trains_in_all_stages(run: Callable, tmp_path: Path,

@@ -1,0 +1,120 @@
+"""The forks of docs/forks.md: each patch is applied to a copy, its commands run there for two steps, in a
+process of its own that runs this file as a script, and what the page claims of it is checked."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo
+from common import read_log
+from model import ParaUni
+from nano import world
+
+ROOT = Path(__file__).resolve().parent.parent
+# name -> its changed lines, its commands, its diff
+FORKS = {name: (lines, commands, diff) for lines, name, commands, diff in re.findall(
+    r"^(\d+) changed lines.*?```sh\ngit apply docs/forks/(\w+)\.patch\n(.*?)```.*?```diff\n(.*?)```",
+    (ROOT / "docs/forks.md").read_text(), re.S | re.M)}
+SMALL = {"train.py": "--steps 2 --batch-size 4", "sample.py": "--num-steps 2",
+         "3": "--steps 2 --group-size 2 --num-steps 3 --num-eval 2 --eval-steps 2 --rewards clip"}
+
+
+def test_the_page_shows_the_patches_and_counts_their_lines() -> None:
+    assert FORKS.keys() == {path.stem for path in (ROOT / "docs/forks").glob("*.patch")} and len(FORKS) == 6
+    for name, (stated, _, diff) in FORKS.items():
+        assert diff == (ROOT / "docs/forks" / f"{name}.patch").read_text()
+        ours = [part for part in diff.split("diff --git ")[1:] if "\nnew file mode " not in part]
+        changed = len(re.findall(r"^[+-](?!\+\+ b/|-- a/)", "".join(ours), re.M))
+        assert len(ours) <= 2 and changed == int(stated) <= 20
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_a_fork_runs(name: str, tmp_path: Path) -> None:
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "nano", tmp_path / "nano")
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    subprocess.run(["git", "apply", ROOT / "docs/forks" / f"{name}.patch"], cwd=tmp_path, env=env, check=True)
+    subprocess.run([sys.executable, __file__, name], cwd=tmp_path, env=env, check=True)
+
+
+@torch.no_grad()
+def check_layer_attention() -> None:
+    model = ParaUni.from_preset("nano", fresh=("lim.layer_query",))
+    prefix = model.encode_prefix(["two orange stars", None])
+    c_layers = model.condition_layers(prefix)                                           # (L, 2, N, E)
+    # before training it is the mean; then it learns
+    assert torch.equal(model.lim.fuse(c_layers), c_layers.mean(0))
+    assert load_file("runs/layer_attention/stage3.safetensors")["lim.layer_query"].ne(0).all()
+    # Eq. 6 under some attention: sum_i a_i c_i (1 + noise_i)
+    model.lim.layer_query.normal_()
+    fired = grpo.Perturbation(0.5, [4, 7], [(0, 0, 0, member) for member in range(3)])
+    noise = fired.noise(slice(0, 3), model)                                             # 2 x (3, N, E)
+    c, _, perturbed = grpo.encode_conditions(model, prefix, fired, grpo.GRPOConfig(dtype="fp32"))
+    factor = torch.ones(8, *noise[0].shape).index_add(0, torch.tensor([3, 6]), torch.stack(noise))
+    attention = (c_layers[:, :1] @ model.lim.layer_query).softmax(0)[..., None]         # (L, 1, N, 1)
+    expected = (attention * c_layers[:, :1] * factor).sum(0)                            # (3, N, E)
+    torch.testing.assert_close(model.lim.perturb(c, perturbed, noise), expected)
+
+
+def check_judge_reward() -> None:
+    assert read_log("runs/judge/metrics.jsonl")[-1]["reward/judge"] is not None
+    scene = world.Scene((world.Thing("star", "orange", x=16.0, y=16.0, r=6.0),), light=1.0)
+    judge, images = import_module("judge_reward").judge, world.render([scene] * 2)
+    assert judge(images, ["an orange star", "a red heart"]).tolist() == [1, 0]
+
+
+def check_causal_lm() -> None:
+    model = ParaUni.from_preset("nano-qwen3", "random")
+    one, two = model.condition(["two orange stars", "a red heart"])
+    assert type(model.vlm).__name__ == "Qwen3ForCausalLM" and not torch.allclose(one, two)
+    bias = load_file("runs/qwen3-3/stage3.safetensors")["lim.projector.bias"]
+    assert not torch.equal(bias, model.lim.projector.bias)
+
+
+def check_diffusion_nft() -> None:
+    assert [line["grad_norm"] > 0 for line in read_log("runs/nft/metrics.jsonl")[1:]] == [True, True]
+    nft = import_module("nft")
+    nft.BETA = 0.5
+    # least where the paper's Theorem 3.2 says, at v_old + (2 r - 1) (target - v_old) / beta
+    v_old, target, away = torch.randn(3, 3, 8, 4, 4)                                    # (3, 8, 4, 4) each
+    r = torch.tensor([0.0, 0.5, 0.8])
+    best = v_old + torch.tensor([-1.0, 0.0, 0.6])[:, None, None, None] * (target - v_old) / 0.5
+    more = nft.nft_loss(best + away, v_old, target, r) - nft.nft_loss(best, v_old, target, r)       # (3,)
+    torch.testing.assert_close(more, (0.5 * away).square().mean((1, 2, 3)))
+
+
+def check_plain_dit() -> None:
+    dit = ParaUni.from_preset("nano-plain-dit", "random").dit
+    tensors = load_file("runs/plain_dit/stage2.safetensors")
+    x, c, t = torch.randn(4, 8, 8, 8), torch.randn(2, 16, 128), torch.rand(4)
+    # adaLN-zero: the first velocity is 0; a step later the blocks hear the time
+    assert not dit(x, t, c).any() and tensors["dit.blocks.0.modulation.weight"].any()
+    dit.load_state_dict({name: torch.randn_like(p) / 5 for name, p in dit.state_dict().items()})
+    # pictures share the condition of their group, and hear it
+    torch.testing.assert_close(dit(x, t, kv=dit.cross_kv(c)), dit(x, t, c.repeat_interleave(2, 0)))
+    assert not torch.equal(dit(x, t, c), dit(x, t, c.flip(0)))
+
+
+def check_tensorboard() -> None:
+    events = import_module("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator("runs/board").Reload()
+    log = [(line["step"], pytest.approx(line["loss"])) for line in read_log("runs/board/metrics.jsonl")]
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == log
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for command in FORKS[sys.argv[1]][1].splitlines():
+        _, script, *argv = shlex.split(command)
+        import_module(script.removesuffix(".py")).main(SMALL["3" if "3" in argv else script].split() + argv)
+    globals()[f"check_{sys.argv[1]}"]()

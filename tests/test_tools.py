@@ -1,0 +1,220 @@
+"""tools/: the naive loops give the same numbers, what is counted is right, and every measurement runs."""
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+
+import bench
+import gpu_check
+import naive
+import plan
+from common import generator
+from dit import flow_matching_loss, randn
+from grpo import GRPOConfig, Perturbation, accumulate_gradient, rollout, stochastic_steps
+from helpers import TINY, moved, tiny_model
+from meter import Meter
+from model import ParaUni
+
+# of diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+PROMPTS = ["a red heart", "two blue stars above a green ring"]         # of different lengths: one is padded
+CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=3, num_steps=3, micro_batch=3, kl_coef=0.5,
+                 guidance_scale=3.0)
+
+
+def learner(stage: int) -> ParaUni:
+    model = tiny_model().requires_grad_(False)
+    for p in model.trainable(stage).values():
+        p.requires_grad_(True)
+    return model
+
+
+def assert_same_gradients(ours: ParaUni, theirs: ParaUni, stage: int) -> None:
+    want = {name: p.grad for name, p in theirs.trainable(stage).items()}
+    largest = max(grad.abs().max() for grad in want.values())
+    for name, p in ours.trainable(stage).items():
+        assert (p.grad - want[name]).abs().max() < 1e-5 * largest, name
+
+
+# ----------------------------------------------------------------------------- the naive loops
+
+def test_naive_stage_1_has_the_same_loss_and_gradient() -> None:
+    model, prompts = learner(1), [*PROMPTS, None, PROMPTS[0]]
+    peer = naive.peer_of(model)
+    x0, noise = (randn((4, *TINY.latent_shape), generator(i), "cpu") for i in range(2))
+    t = torch.tensor([0.1, 0.4, 0.7, 1.0])
+    want = naive.stage1_loss(peer, x0, prompts, t, noise)
+    want.backward()
+    c = model.lim.fuse(model.condition_layers(model.encode_prefix([*PROMPTS, None])))
+    loss = flow_matching_loss(model.dit, x0, c[[0, 1, 2, 0]], t, noise)
+    loss.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert_same_gradients(model, peer, 1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_naive_stage_3_has_the_same_pictures_and_gradient(guidance: float) -> None:
+    cfg, reference = replace(CFG, guidance_scale=guidance), tiny_model()
+    model = moved(learner(3), 0.02)             # away from the reference, so that the KL has a gradient
+    peer, peer_reference = naive.peer_of(model), naive.peer_of(reference)
+    keys = [("p", group, member) for group in range(2) for member in range(3)]
+    prefix, steps = model.encode_prefix([*PROMPTS, None]), stochastic_steps(3, 0, 0)
+    rolled = rollout(model, reference, prefix, keys, None, steps, cfg)
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    latents, log_probs = naive.rollout(peer, prompts, [generator("picture", *key) for key in keys], cfg)
+    for ours, theirs in ((rolled.latents, latents), (rolled.log_prob[:2], log_probs)):
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    advantages = torch.tensor([1.0, -0.5, -0.5, 0.2, 1.1, -1.3])
+    accumulate_gradient(model, prefix, rolled, advantages, None, cfg, first=True)
+    naive.accumulate_gradient(peer, peer_reference, prompts, latents, log_probs, advantages, cfg)
+    assert_same_gradients(model, peer, 3)
+
+
+def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Callable[[], None]:
+    """Rollout and update of an epoch of stage III; with gamma, one in which LDAM has fired."""
+    keys = [(group, member) for group in range(2) for member in range(cfg.group_size)]
+    perturbation = None if gamma is None else Perturbation(gamma, [2, 3], keys)
+    steps = stochastic_steps(cfg.num_steps, 0, 0)
+
+    def run() -> None:
+        prefix = model.encode_prefix([*PROMPTS, None])
+        rolled = rollout(model, model, prefix, keys, perturbation, steps, cfg)
+        accumulate_gradient(model, prefix, rolled, torch.ones(len(keys)), perturbation, cfg, first=True)
+    return run
+
+
+def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
+    cfg, model = replace(CFG, group_size=4, micro_batch=4), learner(3)
+    peer, prompts = naive.peer_of(model), [prompt for prompt in PROMPTS for _ in range(4)]
+    with Meter() as ours:
+        epoch(model, cfg, None)()
+    with Meter() as theirs:
+        latents, log_probs = naive.rollout(peer, prompts, [generator(i) for i in range(8)], cfg)
+        naive.accumulate_gradient(peer, peer, prompts, latents, log_probs, torch.ones(8), cfg)
+    assert 1.2 * ours.flops < theirs.flops and ours.peak < theirs.peak
+
+
+def test_where_ldam_has_fired_an_epoch_takes_little_more_memory_however_many_pictures_it_has() -> None:
+    model, more = learner(3), []
+    for p in model.trainable(3).values():
+        p.grad = torch.zeros_like(p)
+    for group_size in (4, 16):
+        cfg, peaks = replace(CFG, group_size=group_size, micro_batch=4, num_steps=2), []
+        for gamma in (None, 0.5):
+            with Meter() as meter:
+                epoch(model, cfg, gamma)()
+            peaks.append(meter.peak)
+        assert peaks[0] < peaks[1] < 1.05 * peaks[0]
+        more.append(peaks[1] - peaks[0])
+    assert more[0] == more[1]
+
+
+# ----------------------------------------------------------------------------- counting
+
+def test_bytes_are_counted_from_the_making_of_a_tensor_to_its_end() -> None:
+    before = torch.zeros(1000, 1000)
+    with Meter() as meter:
+        a = before[0, :500] + before.t()[0, :500]                       # 2000: what was there is not counted
+        b = torch.cat([a, a])                                           # 6000
+        del a                                                           # 4000
+        c = b[:250] * 2                                                 # 5000: a view of b is nothing new
+        c.add_(1)                                                       # in place
+        torch.zeros(500)                                                # 7000 for a moment
+        d = torch.zeros(250)                                            # 6000
+    assert meter.peak == 7000 and meter.alive == 6000
+    del b, c, d
+    assert meter.alive == 0
+
+
+def test_flops_are_two_for_a_multiplication_and_an_addition() -> None:
+    x, q = torch.zeros(5, 7), torch.zeros(2, 3, 16, 8)
+    w, kernel = torch.zeros(7, 3, requires_grad=True), torch.zeros(4, 1, 3, 3, requires_grad=True)
+    with Meter() as product:
+        (x @ w).sum().backward()                                        # no gradient to x
+    with Meter() as depthwise:
+        F.conv2d(torch.zeros(1, 4, 6, 6), kernel, padding=1, groups=4).sum().backward()
+    with Meter() as attention:
+        F.scaled_dot_product_attention(q, q, q)
+    assert product.flops == 2 * 2 * 5 * 7 * 3
+    assert depthwise.flops == 2 * 2 * 4 * 36 * 9
+    assert attention.flops == 2 * 2 * 2 * 3 * 16 * 16 * 8
+
+
+# ----------------------------------------------------------------------------- plan.py
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_fake_tensors_say_real_ones_do(stage: int) -> None:
+    def costs() -> list[plan.Cost]:
+        model = plan.build(TINY).requires_grad_(False)
+        for p in model.trainable(stage).values():
+            p.requires_grad_(True)
+            p.grad = torch.zeros_like(p)
+        cfg = plan.recipe(TINY, stage)
+        work = plan.reinforced(model, cfg, 2, 4) if stage == 3 else plan.supervised(model, cfg, 4)
+        return plan.measure(work)
+    with FakeTensorMode():
+        fake = costs()
+    real = costs()
+    assert [cost.flops for cost in fake] == [cost.flops for cost in real]
+    assert [cost.peak for cost in fake] == pytest.approx([cost.peak for cost in real], rel=0.02)
+
+
+def test_what_fits_is_what_the_sums_say() -> None:
+    moments = [[(1e9, 0.0), (8e9, 4e9)], [(5e9, 0.0), (2e9, 1e9)]]      # without and with checkpointing
+    p = plan.Plan(2, 10 ** 9, 10 ** 9, 1e12, 512, 2e9, 20e9, moments, 1)
+    assert p.memory(1) == 2e9 + 20e9 + 8e9 + 1.5e9
+    assert p.memory(3, True, shards=4) == 2e9 + 20e9 / 4 + 5e9 + 1.5e9  # what does not grow is larger
+    assert (p.largest(24e9), p.largest(40e9), p.largest(40e9, True)) == (0, 3, 15)
+    assert replace(p, group_size=24).largest(60e9) == 8                 # 8 divides a group, the next is 12
+    assert (plan.fits(p, 24, 8), plan.fits(p, 24, 1), plan.fits(p, 40, 8)) == ("3 `--fsdp`", "no", "3")
+    text = plan.report({"x": [p]}, 8)
+    assert "| x, 2 fine-tune | 1,000 M | 1,000 M | 1.0 | 512 | 0.51 |" in text
+
+
+# ----------------------------------------------------------------------------- bench.py
+
+@pytest.mark.parametrize("is_peer", [False, True])
+@pytest.mark.parametrize("what", bench.SIDES)
+def test_every_side_makes_one_run_after_another(what: str, is_peer: bool, tiny_preset: None) -> None:
+    args = bench.parse([f"--what={what}", "--batch=2", "--num-groups=1", "--group-size=2", "--num-steps=2",
+                        f"--vs={bench.RIVALS[what]}"])
+    runs = []
+
+    def turn(*of_the_hook: object) -> None:
+        runs.append(1)
+        if len(runs) == 2:
+            raise gpu_check.Enough
+    with pytest.raises(gpu_check.Enough):
+        bench.SIDES[what](args, turn, is_peer)
+
+
+def test_sides_take_turns_and_the_first_run_does_not_count() -> None:
+    order = []
+
+    def side(name: str) -> Callable[[str], dict]:
+        return lambda command: order.append(name + command[0]) or {"n": len(order)}
+    reports = bench.alternate({"a": side("a"), "b": side("b")}, rounds=2)
+    assert " ".join(order) == "ar br br ar ar br bc ac"
+    assert reports == {"a": [{"n": 4}, {"n": 5}, {"n": 8}], "b": [{"n": 3}, {"n": 6}, {"n": 7}]}
+
+
+# ----------------------------------------------------------------------------- gpu_check.py
+
+def test_the_check_of_a_gpu_runs_at_toy_size_whatever_becomes_of_a_part(tmp_path: Path) -> None:
+    parts = [*gpu_check.TOY_PARTS, "absent"]
+    results = gpu_check.main(["--toy", f"--parts={','.join(parts)}", f"--out={tmp_path / 'check'}"])
+    assert results.pop("absent")["status"].startswith("failed")
+    for result in results.values():
+        assert result["status"] == "ok" and all(row["ok"] for row in result["rows"]), result
+    assert [len(result["rows"]) for result in results.values()] == [7, 8, 26, 5]
+    written = json.loads((tmp_path / "check.json").read_text())["parts"]
+    assert list(written) == parts and "| absent | | failed" in (tmp_path / "check.md").read_text()

@@ -1,0 +1,440 @@
+"""Speed and memory, alone or beside another side: diffusers, a naive loop, another checkout of this project.
+
+    python tools/bench.py --what sample                     pictures/s, share of the matmul peak, memory
+    python tools/bench.py --what stage3 --vs naive          both, taking turns, and the ratio
+    python tools/bench.py --what dit --vs diffusers --preset l-1024 --blocks 4 --batch 2 --dtype bf16
+    python tools/bench.py --what stage3 --vs ../before      the same of another checkout
+    python tools/bench.py --what window --weights auto
+
+--what  dit        a forward pass of the DiT, the condition's keys and values included
+        dit-train  forward and backward pass
+        decode     latents to pictures
+        sample     prompts to pictures; beside diffusers, conditions to pictures
+        stage1     an optimizer step of stage I, without reading data
+        stage3     an epoch of stage III, by train.py
+        window     stage III of nano with a sliding window of stochastic steps: reward gained a minute
+--vs    diffusers, for the first four; naive (tests/naive.py), for the stages; or a folder
+
+How. Each side is a process, a worker: none can change what the other finds. It builds its modules and runs
+once to warm up; then it makes one run whenever it is its turn. Sides take turns, and turns in going first; a
+ratio is that of one round, theirs / ours. One more run, eager and not timed, counts FLOPs and, on a CPU,
+memory: the peak of all live tensors; on CUDA it is the allocator's. Memory is what a run takes above what was
+there before. Weights are random: no figure depends on them. The matmul peak is the best of square products.
+
+Letters: B pictures, N queries, E condition width, C h w latent.
+"""
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+# appended, not inserted: a worker of another checkout has that one on PYTHONPATH, in front of this one
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import common
+import naive
+import train
+from common import adamw, compile_parts, environment, generator, precision, write_json
+from data import nano_prompts
+from dit import DiT, flow_matching_loss, sample_ode
+from grpo import group_advantages
+from meter import Meter
+from model import PRESETS, ParaUni
+from vae import DCAE
+
+RIVALS = {"dit": "diffusers", "dit-train": "diffusers", "decode": "diffusers", "sample": "diffusers",
+          "stage1": "naive", "stage3": "naive", "window": ""}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MARK = "bench:"                         # in front of a worker's answers: training prints too
+GB = 1e9
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--what", choices=RIVALS, default="sample")
+    add("--vs", default="", help="diffusers, naive, or the folder of another checkout")
+    add("--preset", choices=PRESETS, default="nano")
+    add("--blocks", type=int, default=0, help="DiT blocks kept; 0: all")
+    add("--vlm-layers", type=int, default=0, help="VLM layers kept; 0: all")
+    add("--batch", type=int, default=4, help="pictures a run; in stage 3, pictures a forward pass")
+    add("--num-groups", type=int, default=2, help="stage 3: prompts an epoch")
+    add("--group-size", type=int, default=8, help="stage 3: pictures a prompt")
+    add("--num-steps", type=int, default=10, help="sampling steps")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
+        help="of weights, in the stages of matrix products; auto: bf16 on CUDA, else fp32")
+    add("--compile", action="store_true", help="torch.compile, on both sides, as train.py does it")
+    add("--rounds", type=int, default=5, help="runs of each side that count")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a shared machine")
+    add("--steps", type=int, default=24, help="--what window: updates for each window")
+    add("--weights", default="auto", help="--what window: what training starts from")
+    add("--out", default="", help="JSON file for the figures")
+    add("--side", default="", help=argparse.SUPPRESS)                   # in a worker: which side it is
+    args = parser.parse_args(argv)
+    is_checkout = args.what != "window" and Path(args.vs, "train.py").is_file()
+    if args.vs and args.vs != RIVALS[args.what] and not is_checkout:
+        parser.error(f"--what {args.what} takes --vs {RIVALS[args.what]}, or a checkout")
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if args.device.type == "cuda" else "fp32"
+    return args
+
+
+# ----------------------------------------------------------------------------- a worker
+
+class Turns:
+    """Called after every run, also as a hook: reports it, and waits until it is this side's turn again."""
+
+    def __init__(self, clock: str) -> None:
+        self.now = time.process_time if clock == "cpu" else time.perf_counter
+        self.cuda = torch.cuda.is_available()
+        self.meter = None
+
+    def __call__(self, *of_the_hook: object) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+        if not self.counts:
+            return self.start(counts=True)
+        report = {"seconds": self.now() - self.began}
+        if self.meter:
+            self.meter.__exit__(None, None, None)
+            report |= {"flops": self.meter.flops, "memory": self.meter.peak}
+        if self.cuda:
+            report["memory"] = torch.cuda.max_memory_allocated() - self.before
+        print(MARK + json.dumps(report), flush=True)
+        self.wait()
+
+    def wait(self) -> None:
+        # a GPU's memory is the other side's meanwhile; one run that does not count takes it back
+        if self.cuda:
+            torch.cuda.empty_cache()
+        self.command = sys.stdin.readline().strip()
+        if not self.command:                                            # the other end is closed
+            sys.exit()
+        self.start(counts=not self.cuda)
+
+    def start(self, counts: bool) -> None:
+        self.counts = counts
+        if counts and self.command == "count":
+            torch.compiler.set_stance("force_eager")
+            self.meter = Meter()
+            self.meter.__enter__()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        self.began = self.now()
+
+
+def cut(name: str, blocks: int, vlm_layers: int) -> None:
+    """A preset keeps only its first layers."""
+    preset = PRESETS[name]
+    if blocks:
+        preset = replace(preset, dit=replace(preset.dit, num_layers=blocks))
+    if vlm_layers and not hasattr(preset.vlm, "text_config"):           # as older checkouts describe it
+        preset = replace(preset, vlm=replace(preset.vlm, num_layers=vlm_layers))
+    elif vlm_layers:
+        vlm = copy.deepcopy(preset.vlm)
+        vlm.text_config.num_hidden_layers = vlm_layers
+        vlm.text_config.layer_types = vlm.text_config.layer_types[:vlm_layers]
+        preset = replace(preset, vlm=vlm, lim=replace(preset.lim, vlm_layers=vlm_layers))
+    PRESETS[name] = preset
+
+
+def captions(number: int) -> list[str]:
+    """Distinct prompts, as far as there are any."""
+    texts = nano_prompts(test=False)
+    return [texts[i % len(texts)] for i in range(number)]
+
+
+def pick_kernels(args: argparse.Namespace) -> None:
+    """The attention kernels that train.py picks; older checkouts do it in precision()."""
+    if hasattr(common, "resolve"):
+        common.resolve(train.TrainConfig(dtype=args.dtype), args.device)
+    else:
+        precision(args.device, args.dtype)
+
+
+def learner(args: argparse.Namespace, stage: int) -> ParaUni:
+    """A model that is ready to be trained."""
+    pick_kernels(args)
+    model = ParaUni.from_preset(args.preset, weights="random", device=args.device).requires_grad_(False)
+    for p in model.trainable(stage).values():
+        p.requires_grad_(True)
+    return model
+
+
+def run_dit(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+    preset, B, trains = PRESETS[args.preset], args.batch, args.what == "dit-train"
+    if trains and not is_peer:
+        pick_kernels(args)
+    with torch.device(args.device):
+        dit = DiT(preset.dit).to(DTYPES[args.dtype]).requires_grad_(trains)
+        x = torch.randn(B, *preset.latent_shape, dtype=dit.dtype)                       # (B, C, h, w)
+        c = torch.randn(B, preset.num_queries, preset.dit.caption_channels, dtype=dit.dtype)    # (B, N, E)
+        t = torch.linspace(0.1, 0.9, B)                                                 # (B,)
+    if is_peer:
+        dit = naive.diffusers_dit(dit)
+    if args.compile:
+        compile_parts(args.device, dit)
+    while True:
+        with torch.set_grad_enabled(trains):
+            v = naive.velocity(dit, x, t, c) if is_peer else dit(x, t, c)               # (B, C, h, w)
+        if trains:
+            dit.zero_grad(set_to_none=True)
+            v.float().square().mean().backward()
+        turn()
+
+
+@torch.no_grad()
+def run_decode(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+    preset, dtype = PRESETS[args.preset], DTYPES[args.dtype]
+    with torch.device(args.device):
+        vae = DCAE(preset.vae).to(dtype).requires_grad_(False)
+        z = torch.randn(args.batch, *preset.latent_shape, dtype=dtype)                  # (B, C, h, w)
+    theirs = naive.diffusers_vae(vae) if is_peer else None
+    while True:
+        if is_peer:
+            theirs.decode(z / preset.vae.scaling_factor)
+        else:
+            vae.decode(z)
+        turn()
+
+
+@torch.no_grad()
+def run_sample(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+    model = ParaUni.from_preset(args.preset, weights="random", device=args.device, dtype=DTYPES[args.dtype])
+    model.requires_grad_(False)
+    side, prompts = model.preset.image_size, captions(args.batch)
+    noise = torch.randn(args.batch, *model.preset.latent_shape, device=args.device)     # (B, C, h, w)
+    c, c_uncond = model.condition(prompts), model.condition([None])                     # (B, N, E), (1, N, E)
+    mask = torch.ones(c.shape[:2], device=args.device)                                  # (B, N)
+    dit = naive.diffusers_dit(model.dit) if is_peer else model.dit
+    pipeline = naive.diffusers_pipeline(dit, model.vae) if is_peer else None
+    if args.compile:
+        compile_parts(args.device, dit)
+    # conditions are made anew in every run, but where the other side has no part that makes them
+    while True:
+        if is_peer:
+            pipeline(prompt_embeds=c, prompt_attention_mask=mask, negative_prompt=None,
+                     negative_prompt_embeds=c_uncond.expand_as(c), negative_prompt_attention_mask=mask,
+                     latents=noise, height=side, width=side, num_inference_steps=args.num_steps,
+                     guidance_scale=4.5, use_resolution_binning=False, output_type="pt")
+        else:
+            if args.vs != "diffusers":
+                c, c_uncond = model.condition(prompts), model.condition([None])
+            model.decode(sample_ode(dit, noise, c, c_uncond, args.num_steps))
+        turn()
+
+
+def run_stage1(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+    """All captions differ, and one of them is dropped."""
+    model, B = learner(args, stage=1), args.batch
+    model = naive.peer_of(model) if is_peer else model
+    if args.compile:
+        compile_parts(args.device, model.lim, model.dit)
+    params = list(model.trainable(1).values())
+    optimizer = adamw(params, 1e-6, 0.05)
+    prompts = [None, *captions(B - 1)]
+    x0, noise = torch.randn(2, B, *model.preset.latent_shape, device=args.device)       # (B, C, h, w) each
+    t = torch.linspace(0.1, 0.9, B, device=args.device)                                 # (B,)
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        if is_peer:
+            loss = naive.stage1_loss(model, x0, prompts, t, noise, args.dtype)
+        else:
+            with precision(args.device, args.dtype):
+                loss = flow_matching_loss(model.dit, x0, model.condition(prompts), t, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        turn()
+
+
+def stage3_flags(folder: str, preset: str) -> list[str]:
+    """Of train.py, for epochs of stage III and nothing between them, with a reward that costs nothing."""
+    prompts, reward, never = Path(folder, "prompts.txt"), Path(folder, "brightness.py"), 10 ** 6
+    prompts.write_text("\n".join(captions(64)))
+    reward.write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    flags = {"stage": 3, "preset": preset, "weights": "random", "run-dir": f"{folder}/run", "lr": 1e-6,
+             "prompts": prompts, "eval-prompts": prompts, "rewards": f"{reward}:brightness", "num-eval": 1,
+             "eval-steps": 1, "eval-every": never, "save-every": never, "steps": never}
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def run_stage3(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+    """train.py, whose optimizer steps once an epoch: from step to step all parts of an epoch are run."""
+    if is_peer:
+        return run_naive_stage3(args, turn)
+    # optimizers call it after every step, so nothing inside of train.py or grpo.py is touched
+    register_optimizer_step_post_hook(turn)
+    flags = [f"--num-groups={args.num_groups}", f"--group-size={args.group_size}", f"--dtype={args.dtype}",
+             f"--micro-batch={args.batch}", f"--num-steps={args.num_steps}", "--no-ldam",
+             "--compile" if args.compile else "--no-compile"]
+    with tempfile.TemporaryDirectory() as folder:
+        train.main(stage3_flags(folder, args.preset) + flags)
+
+
+def run_naive_stage3(args: argparse.Namespace, turn: Turns) -> None:
+    model = learner(args, stage=3)
+    peer, reference = naive.peer_of(model), naive.peer_of(model)
+    if args.compile:
+        compile_parts(args.device, peer.lim, peer.dit, reference.lim, reference.dit)
+    cfg = SimpleNamespace(num_steps=args.num_steps, micro_batch=args.batch, dtype=args.dtype, shift=3.0,
+                          noise_level=0.7, guidance_scale=4.5, kl_coef=0.01, clip_range=1e-4)
+    params = list(peer.trainable(3).values())
+    optimizer = adamw(params, 1e-6, 0.05)
+    prompts = [text for text in captions(args.num_groups) for _ in range(args.group_size)]
+    while True:
+        # roll out, score, compare within groups, update: as grpo.py does
+        generators = [generator("picture", i) for i in range(len(prompts))]
+        latents, log_probs = naive.rollout(peer, prompts, generators, cfg)
+        rewards = model.decode(latents[-1]).mean((1, 2, 3))                             # (B,)
+        advantages = group_advantages(rewards.view(args.num_groups, -1)).flatten()      # (B,)
+        optimizer.zero_grad(set_to_none=True)
+        naive.accumulate_gradient(peer, reference, prompts, latents, log_probs, advantages, cfg)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        turn()
+
+
+SIDES = {"dit": run_dit, "dit-train": run_dit, "decode": run_decode, "sample": run_sample,
+         "stage1": run_stage1, "stage3": run_stage3}
+
+
+def work(args: argparse.Namespace) -> None:
+    """What a worker does until its input ends."""
+    cut(args.preset, args.blocks, args.vlm_layers)
+    turn = Turns(args.clock)
+    turn.wait()
+    SIDES[args.what](args, turn, is_peer=args.side in ("diffusers", "naive"))
+
+
+# ----------------------------------------------------------------------------- the sides take turns
+
+class Worker:
+    """The other end of a worker's pipes."""
+
+    def __init__(self, flags: list[str], side: str) -> None:
+        checkout = ROOT if side in ("ours", "diffusers", "naive") else Path(side).resolve()
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen([sys.executable, __file__, *flags, "--side", side], text=True,
+                                        env=os.environ | {"PYTHONPATH": str(checkout)}, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors)
+
+    def ask(self, command: str) -> dict[str, float]:
+        """Have one run made; returns its report."""
+        print(command, file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        self.errors.seek(0)
+        raise RuntimeError(f"a worker ended:\n{self.errors.read()[-2000:]}")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def alternate(sides: dict[str, Callable[[str], dict]], rounds: int) -> dict[str, list[dict]]:
+    """The reports of every side: its timed runs, and last the one that was counted."""
+    reports: dict[str, list[dict]] = {name: [] for name in sides}
+    for turn in range(rounds + 2):
+        command = "count" if turn > rounds else "run"
+        for name in list(sides)[::-1 if turn % 2 else 1]:
+            report = sides[name](command)
+            reports[name] += [report] if turn else []                   # the first run warms up
+    return reports
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products, the best of three sizes."""
+    rates = []
+    for n in (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048):
+        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+        for _ in range(6):
+            began = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rates.append(2 * n ** 3 / (time.perf_counter() - began))
+    return max(rates)
+
+
+def compare(args: argparse.Namespace, flags: list[str]) -> dict:
+    """Time and count the sides, print their figures."""
+    workers = {name: Worker(flags, name) for name in ("ours", args.vs) if name}
+    try:
+        reports = alternate({name: worker.ask for name, worker in workers.items()}, args.rounds)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    pictures = args.num_groups * args.group_size if args.what == "stage3" else args.batch
+    peak = matmul_peak(args.device, DTYPES[args.dtype])
+    figures: dict = {"matmul_peak_gflops": peak / GB}
+    print(f"matmul peak {peak / GB:.0f} GFLOP/s ({args.dtype})")
+    # what each side does
+    for name, (*timed, counted) in reports.items():
+        seconds = [report["seconds"] for report in timed]
+        middle, share = median(seconds), counted["flops"] / median(seconds) / peak
+        figures[name] = {"seconds": middle, "fastest": min(seconds), "slowest": max(seconds),
+                         "pictures_per_second": pictures / middle, "gflop": counted["flops"] / GB,
+                         "share_of_peak": share, "memory_gb": counted["memory"] / GB}
+        print(f"{name:10} {middle:.3g} s a run ({min(seconds):.3g} - {max(seconds):.3g}), "
+              f"{pictures / middle:.3g} pictures/s; {counted['flops'] / GB:.4g} GFLOP, "
+              f"{share:.0%} of the peak; memory {counted['memory'] / GB:.3g} GB")
+    # and the two of them, round by round
+    if args.vs:
+        ours, theirs = reports.values()
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours[:-1], theirs[:-1])]
+        memory = theirs[-1]["memory"] / ours[-1]["memory"]
+        figures |= {"ratio": median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
+                    "memory_ratio": memory}
+        print(f"{args.vs} / ours: {median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}); "
+              f"memory {memory:.2f}")
+    return figures
+
+
+def window(args: argparse.Namespace) -> dict:
+    """Stage III of nano with windows of stochastic steps: what a minute of training gains."""
+    rows = {}
+    print("window  seconds  held-out gain  gain a minute")
+    for size in (0, 3, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            train.main(["--stage=3", "--rewards=aesthetic", f"--weights={args.weights}",
+                        f"--run-dir={folder}", f"--sde-window={size}", f"--steps={args.steps}",
+                        f"--eval-every={args.steps}"])
+            records = common.read_log(Path(folder, "metrics.jsonl"))
+        seconds = sum(value for r in records for key, value in r.items() if key.startswith("time/"))
+        gain = records[-1]["heldout/aesthetic"] - records[0]["heldout/aesthetic"]
+        rows[size] = {"seconds": seconds, "gain": gain, "gain_per_minute": 60 * gain / seconds}
+        print(f"{size or 'all':>6}  {seconds:7.1f}  {gain:13.3f}  {60 * gain / seconds:13.3f}")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    if args.side:
+        return work(args)
+    flags = sys.argv[1:] if argv is None else argv
+    print(" ".join(flags), json.dumps(environment()), sep="\n", flush=True)
+    figures = window(args) if args.what == "window" else compare(args, flags)
+    if args.out:
+        write_json(args.out, {"flags": flags, **environment(), **figures})
+    return figures
+
+
+if __name__ == "__main__":
+    main()

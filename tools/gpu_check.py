@@ -1,0 +1,371 @@
+"""One command that proves the project on a GPU: `python tools/gpu_check.py`, at most 8 minutes on an H100.
+
+    exact           DiT, LIM and DC-AE: bf16 against fp32, compiled against eager
+    nano            a few steps of each stage; stage III's first ratio, eager and compiled, LDAM having fired
+    b-512, l-1024   one step of each stage at the micro-batch that plan.py says, eager and compiled: seconds,
+                    share of the matmul peak, memory beside the plan's, and what LDAM adds to it
+    dit ...         DiT of 1.6B at full depth, 16 rows, forward and training, beside diffusers
+    sample, decode  20 steps with decoding, DC-AE at 512 and 1024 px, beside diffusers
+
+Each part is a process with its own time limit: whatever happens to one, the others run, and what was measured
+is written as JSON and as a table (--out). Weights are random, but for nano's stage III, and no data is read:
+pictures are noise, the reward is their brightness. --toy is the same on a CPU, with a cut-down nano for b-512
+and nothing compiled: it proves the script.
+"""
+import argparse
+import copy
+import gc
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+# a script in a folder: the project's root goes on the path before what is imported from there
+TOOLS = Path(__file__).resolve().parent
+sys.path += [str(TOOLS.parent), str(TOOLS)]
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import bench
+import plan
+import train
+from common import compile_parts, environment, read_log, write_json
+from data import Batch
+from dit import DiT
+from lim import LIM
+from model import PRESETS, ParaUni
+from vae import DCAE
+
+GB = 1e9
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# part -> seconds that it may take; the first ones matter most
+LIMITS = {"exact": 90, "nano": 90, "b-512": 120, "dit compiled": 60, "dit": 60, "dit-train compiled": 60,
+          "dit-train": 60, "l-1024": 180, "sample": 90, "decode": 60}
+TOY_PARTS = ("exact", "nano", "b-512", "dit")
+FULL_SIZE = ("b-512", "l-1024")
+BESIDE_DIFFUSERS = {
+    "dit": [["--preset=l-1024", "--batch=16"]],
+    "dit-train": [["--preset=l-1024", "--batch=16"]],
+    "sample": [["--preset=l-1024", "--vlm-layers=2", "--batch=8", "--num-steps=20"]],
+    "decode": [["--preset=b-512", "--batch=8"], ["--preset=l-1024", "--batch=2"]]}
+TOY_SIZE = [["--preset=nano", "--blocks=1", "--rounds=1", "--batch=2"]]
+
+
+def row(figure: str, value: float | str, low: float | None = None, high: float | None = None) -> dict:
+    """A figure, the bars that it has, and whether it clears them."""
+    bar = f">= {low:g}" if low is not None else f"<= {high:g}" if high is not None else ""
+    ok = (low is None or value >= low) and (high is None or value <= high)
+    return {"figure": figure, "value": value, "bar": bar, "ok": ok}
+
+
+# ----------------------------------------------------------------------------- exactness
+
+def outputs(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a module computes, and its gradients as one vector; the autoencoder has none."""
+    inputs = [x.to(dtype) for x in inputs]
+    if isinstance(module, DCAE):
+        with torch.no_grad():
+            return module.decode(module.encode(*inputs)).float(), torch.zeros(0)
+    out = module(*inputs)
+    grads = torch.autograd.grad(out.float().square().mean(), list(module.parameters()), allow_unused=True)
+    return out.detach().float(), torch.cat([g.flatten() for g in grads if g is not None])
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def exact(toy: bool) -> Iterator[dict]:
+    """At full width, two blocks deep."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    preset, L = PRESETS["nano" if toy else "l-1024"], 2
+    N, D, E, side = preset.num_queries, preset.vlm_width, preset.lim.caption_channels, preset.image_size
+    # the three of them, with what they read
+    with torch.device(DEVICE):
+        dit = DiT(replace(preset.dit, num_layers=2))
+        lim = LIM(replace(preset.lim, num_layers=2, vlm_layers=L))
+        vae = DCAE(preset.vae)
+        cases = {"DiT": (dit, (torch.randn(2, *preset.latent_shape), torch.rand(2), torch.randn(2, N, E))),
+                 "LIM": (lim, (torch.randn(L, 2, N, D),)),
+                 "DC-AE": (vae, (torch.rand(1, 3, side, side),))}
+    dit.init_weights()
+    lim.init_weights()
+    # a new DiT predicts zero
+    nn.init.normal_(dit.proj_out.weight, std=0.02)
+
+    # each in bf16, and compiled, against itself
+    for name, (module, inputs) in cases.items():
+        want, want_grad = outputs(module, inputs, torch.float32)
+        low, _ = outputs(copy.deepcopy(module).bfloat16(), inputs, torch.bfloat16)
+        yield row(f"{name}, bf16 / fp32, relative error", relative_error(low, want), high=0.05)
+        if module is not vae:                   # which is never compiled
+            compile_parts(DEVICE, module)
+            got, got_grad = outputs(module, inputs, torch.float32)
+            yield row(f"{name}, compiled / eager, relative error", relative_error(got, want), high=1e-4)
+            yield row(f"{name}, the same of its gradient", relative_error(got_grad, want_grad), high=1e-4)
+
+
+# ----------------------------------------------------------------------------- steps of the stages
+
+class Enough(Exception):
+    """Ends a run that has made its steps."""
+
+
+class Steps(NamedTuple):
+    seconds: float              # from the last step but one to the last
+    memory: list[int]           # bytes, the peak up to each step
+    log: list[dict]             # metrics.jsonl
+
+
+def peak_memory() -> int:
+    """Bytes at the peak since the last call; of a CPU's process, ever."""
+    if DEVICE.type == "cpu":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def run_stage(preset: str, stage: int, flags: list[str], steps: int = 3) -> Steps:
+    """Some optimizer steps by train.py."""
+    marks: list[tuple[float, int]] = []
+
+    def mark(*of_the_hook: object) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append((time.perf_counter(), peak_memory()))
+        if len(marks) == steps:
+            raise Enough
+
+    def noise(step: int, items: list[int]) -> Batch:
+        latents = torch.randn(len(items), *PRESETS[preset].latent_shape, device=DEVICE)
+        return Batch(latents, bench.captions(len(items)))
+
+    # what the run before has left goes
+    gc.collect()
+    torch.cuda.empty_cache()
+    peak_memory()
+    # noise in place of latents from files; after each step the clock and the memory are read
+    train.Latents = lambda *given: SimpleNamespace(batch=noise)
+    hook = register_optimizer_step_post_hook(mark)
+    with tempfile.TemporaryDirectory() as folder:
+        if stage == 3:
+            # LDAM fires in epochs 1 and 3, and so disturbs 2 and 4
+            start = [*bench.stage3_flags(folder, preset), "--no-ldam-use-grad-norm", "--ldam-patience=0"]
+        else:
+            start = [f"--stage={stage}", f"--preset={preset}", "--weights=random", f"--run-dir={folder}/run",
+                     "--data=noise", "--log-every=1"]
+        try:
+            with suppress(Enough):
+                train.main(start + flags)
+        finally:
+            hook.remove()
+        log = read_log(Path(folder, "run", "metrics.jsonl"))
+    return Steps(marks[-1][0] - marks[-2][0], [memory for _, memory in marks], log)
+
+
+def nano(toy: bool) -> Iterator[dict]:
+    batch, groups, size = (4, 1, 2) if toy else (64, 4, 8)
+    for stage in (1, 2):
+        flags = [f"--batch-size={batch}", f"--micro-batch={batch}"]
+        run = run_stage("nano", stage, flags, steps=2 if toy else 8)
+        yield row(f"stage {stage}, pictures/s", batch / run.seconds)
+    # with the weights that it comes with: a new DiT predicts zero, whatever the rounding
+    flags = ["--weights=auto", f"--num-groups={groups}", f"--group-size={size}",
+             f"--micro-batch={groups * size}", f"--num-steps={3 if toy else 6}"]
+    for variant in ("--dtype=fp32", "--dtype=bf16", "--dtype=bf16 --compile"):
+        run = run_stage("nano", 3, flags + variant.split(), steps=5)
+        yield row(f"stage 3 {variant}, pictures/s", groups * size / run.seconds)
+        # the fourth epoch is one that LDAM disturbs; the bar is a tenth of nano's clip range
+        yield row(f"stage 3 {variant}, first ratio - 1", run.log[4]["ratio_dev"],
+                  high=2e-4 if variant == "--dtype=fp32" else None)
+
+
+def plans(name: str, toy: bool) -> Iterator[dict]:
+    """What plan.py says of a preset's stages, where an epoch is one group of 8 pictures."""
+    with FakeTensorMode():
+        model = plan.build(PRESETS[name])
+        for stage in plan.STAGES:
+            cfg = plan.recipe(model.preset, stage)
+            cfg = replace(cfg, num_groups=1, group_size=2 if toy else 8) if stage == 3 else cfg
+            yield asdict(plan.plan(model, cfg, devices=1))
+
+
+def full_size(name: str, toy: bool, planned: list[plan.Plan]) -> Iterator[dict]:
+    """Stages I to III, eager and then compiled; all runs share one model."""
+    limit = 8 * GB if toy else torch.cuda.get_device_properties(DEVICE).total_memory
+    peak = bench.matmul_peak(DEVICE, torch.bfloat16)
+    with torch.device(DEVICE):
+        model = plan.build(PRESETS[name])
+        model.lim.init_weights()
+        model.dit.init_weights()
+    # train.py is handed this model, whatever weights it asks for
+    ParaUni.for_training = classmethod(lambda cls, cfg, device: model)
+    for mode in ("--no-compile", "--compile"):
+        for p in planned:
+            model.zero_grad(set_to_none=True)
+            try:
+                yield from one_step(name, mode, p, limit, peak, toy)
+            # out of memory, or whatever a compiler raises: the other stages are still worth their minute
+            except Exception as error:
+                failed = f"stage {p.stage} {mode}"
+                yield {"figure": failed, "value": repr(error)[:200], "bar": "runs", "ok": False}
+
+
+def one_step(name: str, mode: str, p: plan.Plan, limit: float, peak: float, toy: bool) -> list[dict]:
+    """A step at the largest micro-batch that the plan allows, beside what the plan says of it."""
+    checkpointing, most = p.largest(limit) == 0, p.group_size if p.stage == 3 else 2 if toy else plan.MOST
+    m = min(p.largest(limit, checkpointing), most)
+    label = f"stage {p.stage} {mode}{' --gradient-checkpointing' * checkpointing}, micro-batch {m}"
+    if m == 0:
+        return [row(label, "does not fit, says the plan")]
+    # stage III runs one group, in chunks of m; the others one micro-batch
+    pictures = p.group_size if p.stage == 3 else m
+    sizes = ["--num-groups=1", f"--group-size={pictures}"] if p.stage == 3 else [f"--batch-size={m}"]
+    run = run_stage(name, p.stage, [mode, "--dtype=bf16", f"--micro-batch={m}", *sizes,
+                                    *["--gradient-checkpointing"] * checkpointing])
+    memory, expected = max(run.memory), p.memory(m, checkpointing) - plan.RESERVE
+    has_bar = (name, p.stage, mode, toy) == ("b-512", 3, "--compile", False)
+    rows = [row(f"{label}, seconds", run.seconds),
+            row(f"{label}, pictures/s", pictures / run.seconds),
+            row(f"{label}, share of the matmul peak", p.flops_image * pictures / run.seconds / peak,
+                low=0.5 if has_bar else None),
+            row(f"{label}, GB", memory / GB)]
+    # the plan is of eager runs, and a process on a CPU holds more than tensors
+    if mode == "--no-compile" and not toy:
+        rows.append(row(f"{label}, |memory / plan - 1|", abs(memory / expected - 1), high=0.1))
+    # the second epoch was disturbed, the third was not
+    if p.stage == 3:
+        ratio = run.memory[1] / run.memory[2]
+        rows.append(row(f"{label}, memory where LDAM has fired / not", ratio, high=1.05))
+    return rows
+
+
+# ----------------------------------------------------------------------------- beside diffusers
+
+def beside_diffusers(name: str, toy: bool) -> Iterator[dict]:
+    """bench.py's comparisons; a second word of the name says that both sides are compiled."""
+    what, _, compiled = name.partition(" ")
+    has_bars = bool(compiled) and what == "dit"
+    for flags in TOY_SIZE if toy else BESIDE_DIFFUSERS[what]:
+        figures = bench.main([f"--what={what}", "--vs=diffusers", *flags, *["--compile"] * bool(compiled)])
+        ours, label = figures["ours"], " ".join(flags)
+        yield row(f"{label}, seconds", ours["seconds"])
+        yield row(f"{label}, pictures/s", ours["pictures_per_second"])
+        yield row(f"{label}, share of the matmul peak", ours["share_of_peak"], low=0.75 if has_bars else None)
+        yield row(f"{label}, diffusers / ours, seconds", figures["ratio"], low=1.3 if has_bars else None)
+        yield row(f"{label}, diffusers / ours, memory", figures["memory_ratio"])
+
+
+# ----------------------------------------------------------------------------- parts
+
+def work(name: str, folder: Path, toy: bool) -> None:
+    """What a part's process does. After each row all rows so far are written."""
+    if toy:
+        PRESETS["b-512"] = replace(PRESETS["nano"], name="b-512")
+        bench.cut("b-512", blocks=1, vlm_layers=2)
+        torch.compiler.set_stance("force_eager")
+    if name.startswith("plan "):
+        rows = plans(name.removeprefix("plan "), toy)
+    elif name in FULL_SIZE:
+        planned = json.loads((folder / f"plan {name}.json").read_text())
+        rows = full_size(name, toy, [plan.Plan(**p) for p in planned])
+    elif name in ("exact", "nano"):
+        rows = exact(toy) if name == "exact" else nano(toy)
+    else:
+        rows = beside_diffusers(name, toy)
+    written = []
+    for each in rows:
+        written.append(each)
+        write_json(folder / f"{name}.json", written)
+
+
+def start(name: str, folder: Path, toy: bool) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--part", name, "--folder", str(folder), *["--toy"] * toy]
+    with open(folder / f"{name}.err", "w") as errors:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def finish(name: str, process: subprocess.Popen, folder: Path, limit: float) -> dict:
+    """Wait for a part: its status, and the rows that it has written."""
+    began = time.perf_counter()
+    try:
+        status = "ok" if process.wait(max(1.0, limit)) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        status = f"stopped after {limit:.0f} s"
+    if status == "failed":
+        status += ": " + (folder / f"{name}.err").read_text().strip().split("\n")[-1]
+    path, seconds = folder / f"{name}.json", time.perf_counter() - began
+    print(f"{name}: {status}, {seconds:.0f} s", flush=True)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return {"status": status, "seconds": seconds, "rows": rows}
+
+
+def report(results: dict[str, dict]) -> str:
+    lines = ["| part | figure | value | bar | |", "|---|---|--:|---|---|"]
+    for name, result in results.items():
+        for r in result["rows"]:
+            value = f"{r['value']:.4g}" if isinstance(r["value"], float) else r["value"]
+            verdict = ("ok" if r["ok"] else "MISSED") if r["bar"] else ""
+            lines.append(f"| {name} | {r['figure']} | {value} | {r['bar']} | {verdict} |")
+        if result["status"] != "ok":
+            lines.append(f"| {name} | | {result['status']} | | NOT FINISHED |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", default="gpu_check", help="the report: this name with .json and with .md")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_argument("--parts", default="", help="only these, as exact,nano")
+    parser.add_argument("--toy", action="store_true", help="small, on a CPU")
+    parser.add_argument("--part", default="", help=argparse.SUPPRESS)           # in a part's process
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.part:
+        return work(args.part, Path(args.folder), args.toy)
+    if DEVICE.type == "cpu" and not args.toy:
+        parser.error("there is no CUDA device here; --toy runs on a CPU")
+    names = args.parts.split(",") if args.parts else TOY_PARTS if args.toy else list(LIMITS)
+    deadline = time.perf_counter() + 60 * args.minutes
+
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = Path(name_of_folder)
+        # plans need no GPU: they are made beside the first parts
+        planning = {name: start(f"plan {name}", folder, args.toy) for name in names if name in FULL_SIZE}
+
+        def run_part(name: str) -> dict:
+            if name.partition(" ")[0] in BESIDE_DIFFUSERS and not importlib.util.find_spec("diffusers"):
+                return {"status": "skipped: diffusers is not installed", "seconds": 0.0, "rows": []}
+            if name in planning:
+                finish(f"plan {name}", planning[name], folder, deadline - time.perf_counter())
+            left = deadline - time.perf_counter()
+            limit = left if args.toy else min(left, LIMITS[name])
+            return finish(name, start(name, folder, args.toy), folder, limit)
+
+        with ThreadPoolExecutor(2 if args.toy else 1) as pool:
+            results = dict(zip(names, pool.map(run_part, names)))
+    write_json(Path(args.out).with_suffix(".json"), {"toy": args.toy, **environment(), "parts": results})
+    text = report(results)
+    Path(args.out).with_suffix(".md").write_text(text)
+    print(text)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""What training needs: parameters, FLOPs and memory of every stage of a preset, without a GPU or a weight.
+
+    python tools/plan.py                                      the full-size presets, as tables in markdown
+    python tools/plan.py --presets l-1024 --devices 32 --out plan.md
+
+How. A model of fake tensors, which have a shape and a dtype and no memory, runs the stages' own functions
+forward and backward in the precision of a GPU: frozen VLM in bf16, the rest in fp32, matrix products in bf16.
+meter.py counts FLOPs, and every byte from the moment a tensor is made until nothing refers to it any more.
+Memory is that of eager runs, and in stage III of an epoch in which LDAM has fired, so that each picture has a
+condition of its own; FLOPs are those of an epoch at rest.
+Left out: the reward models, which are small. RESERVE stands for the CUDA context and fragments.
+
+Letters: m pictures of a micro-batch, B pictures of a device, S prompt tokens, N queries, E condition width,
+C h w latent, K steps.
+"""
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+# a script in a folder: the project's root goes on the path before what is imported from there
+TOOLS = Path(__file__).resolve().parent
+sys.path += [str(TOOLS.parent), str(TOOLS)]
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common import knob, parse_config, precision, run
+from dit import flow_matching_loss
+from grpo import GRPOConfig, Perturbation, chunk_kv, encode_conditions, velocity
+from ldam import perturbed_layers
+from meter import Meter
+from model import PRESETS, ParaUni, Preset
+from train import TrainConfig
+
+GB = 1e9
+RESERVE = 1.5 * GB                      # a device keeps it for the CUDA context and fragments
+DEVICES_GB = (24, 40, 80)
+SIZES = (1, 8)                          # micro-batches that are measured
+MOST = 64                               # pictures of a micro-batch that anyone would ask for
+STAGES = {1: "align", 2: "fine-tune", 3: "reinforce"}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    presets: tuple[str, ...] = knob(("b-512", "l-512", "l-1024"), "which presets")
+    devices: int = knob(8, "devices that share the work")
+    out: str = knob("", "file for the tables; none: print them")
+
+
+# ----------------------------------------------------------------------------- counting
+
+class Cost(NamedTuple):
+    """Of a moment of some work."""
+    flops: int                          # 2 for a multiplication and an addition
+    peak: int                           # most bytes alive in it, above those before the work began
+
+
+def measure(work: Iterable[None]) -> list[Cost]:
+    """The moments of some work, which ends each with a yield."""
+    costs = []
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), Meter() as meter:
+        for _ in work:
+            costs.append(Cost(meter.flops, meter.peak))
+            meter.flops, meter.peak = 0, meter.alive
+    return costs
+
+
+# ----------------------------------------------------------------------------- what is measured
+
+def build(preset: Preset) -> ParaUni:
+    """The preset's model, on torch's default device. Prompts are as long as training has them."""
+    vlm = preset.vlm_class._from_config(preset.vlm, dtype=preset.vlm_dtype)
+    model = ParaUni(preset, vlm, None)
+    ids = torch.zeros(1, preset.train_tokens, dtype=torch.long, device=model.device)    # (1, S)
+    mask = torch.ones_like(ids)                                                         # (1, S)
+    model.tokenize = lambda texts, max_tokens=None: (ids.repeat(len(texts), 1), mask.repeat(len(texts), 1))
+    return model
+
+
+def supervised(model: ParaUni, cfg: TrainConfig, m: int) -> Iterator[None]:
+    """Stages I and II: m pictures, each with a prompt of its own."""
+    prefix = model.encode_prefix(["prompt"] * m)
+    x0 = torch.zeros(m, *model.preset.latent_shape)                                     # (m, C, h, w)
+    with precision(model.device, cfg.dtype):
+        c = model.lim.fuse(model.condition_layers(prefix))                              # (m, N, E)
+        loss = flow_matching_loss(model.dit, x0, c, torch.zeros(m), torch.zeros_like(x0))
+    loss.backward()
+    yield
+
+
+def reinforced(model: ParaUni, cfg: GRPOConfig, groups: int, m: int) -> Iterator[None]:
+    """Stage III, one step of one chunk of m pictures in grpo.accumulate_gradient, LDAM having fired."""
+    # what the rollout has left: its latents, and the reference's means
+    B, K = groups * cfg.group_size, cfg.num_steps
+    rolled = torch.zeros(2 * K + 1, B, *model.preset.latent_shape)                      # (2 K + 1, B, ...)
+    layers = perturbed_layers(["aesthetic"], model.preset.vlm_layers)
+    perturbation = Perturbation(1.0, layers, keys=[(i,) for i in range(m)])
+
+    # one moment: all conditions, and the chunk forward and backward
+    prefix = model.encode_prefix(["prompt"] * groups + [None])
+    roots = encode_conditions(model, prefix, perturbation, cfg)
+    leaves = tuple(c.detach().requires_grad_() for c in roots)
+    noise = perturbation.noise(slice(m), model)
+    kv = chunk_kv(model, leaves, slice(1), noise, cfg.guidance_scale, cfg)
+    x = rolled[0, :1].expand(m, -1, -1, -1)                                             # (m, C, h, w)
+    velocity(model.dit, kv, x, 0.5, cfg).square().mean().backward()
+    del kv, noise
+    yield
+
+    # the other: back through LIM and VLM
+    torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
+    yield
+
+
+@torch.no_grad()
+def rolled_out(model: ParaUni, cfg: GRPOConfig, groups: int) -> Iterator[None]:
+    """Stage III before the update, LDAM at rest: prompts; conditions; keys and values of one group; a step of
+    one picture; decoding all pictures."""
+    x = torch.zeros(groups * cfg.group_size, *model.preset.latent_shape)                # (B, C, h, w)
+    prefix = model.encode_prefix(["prompt"] * groups + [None])
+    yield
+    conditions = encode_conditions(model, prefix, None, cfg)
+    yield
+    kv = chunk_kv(model, conditions, slice(1), [], cfg.guidance_scale, cfg)
+    yield
+    velocity(model.dit, kv, x[:1], 0.5, cfg)
+    yield
+    with precision(model.device, cfg.dtype):
+        model.decode(x)
+    yield
+
+
+# ----------------------------------------------------------------------------- the plan of a stage
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage of one preset. Bytes are of one device that holds everything."""
+    stage: int
+    trained: int                        # parameters
+    frozen: int
+    flops_image: float                  # per picture of a step
+    images: int                         # pictures a step, over all devices
+    frozen_bytes: float                 # weights
+    # weights, gradients, AdamW's two moments, EMA; in stage III the reference
+    trained_bytes: float
+    # without and with checkpointing: of each moment the bytes alive with one picture, and what each further
+    # picture adds; the largest moment counts
+    alive: list[list[tuple[float, float]]]
+    group_size: int                     # pictures of a prompt: a micro-batch divides it, or is a multiple
+
+    def activations(self, m: int, checkpointing: bool = False) -> float:
+        return max(one + more * (m - 1) for one, more in self.alive[checkpointing])
+
+    def memory(self, m: int, checkpointing: bool = False, shards: int = 1) -> float:
+        """Bytes on each device with m pictures a micro-batch; shards: devices that split what is trained."""
+        weights = self.frozen_bytes + self.trained_bytes / shards
+        return weights + self.activations(m, checkpointing) + RESERVE
+
+    def largest(self, limit: float, checkpointing: bool = False, shards: int = 1) -> int:
+        """The largest micro-batch that fits into so many bytes, 0 if none does."""
+        G = self.group_size
+        sizes = [m for m in range(1, MOST + 1) if G % m == 0 or m % G == 0]
+        return max((m for m in sizes if self.memory(m, checkpointing, shards) <= limit), default=0)
+
+
+def recipe(preset: Preset, stage: int) -> TrainConfig | GRPOConfig:
+    config = GRPOConfig if stage == 3 else TrainConfig
+    return replace(config(stage=stage, **preset.recipes.get(stage, {})), dtype="bf16")
+
+
+def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
+    """Measure a stage, whose work is shared by some devices."""
+    reinforces = cfg.stage == 3
+    group_size, groups, images = 1, 0, getattr(cfg, "batch_size", 0)
+    work, before = partial(supervised, model, cfg), []
+    model.requires_grad_(False)
+    if reinforces:
+        group_size, groups = cfg.group_size, max(1, cfg.num_groups // devices)
+        images = cfg.num_groups * group_size
+        work, before = partial(reinforced, model, cfg, groups), measure(rolled_out(model, cfg, groups))
+    params = model.trainable(cfg.stage).values()
+    for p in params:
+        p.requires_grad_(True)
+        p.grad = torch.zeros_like(p)    # gradients are there from the first micro-batch on
+    trained = sum(p.numel() for p in params)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+
+    # AdamW's step takes one more copy of what is trained
+    fixed = [(cost.peak, 0.0) for cost in before] + [(4.0 * trained, 0.0)]
+    # memory grows along a straight line through two sizes of a micro-batch
+    alive, further = {}, SIZES[1] - SIZES[0]
+    for checkpointing in (True, False):
+        model.lim.connector.gradient_checkpointing = model.dit.gradient_checkpointing = checkpointing
+        few, many = (measure(work(m)) for m in SIZES)
+        grows = [(a.peak, (b.peak - a.peak) / further) for a, b in zip(few, many)]
+        alive[checkpointing] = grows + fixed
+
+    flops = (many[0].flops - few[0].flops) / further
+    if reinforces:
+        _, condition, kv, step, decode = (cost.flops for cost in before)
+        B, K = groups * group_size, cfg.num_steps
+        # shared by all pictures: conditions with gradient, and those of policy and reference in the rollout
+        shared = sum(cost.flops for cost in few) - flops + 2 * condition
+        # at rest, keys and values and their gradient are a group's and not a picture's
+        update = flops - 3 * kv
+        forwards = K + (K - 1 if cfg.kl_coef > 0 else 0)
+        flops = (shared + decode) / B + forwards * step + (K - 1) * cfg.inner_updates * update
+
+    copies = 6 if reinforces else 5
+    return Plan(cfg.stage, trained, sum(p.numel() for p in frozen), flops, images,
+                sum(p.nbytes for p in frozen), 4 * trained * copies, [alive[False], alive[True]], group_size)
+
+
+# ----------------------------------------------------------------------------- tables
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown; the first row is the head."""
+    line = ["---"] + ["--:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (rows[0], line, *rows[1:]))
+
+
+def gb(size: float) -> str:
+    return f"{size / GB:.1f}"
+
+
+def fits(p: Plan, limit_gb: int, devices: int) -> str:
+    """The gentlest way to fit, and its largest micro-batch."""
+    ways = [("", False, 1), (" `--gradient-checkpointing`", True, 1), (" `--fsdp`", False, devices),
+            (" `--fsdp --gradient-checkpointing`", True, devices)]
+    for flags, checkpointing, shards in ways:
+        if m := p.largest(limit_gb * GB, checkpointing, shards):
+            return f"{m}{flags}"
+    return "no"
+
+
+def report(plans: dict[str, list[Plan]], devices: int) -> str:
+    """The tables of some presets."""
+    costs = [["preset, stage", "trained", "frozen", "TFLOPs an image", "images a step", "PFLOPs a step"]]
+    memory = [["GB on a device", "frozen weights", "what is trained, with its states",
+               "activations of 1 / 8 images", "the same, checkpointing", "total of 1",
+               f"total of 1, --fsdp on {devices}"]]
+    fit = [[f"largest micro-batch, {devices} devices", *(f"{limit} GB" for limit in DEVICES_GB)]]
+    for name, stages in plans.items():
+        for p in stages:
+            label = f"{name}, {p.stage} {STAGES[p.stage]}"
+            costs.append([label, f"{p.trained / 1e6:,.0f} M", f"{p.frozen / 1e6:,.0f} M",
+                          f"{p.flops_image / 1e12:,.1f}", f"{p.images:,}",
+                          f"{p.flops_image * p.images / 1e15:,.2f}"])
+            memory.append([label, gb(p.frozen_bytes), gb(p.trained_bytes),
+                           f"{gb(p.activations(1))} / {gb(p.activations(8))}",
+                           f"{gb(p.activations(1, True))} / {gb(p.activations(8, True))}",
+                           gb(p.memory(1)), gb(p.memory(1, shards=devices))])
+            fit.append([label, *(fits(p, limit, devices) for limit in DEVICES_GB)])
+    return "\n\n".join(table(rows) for rows in (costs, memory, fit)) + "\n"
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[Plan]]:
+    cfg = parse_config(PlanConfig, argv, description=__doc__.splitlines()[0])
+    plans = {}
+    for name in cfg.presets:
+        with FakeTensorMode():
+            model = build(PRESETS[name])
+            plans[name] = [plan(model, recipe(model.preset, stage), cfg.devices) for stage in STAGES]
+    text = report(plans, cfg.devices)
+    if cfg.out:
+        Path(cfg.out).write_text(text)
+    else:
+        print(text)
+    return plans
+
+
+if __name__ == "__main__":
+    run(main)
