@@ -172,7 +172,8 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
     # to be watched
     deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
     is_clipped = (deviation > cfg.clip_range).float()                                   # (b,)
-    return loss, {"kl": kl, "ratio_dev": deviation, "clip_frac": is_clipped}
+    figures = {"kl": kl, "clip_frac": is_clipped}
+    return loss, (figures | {"ratio_dev": deviation} if first else figures)
 
 
 # ----------------------------------------------------------------------------- conditions, with LDAM's noise
@@ -579,7 +580,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 figures.append(summarise(logged, dist))
                 # on the first update rollout and update must agree
                 if update == 0:
-                    check_ratio(figures[0]["ratio_dev"], cfg, warn=dist.lead and epoch == done)
+                    check_ratio(figures[0].get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
                 # without a finite gradient, or any group to learn from, the weights stay as they are
                 skipped += 1
                 if math.isfinite(norms[-1]) and usable.any():
@@ -599,16 +600,15 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # 7. EMA, save; the line of the log is written above, after the look
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
-            record = {"epoch": epoch + 1, "phase": names[phase], **figures[0],
-                      "clip_frac": figures[-1]["clip_frac"], "grad_norm": norms[0], "lr": lr,
-                      "skipped": skipped, "reward_nan": int((~usable).sum()),
+            record = {"epoch": epoch + 1, "phase": names[phase], **figures[0], **figures[-1],
+                      "grad_norm": norms[0], "lr": lr, "skipped": skipped, "reward_nan": int((~usable).sum()),
                       "zero_std": (advantages[usable] == 0).all(1).float().mean().item(),
                       **{f"reward/{name}": mean for name, mean in means.items()},
                       **{f"ldam/{name}": value for name, value in ldam.last.items()},
                       **{f"time/{part}": end - start for part, start, end in
                          zip(("rollout", "reward", "update"), clock, clock[1:])}}
             bar.update()
-            bar.set_postfix_str(f"{names[phase]} {means[names[phase]]:.3f}, kl {figures[0]['kl']:.1e}")
+            bar.set_postfix_str(f"{names[phase]} {means[names[phase]]:.3f}, |g| {norms[0]:.1e}")
             # saved before anything else may fail
             is_stopped, gives_up = mean_over_ranks(stop.stop, dist) > 0, skipped >= cfg.max_skipped
             if is_stopped or gives_up or step + 1 == per_phase or (epoch + 1) % cfg.save_every == 0:
