@@ -284,6 +284,7 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
             perturbation: Perturbation | None, trained: list[int], cfg: GRPOConfig) -> Rollout:
     """Sample the pictures of the P prompts of a prefix. keys: one a picture, from which its first latent and
     then its steps are drawn."""
+    # the prefix ends with the unconditional prompt
     P, B, K, device = len(prefix.mask) - 1, len(keys), cfg.num_steps, policy.device
     shape = policy.preset.latent_shape
     # more steps near the noise, where content is decided
@@ -346,6 +347,7 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
             # chunks may differ in size: the loss is the mean over all pictures and steps of this rank
             share = (pictures.stop - pictures.start) / B / len(rolled.trained)
             (loss * share).backward()
+            # whatever the objective wants to be logged
             for name, values in logged.items():
                 figures.setdefault(name, []).append(values.detach())
 
@@ -447,6 +449,7 @@ def check_flags(cfg: GRPOConfig, world_size: int) -> None:
 
 def open_prompts(path: str, model: ParaUni) -> list[str]:
     """The prompts of a file, each tokenised now and not in the tenth hour."""
+    # nano has its own, which are made of words that it knows
     prompts = read_prompts(path) if path else []
     for number, prompt in enumerate(prompts, start=1):
         try:
@@ -464,6 +467,7 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
     side = model.preset.image_size
     scorers = {}
     for name in cfg.rewards:
+        # a frozen model, or a user's function
         scorer = build_reward(name, model.device, weights=folder)
         scorer(torch.full((1, 3, side, side), 0.5, device=model.device), [prompt])
         short_name = name.rpartition(":")[2]

@@ -259,6 +259,7 @@ class ParaUni(nn.Module):
         preset, folder = PRESETS[name], weights_folder(name, str(weights))
         if weights != "random" and not folder.is_dir():
             raise Refused(f"no weights at {folder}: run tools/convert.py {name}, or change --weights")
+        # the file of the highest stage there is
         if stage_file == "auto":
             stage_file = max(folder.glob("stage[123].safetensors"), default="none")
         # what was new when the stage was trained is still not in the published files
@@ -411,6 +412,7 @@ class ParaUni(nn.Module):
         # queries follow at the right, so padding in between is masked
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)             # (B, S)
         mask = torch.zeros_like(ids)                                                    # (B, S)
+        # a row is as long as its text
         for b, row in enumerate(rows):
             ids[b, :len(row)] = torch.tensor(row)
             mask[b, :len(row)] = 1
@@ -424,6 +426,7 @@ class ParaUni(nn.Module):
         side = self.preset.vlm.vision_config.image_size[0]
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        # as the vision tower was trained
         mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]         # (3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]           # (3, 1, 1)
         return ((images - mean) / std).to(self.vlm.dtype)                               # (B, 3, side, side)
@@ -435,6 +438,7 @@ class ParaUni(nn.Module):
             return embeds
         # one feature a token <IMG_CONTEXT>, in reading order
         features = self.vlm.model.get_image_features(self.pixels(images)).pooler_output
+        # in the places that image_text() has kept for them
         is_image = (ids == self.preset.vlm.image_token_id)[..., None]                   # (B, S, 1)
         return embeds.masked_scatter(is_image, features.to(embeds.dtype))               # (B, S, D)
 
@@ -536,6 +540,7 @@ class ParaUni(nn.Module):
 
     def chat(self, image: Tensor, question: str) -> str:
         """The frozen VLM's answer to a question about one picture, (3, H, W) in [0, 1]."""
+        # a batch of one
         return self.answer(image[None].to(self.device), [question])[0]
 
 
