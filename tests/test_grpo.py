@@ -165,8 +165,10 @@ def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> N
     assert figures["ratio_dev"].max() == 0 and (rolled.log_prob != before)[:-1].all()
     # later updates keep them
     moved(policy, 0.05, seed=2)
-    figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, cfg, first=False)
-    assert figures["ratio_dev"].max() > 1e-5
+    anchors = rolled.log_prob.clone()
+    tight = replace(cfg, clip_range=1e-5)
+    figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, tight, first=False)
+    assert torch.equal(rolled.log_prob, anchors) and figures["clip_frac"].max() == 1
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
