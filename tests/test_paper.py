@@ -28,7 +28,7 @@ PAPER = {
     "Figure 2": ("CLIP score changes with 28 layer features from shallow to deep", "CLIP|clip|depth|layer"),
     "Figure 3": ("(a) using only the last layer and (b) using all layers", "side|last|compare|stage"),
     "Figure 4": ("Layer similarity of the last layer or all layer interaction", "alike|similar|layer|q_i"),
-    "Figure 5": ("response degrees of reward scores to different regions", "region|CLIP|reward|without|layers"),
+    "Figure 5": ("response degrees of reward scores to different regions", "region|reward|without|layers"),
     "Figure 9": ("Reward change curves during the training process", "reward|Reward|curve|phase|runs"),
     "Figure 10": ("Qualitative comparison", "side|last|compare|stage"),
     "section 1": ("integrating all layers naturally provide more comprehensive information", "all|layers"),
