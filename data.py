@@ -64,7 +64,7 @@ class NanoPrompts:
         self.seed = seed
 
     def draw(self, step: int, item: int) -> str:
-        return nano_pair(self.seed, step, item)[1]
+        return nano_pair(self.seed, step, item)[1].text
 
 
 class FilePrompts:
@@ -141,15 +141,29 @@ class Batch(NamedTuple):
     source: Tensor | None = None        # (B, 3, H, W) in [0, 1]: pictures to edit, for who trains on such
 
 
-def nano_pair(seed: int, step: int, item: int) -> tuple[world.Scene, str]:
+WRONG_CAPTIONS = 0.1    # the share of nano's captions that are wrong in one point, as some of the web's are
+
+
+def nano_pair(seed: int, step: int, item: int) -> tuple[world.Scene, world.Prompt]:
     """A scene of the nano world, and a training prompt that says what is in it."""
     rng = np.random.default_rng(derive_seed(seed, "nano", step, item))
     while True:
         scene = world.sample_scene(rng)
-        # None where all that can be said of it is kept for testing
-        prompt = world.sample_prompt(rng, scene)
+        # what test prompts say is not shown either
+        prompt = None if world.is_test_scene(scene) else world.sample_prompt(rng, scene)
         if prompt:
-            return scene, prompt.text
+            return scene, prompt
+
+
+def nano_caption(prompt: world.Prompt, *key: int | str) -> str:
+    """What stands below a picture of a prompt: mostly the prompt."""
+    rng = np.random.default_rng(derive_seed(*key))
+    if rng.random() >= WRONG_CAPTIONS:
+        return prompt.text
+    while True:
+        wrong = world.corrupt(rng, prompt)
+        if not world.is_test(wrong):
+            return wrong.text
 
 
 class NanoLatents:
@@ -160,9 +174,11 @@ class NanoLatents:
 
     @torch.no_grad()
     def batch(self, step: int, items: list[int]) -> Batch:
-        scenes, captions = zip(*[nano_pair(self.seed, step, item) for item in items])
+        scenes, prompts = zip(*[nano_pair(self.seed, step, item) for item in items])
+        captions = [nano_caption(prompt, self.seed, "caption", step, item)
+                    for prompt, item in zip(prompts, items)]
         images = world.render(list(scenes)).to(next(self.vae.parameters()))             # (B, 3, H, W)
-        return Batch(self.vae.encode(images * 2 - 1).float(), list(captions))
+        return Batch(self.vae.encode(images * 2 - 1).float(), captions)
 
 
 def stamp_of(vae: nn.Module, preset: object) -> dict:

@@ -6,7 +6,7 @@
     vlm      InternVL, on questions about pictures and about sentences
     clip     CLIP, on pictures and captions
     dit      SANA, on latents and prompts, which CLIP's text tower reads to it
-    pick     the preference model: CLIP tuned on pairs in which the better picture is known by construction
+    pick     the preference model: CLIP tuned on what a crowd thinks of pairs, which is known by construction
     aes      the aesthetic head: from CLIP's features to how bright the ground is, 1 to 10
 
 in this order, since later ones need earlier ones. All are the classes of the full size with smaller numbers
@@ -280,19 +280,23 @@ def patch_labels(scenes: list[Scene]) -> Tensor:
     return torch.stack([shapes, colors, middles])
 
 
-# What a prompt may say of a thing: its shape, its colour or none, its number, its side or none
-SAID = [len(world.SHAPES), len(world.COLORS) + 1, len(world.NUMBERS), len(world.RELATIONS) + 1]
+# What a prompt may say of a thing: its shape, its colour, its number, its side of the other one
+SAID = [len(world.SHAPES), len(world.COLORS), len(world.NUMBERS), len(world.RELATIONS)]
 
 
 def said_of(prompt: Prompt) -> list[list[int]]:
-    """The classes of SAID for each of two things of a prompt, -100 where there is no second one; a colour or
-    a side that is left open is 0."""
-    colors, sides = [None, *world.COLORS], [None, *world.RELATIONS]
+    """The classes of SAID for each of two things of a prompt, which come in the order of SHAPES: the same for
+    "a star above a heart" and "a heart below a star". -100 is for what is left open, and for no second thing.
+    """
+    colors, sides = list(world.COLORS), list(world.RELATIONS)
     relations = prompt.relation, world.OPPOSITE.get(prompt.relation)
     said = []
     for (shape, color, count), relation in zip(prompt.include, relations):
-        said.append([world.SHAPES.index(shape), colors.index(color), count - 1, sides.index(relation)])
-    return (said + [[-100] * len(SAID)])[:2]
+        said.append([world.SHAPES.index(shape),
+                     colors.index(color) if color else -100,
+                     count - 1,
+                     sides.index(relation) if relation else -100])
+    return (sorted(said) + [[-100] * len(SAID)])[:2]
 
 
 # ----------------------------------------------------------------------------- InternVL: what it reads
@@ -537,62 +541,68 @@ def embed_texts(model: CLIP, ids: Tensor) -> Tensor:
 
 
 def draw_captions(rng: Rng, scenes: list[Scene], count: int, wrong: int, test: bool = False) -> tuple:
-    """The numbers of B scenes and their pictures; T = B (1 + wrong) captions, first their own, then wrong
-    ones: ids (T, S), which are true of which scenes (B, T), what each says of two things (T, 2, 4). The mood
-    of the ground is said in half of them."""
+    """The numbers of B scenes, their pictures and their light (B,); T = B (1 + wrong) captions, first their
+    own, then wrong ones: ids (T, S), and which are true of which scenes (B, T). Last, what the pictures show
+    and the captions say of two things (B + T, 2, 4)."""
     chosen, prompts = draw_prompts(rng, scenes, count, test)
     shown = [scenes[j] for j in chosen]
-    moods = [pick(rng, ("", world.mood(scene))) for scene in shown]
     for _ in range(wrong):
         prompts += [corrupt(rng, prompt, test) for prompt in prompts[:len(shown)]]
-    captions = list(zip(prompts, moods * (1 + wrong)))
-    texts = [f"{prompt.text}, {mood}" if mood else prompt.text for prompt, mood in captions]
+    ids = clip_encoder()([prompt.text for prompt in prompts])                           # (T, S)
+    light = torch.tensor([scene.light for scene in shown])                              # (B,)
 
-    keys = [caption_key(*caption) for caption in captions]
-    true = torch.tensor([[key in true_keys(scene) for key in keys] for scene in shown])     # (B, T)
-    said = torch.tensor([said_of(prompt) for prompt in prompts])                        # (T, 2, 4)
-    return chosen, world.render(shown), clip_encoder()(texts), true, said
+    meanings = [meaning(prompt) for prompt in prompts]
+    true = torch.tensor([[each in true_meanings(scene) for each in meanings] for scene in shown])   # (B, T)
+    # the last prompt of a scene says all of it
+    fullest = [world.prompts_of(scene)[-1] for scene in shown]
+    said = torch.tensor([said_of(prompt) for prompt in fullest + prompts])              # (B + T, 2, 4)
+    return chosen, world.render(shown), light, ids, true, said
 
 
-def caption_key(prompt: Prompt, mood: str) -> str:
-    """What a caption says, whatever its wording, order or side."""
-    return f"{world.content_key(replace(prompt, text=''))} {mood}"
+def meaning(prompt: Prompt) -> str:
+    """What a prompt says, whatever its wording, order or side."""
+    return world.content_key(replace(prompt, text=""))
 
 
 @cache
-def true_keys(scene: Scene) -> frozenset[str]:
-    """The keys of all captions that are true of a scene."""
-    prompts, moods = world.prompts_of(scene), ("", world.mood(scene))
-    return frozenset(caption_key(prompt, mood) for prompt in prompts for mood in moods)
+def true_meanings(scene: Scene) -> frozenset[str]:
+    """The meanings of all prompts that a scene fulfils."""
+    return frozenset(meaning(prompt) for prompt in world.prompts_of(scene))
 
 
 def train_clip(folder: Path, steps: int) -> Scores:
     """CLIP's loss, with wrong captions that the pictures must rank low. Beside it the image tower learns to
-    see its patches, and the text tower to read: a linear head finds what is said of both things in the
-    embedding of a caption."""
-    model, scenes = CLIP(**CLIP_CONFIG), pool("clip", 30000)
+    see its patches, and both towers to put what is shown or said where one linear head finds it: contrast
+    alone finds out late who is at which side of whom. Pictures look as drawn ones do, and their light, which
+    no caption says, is kept for the aesthetic head."""
+    model, vae, scenes = CLIP(**CLIP_CONFIG), load_vae(folder), pool("clip", 30000)
+    width = CLIP_CONFIG["embed_dim"]
     seeing = Seeing(VISION["width"], scenes)
-    reader = nn.Linear(CLIP_CONFIG["embed_dim"], 2 * sum(SAID))
-    taught = nn.ModuleList([model, seeing, reader]).to(DEVICE)
+    reader, dimmer = nn.Linear(width, 2 * sum(SAID)), nn.Linear(width, 1)
+    taught = nn.ModuleList([model, seeing, reader, dimmer]).to(DEVICE)
     model.visual.output_tokens = True
 
-    def loss_of(chosen: list[int], images: Tensor, ids: Tensor, true: Tensor, said: Tensor) -> Tensor:
+    def loss_of(chosen: list[int], images: Tensor, light: Tensor, ids: Tensor, true: Tensor,
+                said: Tensor) -> Tensor:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        pixels = preprocess(images.to(DEVICE), world.SIZE)                              # (B, 3, H, W)
-        image, tokens = model.visual(pixels)                                            # (B, E), (B, P, D)
-        text = model.encode_text(ids.to(DEVICE))                                        # (T, E)
-        cosines = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T              # (B, T)
-        logits = model.logit_scale.exp() * cosines.float()                              # (B, T)
+        pictures = through(vae, images, 0.3 * torch.rand(len(images)))                  # (B, 3, H, W)
+        image, tokens = model.visual(preprocess(pictures, world.SIZE))                  # (B, E), (B, P, D)
+        image = F.normalize(image.float(), dim=-1)                                      # (B, E)
+        text = embed_texts(model, ids)                                                  # (T, E)
+        logits = model.logit_scale.exp() * image @ text.T                               # (B, T)
         # a caption that is true of another scene too is no negative there
         B, T = true.shape
         also_true = true & ~torch.eye(B, T, dtype=torch.bool)                           # (B, T)
         logits = logits.masked_fill(also_true.to(DEVICE), -1e4)
         target = torch.arange(B, device=DEVICE)
         contrast = F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)
-        known = reader(text).float().view(2 * T, -1)                                    # (2 T, sum(SAID))
-        read = class_loss(known, said.view(2 * T, -1).T.to(DEVICE), SAID)
-        return contrast / 2 + seeing.loss(tokens, chosen) + read
+        # entries of unit vectors are small: times sqrt(E) they are of size 1
+        both = torch.cat([image, text]) * width ** 0.5                                  # (B + T, E)
+        known = reader(both).float().view(2 * (B + T), -1)                              # (2 (B + T), 23)
+        read = class_loss(known, said.view(len(known), -1).T.to(DEVICE), SAID)
+        lit = F.mse_loss(dimmer(both[:B]).float().squeeze(1), light.to(DEVICE))
+        return contrast / 2 + seeing.loss(tokens, chosen) + read + 4 * lit
 
     draw = partial(draw_captions, scenes=scenes, count=96, wrong=2)
     train("clip", taught, steps, 3e-3, draw, loss_of, 0.05)
@@ -601,9 +611,9 @@ def train_clip(folder: Path, steps: int) -> Scores:
 
     # how often a test picture scores higher with its own caption than with one that is wrong in one point
     test = pool("clip test", 8000, test=True)
-    _, images, ids, _, _ = draw_captions(rng_of("clip score"), test, 2000, wrong=1, test=True)
+    _, images, _, ids, _, _ = draw_captions(rng_of("clip score"), test, 2000, wrong=1, test=True)
     with torch.no_grad():
-        image = embed_pictures(model, images)                                           # (B, E)
+        image = embed_pictures(model, through(vae, images, torch.zeros(len(images))))   # (B, E)
         right, wrong = embed_texts(model, ids).chunk(2)                                 # (B, E) each
     margin = ((right - wrong) * image).sum(1)                                           # (B,)
     return {"beats_wrong_caption": float((margin > 0).float().mean())}
@@ -665,53 +675,63 @@ def train_dit(folder: Path, steps: int) -> Scores:
 
 # ----------------------------------------------------------------------------- preference, and taste
 
+RIGHT = 8.0         # pixels from the middle that people forgive a picture of what they asked for
+ODDS = 0.5          # log-odds a pixel
+
+
 def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) -> tuple[Tensor, ...]:
-    """Ids of prompts (B, S), a better and then a worse picture of each (2 B, 3, H, W), and the noise on their
-    latents (2 B,): the worse one shows something else under the same light, or comes from noisier latents."""
+    """Ids of prompts (B, S), two pictures of each (2 B, 3, H, W), the first of which shows what is asked for,
+    the second something else in half of the cases; and the log-odds (B,) with which people choose the first.
+
+    People want what they asked for, and want it in the middle.
+    """
     chosen, prompts = draw_prompts(rng, scenes, count, test)
-    better = [scenes[j] for j in chosen]
-    low = rng.uniform(0.0, 0.3, len(better))                                            # (B,)
-    worse, high = list(better), low.copy()
+    first, second = [scenes[j] for j in chosen], []
+    odds = np.zeros(len(prompts))
     for b, prompt in enumerate(prompts):
-        if rng.random() < 0.5:
-            worse[b] = replace(wrong_scene(rng, prompt, test), light=better[b].light)
-        else:
-            high[b] += rng.uniform(0.2, 0.8)
+        is_wrong = rng.random() < 0.5
+        second.append(new_scene(rng, prompt, is_wrong, test))
+        nearer = world.from_middle(second[b].things) - world.from_middle(first[b].things)
+        odds[b] = ODDS * (nearer + RIGHT * is_wrong)
     ids = clip_encoder()([prompt.text for prompt in prompts])                           # (B, S)
-    noise_level = torch.tensor([*low, *high], dtype=torch.float32)                      # (2 B,)
-    return ids, world.render(better + worse), noise_level
+    return ids, world.render(first + second), torch.tensor(odds, dtype=torch.float32)
 
 
-def wrong_scene(rng: Rng, prompt: Prompt, test: bool) -> Scene:
-    """A scene of something else than a prompt says; for training, none of what a test prompt says."""
+def new_scene(rng: Rng, prompt: Prompt, is_wrong: bool, test: bool) -> Scene:
+    """A scene of what a prompt says, or of something else; for training, none of what a test prompt says."""
     while True:
-        scene = world.scene_for(rng, corrupt(rng, prompt, test))
+        scene = world.scene_for(rng, corrupt(rng, prompt, test) if is_wrong else prompt)
         if test or not world.is_test_scene(scene):
             return scene
 
 
-def preference_margin(model: CLIP, vae: DCAE, ids: Tensor, images: Tensor, noise_level: Tensor) -> Tensor:
-    """How much higher the better picture scores, (B,), in units of the logits; the rest as of draw_pairs."""
+def preference_margin(model: CLIP, vae: DCAE, ids: Tensor, images: Tensor) -> Tensor:
+    """How much higher the first picture of each pair scores, (B,), in units of the logits."""
+    noise_level = 0.3 * torch.rand(len(images))                                         # (2 B,)
     pictures = through(vae, images, noise_level)                                        # (2 B, 3, H, W)
-    better, worse = embed_pictures(model, pictures).chunk(2)                            # (B, E) each
+    first, second = embed_pictures(model, pictures).chunk(2)                            # (B, E) each
     text = embed_texts(model, ids)                                                      # (B, E)
-    return model.logit_scale.exp() * ((better - worse) * text).sum(1)
+    return model.logit_scale.exp() * ((first - second) * text).sum(1)
 
 
 def train_pick(folder: Path, steps: int) -> Scores:
+    """The logits of a pair's two pictures differ by the log-odds of the choice (Bradley and Terry)."""
     model, vae = load_clip(folder), load_vae(folder)
 
-    def loss_of(*pairs: Tensor) -> Tensor:
-        margin = preference_margin(model, vae, *pairs)                                  # (B,)
-        return -F.logsigmoid(margin).mean()
+    def loss_of(ids: Tensor, images: Tensor, odds: Tensor) -> Tensor:
+        margin = preference_margin(model, vae, ids, images)                             # (B,)
+        return F.binary_cross_entropy_with_logits(margin, torch.sigmoid(odds.to(DEVICE)))
 
     draw = partial(draw_pairs, scenes=pool("pick", 30000), count=48)
     train("pick", model, steps, 3e-4, draw, loss_of, 0.05)
     write_clip(folder / "pickscore", model)
-    pairs = draw_pairs(rng_of("pick score"), pool("pick test", 4000, test=True), 1000, test=True)
+    ids, images, odds = draw_pairs(rng_of("pick score"), pool("pick test", 4000, test=True), 1000, test=True)
     with torch.no_grad():
-        margin = preference_margin(model, vae, *pairs)                                  # (1000,)
-    return {"prefers_the_better": float((margin > 0).float().mean())}
+        margin = preference_margin(model, vae, ids, images).cpu()                       # (1000,)
+    # of the pairs that three people in four agree on
+    clear = odds.abs() > math.log(3)                                                    # (1000,)
+    agrees = (margin > 0) == (odds > 0)                                                 # (1000,)
+    return {"agrees_with_the_crowd": float(agrees[clear].float().mean())}
 
 
 def train_aes(folder: Path, steps: int) -> Scores:
@@ -745,7 +765,7 @@ def train_aes(folder: Path, steps: int) -> Scores:
 # part -> its training, its steps, and the folder that it writes
 PARTS = {"vae": (train_vae, 900, "vae"),
          "vlm": (train_vlm, 5000, "vlm"),
-         "clip": (train_clip, 4500, "clip"),
+         "clip": (train_clip, 3500, "clip"),
          "dit": (train_dit, 6000, "transformer"),
          "pick": (train_pick, 800, "pickscore"),
          "aes": (train_aes, 2000, "aesthetic")}

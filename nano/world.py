@@ -36,7 +36,6 @@ COLORS = {"red": (0.88, 0.13, 0.13),
 COLOR_NAMES = tuple(COLORS)
 DIM = (0.50, 0.52, 0.56)                                    # the ground at light 0
 BRIGHT = (1.00, 0.985, 0.95)                                # and at light 1
-MOODS = ("dim", "soft", "bright")                           # its thirds, named to the CLIP towers only
 NUMBERS = ("zero", "one", "two", "three", "four")
 RELATIONS = {"left of": (-1, 0),                            # (x, y), y down
              "right of": (1, 0),
@@ -121,8 +120,9 @@ def sample_scene(rng: Rng, mixed: float = 0.0) -> Scene:
     return arrange(rng, looks)
 
 
-def mood(scene: Scene) -> str:
-    return MOODS[min(int(3 * scene.light), 2)]
+def from_middle(things: Sequence) -> float:
+    """Mean distance of things from the middle of the picture, pixels: the less, the higher the preference."""
+    return float(np.mean([np.hypot(thing.x - SIZE / 2, thing.y - SIZE / 2) for thing in things]))
 
 
 # ----------------------------------------------------------------------------- drawing
@@ -451,7 +451,7 @@ def vocabulary() -> list[str]:
              "how many color shape shapes yes no picture photo drawing sticker card page tile print keep "
              "as it describe ground in").split()
     plural = [shape + "s" for shape in SHAPES]
-    words = [*frame, *SHAPES, *plural, *COLORS, *NUMBERS, *MOODS, "\n", ":", ".", "?", ","]
+    words = [*frame, *SHAPES, *plural, *COLORS, *NUMBERS, "\n", ":", ".", "?", ","]
     return list(dict.fromkeys(words))
 
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import save_file
 
 from common import Refused
-from data import (BadPicture, FilePrompts, Latents, NanoLatents, NanoPrompts, nano_pair, nano_prompts,
-                  parse_mixture, read_picture, read_prompts, stamp_of, to_tensor)
+from data import (BadPicture, FilePrompts, Latents, NanoLatents, NanoPrompts, nano_caption, nano_pair,
+                  nano_prompts, parse_mixture, read_picture, read_prompts, stamp_of, to_tensor)
 from helpers import TINY, tiny_model
 from nano import world
 
@@ -137,11 +137,26 @@ def test_a_path_is_read_like_its_bytes(tmp_path: Path) -> None:
 
 def test_nano_latents_are_the_pictures_of_their_captions() -> None:
     batch = NanoLatents(PARAUNI.vae, seed=5).batch(7, [3, 0])
-    scenes, captions = zip(*[nano_pair(5, 7, item) for item in (3, 0)])
-    assert batch.captions == list(captions)
+    scenes, prompts = zip(*[nano_pair(5, 7, item) for item in (3, 0)])
+    assert batch.captions == [nano_caption(prompt, 5, "caption", 7, item)
+                              for prompt, item in zip(prompts, (3, 0))]
     with torch.no_grad():
         want = PARAUNI.vae.encode(world.render(list(scenes)) * 2 - 1)
     torch.testing.assert_close(batch.latents, want, rtol=0, atol=1e-5)
+
+
+def test_nano_trains_on_nothing_of_the_test_and_one_caption_in_ten_is_wrong() -> None:
+    """What stages I to III draw: pictures, captions (right and wrong) and prompts."""
+    wrong = []
+    for item in range(4000):
+        scene, prompt = nano_pair(0, 1, item)
+        caption = world.parse_prompt(nano_caption(prompt, 0, "caption", 1, item))
+        assert not (world.is_test_scene(scene) or world.is_test(prompt) or world.is_test(caption))
+        true = [each.text for each in world.prompts_of(scene, world.wording_of(caption.text))]
+        is_true = caption.text in true
+        assert is_true == (caption == prompt)
+        wrong.append(not is_true)
+    assert 0.085 < sum(wrong) / len(wrong) < 0.115
 
 
 def write(folder: Path, counts: list[int], **changed: object) -> str:

@@ -105,8 +105,8 @@ def test_heads_look_back_by_one_and_two_tokens(fresh: ParaUni) -> None:
 
 
 def prompts_in(text: str) -> list[Prompt]:
-    """All prompts that a text says or asks about, whatever frame, mood or question is around them."""
-    text = re.sub(r"<\S+?>|generate an image:|is there |user\n|assistant\n|, (dim|soft|bright)$", ".", text)
+    """All prompts that a text says or asks about, whatever frame or question is around them."""
+    text = re.sub(r"<\S+?>|generate an image:|is there |user\n|assistant\n", ".", text)
     sentences = re.split(r"[.?\n:]", text.replace("is the ", "a ").replace(" the ", " a "))
     sentences = [sentence.strip() for sentence in sentences]
     bare = [sentence.removeprefix(world.wording_of(sentence)) for sentence in sentences]
@@ -215,9 +215,43 @@ def test_patches_are_named() -> None:
 
 
 def test_captions_are_true_of_the_scenes_that_they_fit() -> None:
-    _, _, ids, true, _ = pretrain.draw_captions(rng(4), pretrain.pool("truth", 100), 60, wrong=1)
+    _, _, _, ids, true, said = pretrain.draw_captions(rng(4), pretrain.pool("truth", 100), 60, wrong=1)
     assert ids.shape == (120, 20) and true[:, :60].diagonal().all() and not true[:, 60:].diagonal().any()
     assert 60 < true.sum() < 2000           # other scenes' captions are true of some, and not of most
+    # what a caption says is shown; what a wrong one says is not, or leaves open what is asked of the other
+    shown, own, wrong = said.chunk(3)
+    open_ = own == -100
+    assert torch.equal(shown[~open_], own[~open_]) and open_.float().mean() > 0.2
+    told = (wrong != -100) & (shown != -100)
+    assert ((wrong != shown) & told).flatten(1).any(1).all()
+
+
+def test_what_is_said_has_one_order() -> None:
+    """The same for both ways to say it, and another for another side."""
+    said = [pretrain.said_of(world.parse_prompt(text)) for text in (
+        "a red star above a blue heart", "a blue heart below a red star", "a heart above a star", "two hearts")]
+    heart, star = world.SHAPES.index("heart"), world.SHAPES.index("star")
+    blue, red = (world.COLOR_NAMES.index(color) for color in ("blue", "red"))
+    below, above = (list(world.RELATIONS).index(side) for side in ("below", "above"))
+    assert said[0] == said[1] == [[heart, blue, 0, below], [star, red, 0, above]]
+    assert said[2] == [[heart, -100, 0, above], [star, -100, 0, below]]
+    assert said[3] == [[heart, -100, 1, -100], [-100] * 4]
+
+
+def test_people_prefer_what_they_asked_for_in_the_middle() -> None:
+    """The log-odds of a choice from the pictures alone, by the judge."""
+    draw = rng(6)
+    clip, scenes = pretrain.clip_tokenizer(), pretrain.pool("pairs", 400)
+    ids, images, odds = pretrain.draw_pairs(draw, scenes, 200)
+    for row, first, second, odd in zip(ids, *images.chunk(2), odds):
+        words = [i for i in row.tolist() if 0 < i < len(world.vocabulary()) + 2]
+        prompt = world.parse_prompt(clip.decode(words))
+        found = world.detect(torch.stack([first, second]))
+        right = [world.fulfils(things, prompt) for things in found]
+        near, far = (world.from_middle(things) for things in found)
+        assert right[0]
+        # the judge's middle of a shape is its centre of mass
+        assert abs(odd - (far - near + 8 * (not right[1])) / 2) < 0.5, (prompt, odd)
 
 
 def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None) -> None:

@@ -247,7 +247,7 @@ def test_answers_are_right_and_yes_and_no_in_balance() -> None:
 
 
 def test_every_word_is_in_the_vocabulary() -> None:
-    texts = [*world.every_prompt(), *world.WORDINGS, *world.MOODS]
+    texts = [*world.every_prompt(), *world.WORDINGS]
     draw = rng(10)
     for _ in range(500):
         texts += [text for pair in world.questions(draw, world.sample_scene(draw, 0.3)) for text in pair]
