@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import dit as dit_file
-from dit import DiT, DiTConfig, dpm_grid, euler_grid, flow_matching_loss, guided_velocity
-from dit import randn, sample_ode, sde_step
-from memory import measure
+from dit import DiT, DiTConfig, dpm_grid, euler_grid, flow_matching_loss, sample_ode, sde_step
+from naive import diffusers_dit
+from tools.meter import Meter
 from vae import DCAEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
@@ -25,10 +25,9 @@ TINY = DiTConfig(num_layers=2, num_heads=3, head_dim=8, num_cross_heads=2, cross
                  caption_channels=20, in_channels=5)
 PLAIN = replace(TINY, num_layers=3, num_heads=2, head_dim=12, num_cross_heads=1, cross_head_dim=24,
                 mlp_ratio=1.7, qk_norm=False)
-PATCH = replace(TINY, num_layers=1, patch_size=2, num_cross_heads=6, cross_head_dim=4)
-PLACED = replace(TINY, num_layers=1, interpolation_scale=0.5, sample_size=8)    # inputs are 6 x 4
-CONFIGS = {"qk_norm": TINY, "plain": PLAIN, "patch_2": PATCH, "positions": PLACED,
-           "positions, patch_2": replace(PATCH, interpolation_scale=2.0, sample_size=12)}
+PLACED = replace(TINY, num_layers=1, patch_size=2, num_cross_heads=6, cross_head_dim=4,
+                 interpolation_scale=2.0, sample_size=12)                       # inputs are 6 x 4
+CONFIGS = {"qk_norm": TINY, "plain": PLAIN, "positions, patch_2": PLACED}
 # just wide enough that the Mix-FFN computes its wide tensors again
 WIDE = replace(TINY, num_heads=32, head_dim=32, num_cross_heads=8, cross_head_dim=128)
 
@@ -46,12 +45,6 @@ def build(config: DiTConfig = TINY) -> DiT:
         gain = 0.5 if "norm" in name or "table" in name else 0.7 / math.sqrt(p[0].numel())
         p.data = gain * torch.randn(p.shape, generator=g) + (1.0 if "norm" in name else 0.0)
     return dit
-
-
-def reference(dit: DiT) -> SanaTransformer2DModel:
-    model = SanaTransformer2DModel.from_config(dit.config.to_json())
-    model.load_state_dict(dit.state_dict(), strict=True)
-    return model
 
 
 def inputs(config: DiTConfig = TINY, B: int = 3) -> tuple[Tensor, ...]:
@@ -104,9 +97,7 @@ def test_config_round_trip_through_diffusers(config: DiTConfig) -> None:
     assert DiTConfig.from_json(ours) == replace(config, qk_norm=False)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("guidance_embeds", True), ("qk_norm", "layer_norm"), ("norm_eps", 1e-5), ("out_channels", 64),
-    ("timestep_scale", 0.001), ("rope_max_seq_len", 1024)])
+@pytest.mark.parametrize("key, value", [("guidance_embeds", True), ("norm_eps", 1e-5), ("unknown", 1)])
 def test_config_refuses_what_is_not_implemented(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=key):
         DiTConfig.from_json(DiTConfig().to_json() | {key: value})
@@ -120,7 +111,7 @@ def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool) -
     dit = build(config)
     x, t, c = inputs(config)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0, 1] * 3 + [0]]) if masked else None
-    theirs, leaves = reference(dit), [[a.clone().requires_grad_() for a in (x, c)] for _ in range(2)]
+    theirs, leaves = diffusers_dit(dit), [[a.clone().requires_grad_() for a in (x, c)] for _ in range(2)]
     v = dit(leaves[0][0], t, leaves[0][1], mask)
     want = theirs(leaves[1][0], leaves[1][1], 1000 * t, encoder_attention_mask=mask, return_dict=False)[0]
     assert error(v, want) < 1e-5
@@ -135,23 +126,15 @@ def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool) -
 
 def test_a_block_at_the_width_of_1_6b_equals_diffusers() -> None:
     dit = build(DiTConfig(num_layers=1))
-    with torch.device("meta"):
-        theirs = SanaTransformer2DModel.from_config(dit.config.to_json())
-    theirs.load_state_dict(dit.state_dict(), assign=True)
-    (x, t, c), g = inputs(dit.config, B=1), rng(3)
-    tokens, keys, modulation = (torch.randn(1, n, 2240, generator=g) for n in (24, 5, 6))
-    block = dit.transformer_blocks[0]
+    x, t, c = inputs(dit.config, B=1)
     with torch.no_grad():
-        ours = block(tokens, modulation, block.attn2.kv(keys), (6, 4))
-        want = theirs.transformer_blocks[0](tokens, None, keys, None, modulation.flatten(1), 6, 4)
-        assert error(ours, want) < 1e-5
-        assert error(dit(x, t, c), theirs(x, c, 1000 * t, return_dict=False)[0]) < 1e-5
+        assert error(dit(x, t, c), diffusers_dit(dit)(x, c, 1000 * t, return_dict=False)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_bf16_is_as_close_to_fp32_as_diffusers_is(config: DiTConfig) -> None:
     dit, (x, t, c) = build(config), inputs(config)
-    exact, theirs = dit(x, t, c), reference(dit).bfloat16()
+    exact, theirs = dit(x, t, c), diffusers_dit(dit).bfloat16()
     v = copy.deepcopy(dit).bfloat16()(x, t, c)
     want = theirs(x.bfloat16(), c.bfloat16(), 1000 * t, return_dict=False)[0]
     assert v.dtype == torch.bfloat16
@@ -168,18 +151,10 @@ def test_autocast_leaves_linear_attention_in_fp32(monkeypatch: pytest.MonkeyPatc
     assert error(v.float(), build()(x, t, c)) < 0.05
 
 
-def test_linear_attention_is_the_quadratic_sum() -> None:
-    q, k, v = (torch.rand(2, 3, 9, 4, generator=rng(i)) for i in range(3))
-    weights = torch.einsum("bhid,bhjd->bhij", q, k)
-    weights = weights / weights.sum(-1, keepdim=True)
-    assert error(dit_file.linear_attention(q, k, v), torch.einsum("bhij,bhjd->bhid", weights, v)) < 1e-6
-    assert dit_file.linear_attention(torch.zeros_like(q), k, v).abs().max() == 0
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_shared_kv_equals_the_condition_and_carries_gradient(masked: bool) -> None:
+def test_shared_kv_equals_the_condition_and_carries_gradient() -> None:
     dit, (x, t, c) = build(), inputs()
-    mask = torch.tensor([[1] * 7, [1] * 2 + [0] * 5, [1] * 6 + [0]]) if masked else None
+    # a row that drops every token is finite too
+    mask = torch.tensor([[1] * 7, [1] * 2 + [0] * 5, [0] * 7])
     results = []
     for shared in (False, True):
         leaf = c.clone().requires_grad_()
@@ -187,19 +162,8 @@ def test_shared_kv_equals_the_condition_and_carries_gradient(masked: bool) -> No
         v = [dit(x, s, kv=kv) if shared else dit(x, s, leaf, mask) for s in (t, t / 2)]
         (v[0].square().sum() + v[1].sum()).backward()
         results.append((torch.cat(v).detach(), leaf.grad))
-    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][0], results[1][0]) and results[0][0].isfinite().all()
     assert error(results[1][1], results[0][1]) < 1e-5
-
-
-def test_masked_tokens_do_not_matter_and_a_row_without_tokens_is_finite() -> None:
-    dit, (x, t, c) = build(), inputs()
-    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0] * 7])
-    v = dit(x, t, c, mask)
-    other = torch.where(mask[..., None] == 1, c, torch.randn(c.shape, generator=rng(5)))
-    assert torch.isfinite(v).all()
-    assert error(dit(x, t, other, mask)[:2], v[:2]) < 1e-6
-    assert error(dit(x[1:2], t[1:2], c[1:2, :4]), v[1:2]) < 1e-5
-    assert error(dit(x, t, c), v) > 1e-3
 
 
 def test_one_condition_serves_a_group_of_images() -> None:
@@ -209,18 +173,6 @@ def test_one_condition_serves_a_group_of_images() -> None:
     assert error(dit(x, t, c, mask), alone) < 1e-5
     with pytest.raises(AssertionError, match="5 images for 2 conditions"):
         dit(x[:5], t[:5], c)
-
-
-def test_tokens_are_never_copied_around_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    ff, dense, conv2d = build().transformer_blocks[0].ff, [], F.conv2d
-
-    def spy(x: Tensor, *args: object) -> Tensor:
-        out = conv2d(x, *args)
-        dense.extend(image.is_contiguous(memory_format=torch.channels_last) for image in (x, out))
-        return out
-    monkeypatch.setattr(F, "conv2d", spy)
-    ff(torch.randn(2, 24, TINY.width, generator=rng()), (6, 4)).sum().backward()
-    assert dense == [True, True]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -252,22 +204,15 @@ def test_a_wide_feed_forward_keeps_one_wide_tensor_for_its_gradient() -> None:
     assert build().transformer_blocks[0].ff.recompute is False
     ff, x = build(WIDE).transformer_blocks[0].ff, torch.randn(2, 24, WIDE.width, generator=rng())
     wide, narrow = 4 * 2 * 24 * ff.conv_depth.out_channels, 4 * x.numel()
-    assert measure(lambda: ff(x, (6, 4)))[0] == wide + narrow
-    ff.recompute = False
-    assert measure(lambda: ff(x, (6, 4)))[0] == 4 * wide + narrow
+    for ff.recompute, wide_tensors in ((True, 1), (False, 4)):
+        with Meter() as meter:
+            y = ff(x, (6, 4))
+        assert meter.alive == wide_tensors * wide + narrow
+        del y
     # sampling holds two at most
-    with torch.no_grad():
-        assert measure(lambda: ff(x, (6, 4)))[1] <= 2 * wide + narrow
-
-
-def test_the_relu_of_linear_attention_keeps_nothing_of_its_own_for_the_gradient() -> None:
-    attention, x, kept = build().transformer_blocks[0].attn1.bfloat16(), torch.ones(2, 24, TINY.width), {}
-    with torch.autograd.graph.saved_tensors_hooks(
-            lambda y: kept.update({y.untyped_storage().data_ptr(): y}) or y, lambda y: y):
-        attention(x.bfloat16().requires_grad_())
-    kinds = [y.dtype for y in kept.values() if y.numel() >= x.numel()]
-    # bf16: the layers' input and output, two norms of two each; fp32: q, k, v beside 1, the numerator
-    assert (kinds.count(torch.bfloat16), kinds.count(torch.float32)) == (6, 4)
+    with torch.no_grad(), Meter() as meter:
+        ff(x, (6, 4))
+    assert meter.peak <= 2 * wide + narrow
 
 
 def test_compiles_without_a_graph_break() -> None:
@@ -279,21 +224,15 @@ def test_compiles_without_a_graph_break() -> None:
         v.sum().backward()
 
 
-def test_init_weights_is_seeded_starts_at_zero_and_learns() -> None:
+def test_init_weights_is_seeded_and_starts_at_zero_with_a_gradient() -> None:
     first, second = DiT(TINY), DiT(TINY)
     first.init_weights(rng(3))
     second.init_weights(rng(3))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     x, t, c = inputs()
     assert first(x, t, c).abs().max() == 0
-    optimizer, losses = torch.optim.Adam(first.parameters(), lr=3e-3), []
-    noise = torch.randn(x.shape, generator=rng(4))
-    for _ in range(40):
-        losses.append(flow_matching_loss(first, x, c, t, noise))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.3 * losses[0]
+    flow_matching_loss(first, x, c, t).backward()
+    assert first.proj_out.weight.grad.abs().max() > 0
 
 
 # ---- loss
@@ -346,7 +285,7 @@ def test_grids_are_bit_equal_to_diffusers(shift: float) -> None:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("num_steps", [1, 2, 20])
 @pytest.mark.parametrize("solver", ["dpm++", "euler"])
 def test_sampling_follows_the_diffusers_scheduler(solver: str, num_steps: int, guidance_scale: float) -> None:
     dit, (noise, _, c) = build(), inputs(B=4)
@@ -373,7 +312,7 @@ def test_20_steps_with_guidance_equal_diffusers_own_pipeline() -> None:
     c_uncond, ones = torch.randn(2, 7, 20, generator=g), torch.ones(2, 7, dtype=torch.long)
     with torch.device("meta"):  # not used for latents, but asked for its compression
         decoder = AutoencoderDC(**DCAEConfig().to_json())
-    pipe = SanaPipeline(None, None, decoder, reference(dit), make_scheduler("dpm++", 20))
+    pipe = SanaPipeline(None, None, decoder, diffusers_dit(dit), make_scheduler("dpm++", 20))
     pipe.set_progress_bar_config(disable=True)
     want = pipe(prompt=None, prompt_embeds=c, prompt_attention_mask=ones, negative_prompt=None,
                 negative_prompt_embeds=c_uncond, negative_prompt_attention_mask=ones, latents=noise,
@@ -381,17 +320,6 @@ def test_20_steps_with_guidance_equal_diffusers_own_pipeline() -> None:
                 guidance_scale=4.5, output_type="latent").images
     assert error(sample_ode(dit, noise, c, c_uncond), want) < 1e-4
     assert error(sample_ode(dit, noise, c, None, guidance_scale=1.0), want) > 0.01   # guidance matters here
-
-
-def test_guided_velocity_is_the_formula_and_has_a_gradient() -> None:
-    dit, (x, t, c) = build(), inputs()
-    c_uncond, leaf = c.flip(2), c.clone().requires_grad_()
-    v = guided_velocity(dit, x, t, dit.cross_kv(torch.cat([c_uncond, leaf])), 3.0)
-    want = dit(x, t, c_uncond) + 3.0 * (dit(x, t, c) - dit(x, t, c_uncond))
-    assert v.dtype == torch.float32 and error(v, want) < 1e-5
-    v.sum().backward()
-    assert leaf.grad.abs().max() > 0
-    assert torch.equal(guided_velocity(dit, x, t, dit.cross_kv(c), 1.0), dit(x, t, c))
 
 
 # ---- stochastic step
@@ -452,17 +380,6 @@ def test_sde_step_is_the_formula_and_its_density_the_normal_one() -> None:
         sde_step(x, v, t_next, t, 0.7)
 
 
-def test_log_prob_gradient_has_the_closed_form() -> None:
-    x, v, t, t_next = step_inputs()
-    x_next, log_prob, mean, std = sde_step(x, v.requires_grad_(), t, t_next, 0.7, generator=rng(8))
-    assert not x_next.requires_grad
-    log_prob.sum().backward()
-    t, t_next, std = (a[:, None, None, None] for a in (t, t_next, std))
-    sigma_2 = std ** 2 / (t - t_next)
-    slope = (t_next - t) * (1 + sigma_2 * (1 - t) / (2 * t))
-    assert error(v.grad, ((x_next - mean) / std ** 2 * slope / x[0].numel()).detach()) < 1e-5
-
-
 def test_noise_level_zero_is_the_euler_step() -> None:
     x, v, t, t_next = step_inputs()
     x_next, log_prob, mean, std = sde_step(x, v, t, t_next, 0.0, generator=rng())
@@ -473,11 +390,7 @@ def test_noise_level_zero_is_the_euler_step() -> None:
 
 
 def test_noise_with_one_generator_per_image_does_not_depend_on_the_batch() -> None:
-    together = randn((3, 2, 4, 5), [rng(i) for i in range(3)], "cpu")
-    assert torch.equal(together[1:2], randn((1, 2, 4, 5), [rng(1)], "cpu"))
-    assert not torch.equal(together[0], together[1])
-    assert torch.equal(randn((3, 2), rng(1), "cpu"), torch.randn(3, 2, generator=rng(1)))
     x, v, t, t_next = step_inputs()
     whole = sde_step(x, v, t, t_next, 0.7, generator=[rng(i) for i in range(3)])[0]
     alone = sde_step(x[2:], v[2:], t[2:], t_next[2:], 0.7, generator=[rng(2)])[0]
-    assert torch.equal(whole[2:], alone)
+    assert torch.equal(whole[2:], alone) and not torch.equal(whole[0], whole[1])

@@ -1,17 +1,12 @@
 """vae.py against diffusers' AutoencoderDC, an independent implementation, on random weights."""
 import json
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-import vae
-from memory import measure
 from vae import DCAE, DCAEConfig, relu_attention
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
@@ -119,21 +114,10 @@ def test_config_is_read_from_the_published_file_and_from_its_own() -> None:
 
 
 @pytest.mark.parametrize("key, value", [("layers", 3), ("upsample_block_type", "pixel_shuffle"),
-                                        ("decoder_norm_types", ["batch_norm"] * 6), ("scaling_factor", None)])
+                                        ("scaling_factor", None)])
 def test_config_refuses_what_is_unknown_other_or_missing(key: str, value: object) -> None:
     with pytest.raises((ValueError, KeyError), match=key):
         DCAEConfig.from_json({k: v for k, v in (PUBLISHED | {key: value}).items() if v is not None})
-
-
-def test_scaling_factor_is_applied_on_both_sides() -> None:
-    ours, _ = pair(replace(PLAIN, scaling_factor=1.0))
-    scaled = DCAE(replace(PLAIN, scaling_factor=0.25))
-    scaled.load_state_dict(ours.state_dict())
-    images = draw((1, 3, 16, 16), 4)
-    with torch.no_grad():
-        z = ours.encode(images)
-        assert torch.equal(scaled.encode(images), z * 0.25)
-        assert torch.equal(scaled.decode(z * 0.25), ours.decode(z))
 
 
 def test_any_float_dtype_goes_in_and_that_of_the_weights_comes_out() -> None:
@@ -154,18 +138,12 @@ def test_decoding_by_chunks_changes_nothing() -> None:
     assert whole.is_contiguous() and ours.encode(whole).is_contiguous()
 
 
-def test_attention_stays_fp32_under_autocast() -> None:
+def test_attention_stays_fp32_under_autocast_and_is_zero_where_no_query_is_positive() -> None:
     q, k, v = draw((3, 1, 2, 500, 32), 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = relu_attention(q, k, v)
     assert out.dtype == torch.float32 and torch.equal(out, relu_attention(q, k, v))
-
-
-def test_attention_with_nothing_positive_is_zero() -> None:
-    q, k, v = draw((3, 1, 1, 50, 8), 4)
-    out = relu_attention(q := (-q.abs()).requires_grad_(), k, v)
-    out.sum().backward()
-    assert out.abs().max() == 0 and q.grad.abs().max() == 0
+    assert torch.equal(relu_attention(-q.abs(), k, v), torch.zeros_like(out))
 
 
 def test_init_weights_sets_every_parameter_from_the_generator() -> None:
@@ -177,36 +155,6 @@ def test_init_weights_sets_every_parameter_from_the_generator() -> None:
     for a, b, c in zip(first.parameters(), second.parameters(), other.parameters()):
         assert a.isfinite().all() and torch.equal(a, b)
         assert a.ndim == 1 or not torch.equal(a, c)
-
-
-@pytest.mark.parametrize("coarse, fine", [(8, 4), (8, 8), (8, 2)])
-def test_up_is_doubling_then_a_convolution_in_four_ninths_of_the_work(coarse: int, fine: int) -> None:
-    up, x = vae.Up(coarse, fine), draw((2, coarse, 3, 5), 1)
-
-    def plain(x: Tensor) -> Tensor:
-        y = up.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return y + F.pixel_shuffle(x.repeat_interleave(4 * fine // coarse, dim=1), 2)
-    flops = []
-    for function in (up, plain):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            function(x)
-        flops.append(counter.get_total_flops())
-    assert 9 * flops[0] == 4 * flops[1]
-    (y, gradient), (want, want_gradient) = value_and_grad(up, x), value_and_grad(plain, x)
-    assert error(y, want) < 1e-6 and error(gradient, want_gradient) < 1e-6
-
-
-def test_without_gradient_little_fresh_memory_is_asked_for() -> None:
-    """An activation takes none, a residual block five times its input with gradient, twice without."""
-    x, up, block = draw((2, 8, 32, 32), 1), vae.Up(8, 8), vae.ResBlock(8)
-    x = x.contiguous(memory_format=torch.channels_last)
-    size = 4 * x.numel()
-    with torch.no_grad():
-        assert vae.silu(y := x.clone()).data_ptr() == y.data_ptr()
-        assert measure(lambda: up(x))[1] < 2.5 * 4 * size           # the result has 4 sizes
-        assert measure(lambda: block(x))[1] < 2.5 * size
-    assert vae.silu(x).data_ptr() != x.data_ptr()
-    assert measure(lambda: block(x))[1] > 3.5 * size
 
 
 @pytest.mark.parametrize("config", [PLAIN, ODD])
