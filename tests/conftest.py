@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from helpers import TINY  # noqa: E402
+from helpers import TINY, save_stages, tiny_model  # noqa: E402
 from model import PRESETS  # noqa: E402
 
 torch.set_num_threads(1)
@@ -29,8 +29,13 @@ def tiny_preset() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for --weights with the tiny model, its stages 1 and 2 and two rewards, which is only read."""
+    return save_stages(tiny_model(), tmp_path_factory.mktemp("weights"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run the tests of the full-size models too: 12 GB")
     parser.addoption("--qwen", default="", help="folder with InternVL3's, or Qwen2.5's, tokenizer.json")
 
 
