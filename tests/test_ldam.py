@@ -1,12 +1,10 @@
 """LDAM against Algorithm 1 written out line by line, its ablations and bound, resuming, which layers fire."""
-import doctest
 import json
 import math
 import random
 
 import pytest
 
-import ldam as ldam_module
 from ldam import LDAM, REGIONS, perturbed_layers, region_layers
 
 Series = list[tuple[float, float]]
@@ -93,9 +91,7 @@ def test_which_signals_trigger() -> None:
     assert fired_epochs(LDAM(), no_jump) == fired_epochs(LDAM(use_reward=False), no_jump) == []
     assert fired_epochs(LDAM(use_grad_norm=False), no_jump) == [7]
     assert fired_epochs(LDAM(spike=1.0, patience=2), no_jump) == [3, 7]
-
-
-def test_an_ablated_signal_still_counts_in_gamma() -> None:
+    # what does not trigger still counts in gamma
     ldam = LDAM(use_grad_norm=False, patience=1)
     assert [ldam.update(*epoch) for epoch in [(0.2, 0.5), (0.6, 0.4)]] == [None, pytest.approx(0.05)]
 
@@ -108,7 +104,7 @@ def test_gamma_is_bounded_and_the_log_says_so() -> None:
     assert [wide.update(*epoch) for epoch in series][1] == pytest.approx(5.0) and wide.last["bounded"] == 0
 
 
-@pytest.mark.parametrize("stop", [0, 3, 40, 119])
+@pytest.mark.parametrize("stop", [3, 40])
 def test_a_resumed_one_goes_on_identically(stop: int) -> None:
     series = draw_series("few values", 0)
     whole, first, resumed = LDAM(), LDAM(), LDAM()
@@ -146,8 +142,3 @@ def test_layers_of_rewards() -> None:
     assert perturbed_layers(["clip"], 28) == deep
     assert perturbed_layers(["clip", "aesthetic", "pickscore"], 28) == middle + deep
     assert perturbed_layers(["of_a_user"], 28) == middle
-
-
-def test_the_examples_in_its_docstrings() -> None:
-    results = doctest.testmod(ldam_module)
-    assert results.attempted >= 2 and results.failed == 0
