@@ -149,16 +149,6 @@ def rename(old: str, new: str) -> Callable[[Path], None]:
     return lambda path: rewrite(path, lambda name, tensor: (name.replace(old, new), tensor))
 
 
-def cut_tensors(word: str) -> Callable[[Path], None]:
-    return lambda path: rewrite(path, lambda name, tensor: (name, tensor[:1] if word in name else tensor))
-
-
-def truncate(path: Path) -> None:
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(data[:-100])
-
-
 def outside_shard(path: Path) -> None:
     """A shard that is there, but in another folder."""
     shard(path, "diffusion_pytorch_model")
@@ -168,22 +158,20 @@ def outside_shard(path: Path) -> None:
     first.rename(path.parent.parent / "x-00001-of-00003.safetensors")
 
 
+def first_row(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    return name, tensor[:1] if "fc1" in name or "proj_out.bias" in name else tensor
+
+
 @pytest.mark.parametrize("name, damage, sentence", [
-    (DIT_FILE, Path.unlink, "is missing or truncated"),
-    (DIT_FILE, truncate, "is missing or truncated"),
-    (DIT_FILE, outside_shard, "transformer/x-00001-of-00003.safetensors is missing"),
-    (DIT_FILE, rename("to_q", "query"), "6 tensors are missing .*attn1.to_q.*6 unknown .*attn1.query"),
-    (DIT_FILE, cut_tensors("proj_out.bias"), "1 misshaped .*proj_out.bias"),
-    (DIT_FILE, lambda path: rewrite(path, lambda name, t: (name, t.to(torch.int8))), "int8: quantised"),
+    (DIT_FILE, lambda path: (Path.unlink(path), path.write_bytes(b"half of it")), "is missing or truncated"),
+    (DIT_FILE, outside_shard, "x-00001-of-00003.safetensors is missing"),
+    (DIT_FILE, rename("to_q", "query"), "6 tensors are missing .*6 unknown"),
+    (DIT_FILE, lambda path: rewrite(path, first_row), "1 misshaped .*proj_out.bias"),
+    (DIT_FILE, lambda path: rewrite(path, lambda name, t: (name, t.to(torch.int8))), "quantised"),
     (f"{SANA}/transformer/config.json", edit("num_layers", value=3), "of another preset"),
-    (f"{SANA}/transformer/config.json", edit("attention_bias", value=True), "attention_bias"),
-    (f"{DC_AE}/config.json", lambda path: path.write_text('{"in_channels": 2'), "is missing or truncated"),
-    (f"{VLM}/config.json", edit("text_config", "num_attention_heads", value=4), "heads is 4, not 2"),
     (f"{VLM}/config.json", edit("text_config", "rope_parameters", "rope_theta", value=9.), "rope_theta is 9"),
-    (f"{VLM}/config.json", edit("image_token_id", value=7), "image_token_id is 7, not 5"),
-    (f"{VLM}/model.safetensors", rename("fc1", "up"), "of another architecture: .*unexpected_keys .*mlp.up"),
-    (f"{VLM}/model.safetensors", cut_tensors("fc1"), "of another architecture: .*mismatched"),
-    (f"{VLM}/tokenizer.json", Path.unlink, "tokenizer.json is missing"),
+    (f"{VLM}/model.safetensors", rename("fc1", "up"), "unexpected_keys"),
+    (f"{VLM}/model.safetensors", lambda path: rewrite(path, first_row), "mismatched"),
     (f"{VLM}/tokenizer.json", lambda path: byte_tokenizer().save_pretrained(path.parent), "151667, not 5"),
 ])
 def test_bad_files_are_refused_and_leave_nothing(source: Path, name: str, damage: Callable,
@@ -251,11 +239,7 @@ class Evil:
 @pytest.mark.parametrize("make, sentence", [
     (lambda s, p: torch.save(s | {"x": Evil(p.parent / "ran")}, p), "could run code"),
     (lambda s, p: p.write_bytes(pickle.dumps(Evil(p.parent / "ran"))), "could run code"),
-    (lambda s, p: (torch.save(s, p), truncate(p)), "is missing or truncated"),
-    (lambda s, p: None, "is missing or truncated"),
     (lambda s, p: torch.save({"state_dict": s}, p), "flat dict of tensors"),
-    (lambda s, p: torch.save({k.replace("fc1", "up"): v for k, v in s.items()}, p),
-     "2 tensors are missing .*mlp.fc1.*2 unknown .*mlp.up"),
     (lambda s, p: torch.save(s | {"transformer.proj_out.bias": torch.zeros(8)}, p), "missing .*dit.caption")])
 def test_bad_openuni_files_are_refused(source: Path, tiny: ParaUni, make: Callable, sentence: str) -> None:
     make(openuni_state(tiny, fine_tuned=False), source / OPENUNI_FILE)
@@ -287,12 +271,6 @@ def test_fetching_pinned_revisions_and_no_more_than_needed(
     assert ParaUni.from_preset("l-1024", tmp_path / "new").preset is LARGE
     assert len(asked) == 3 and all(len(revision) == 40 for revision in asked.values())
     assert not any((tmp_path / "downloads" / SANA / file).exists() for file in junk)
-
-
-def test_without_a_network_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "DOWNLOADS", tmp_path)
-    with pytest.raises(Refused, match="cannot fetch OpenGVLab/InternVL3-2B-hf .*`hf download OpenGVLab/"):
-        convert.main(["l-1024", "--out", str(tmp_path / "new")])
 
 
 # ----------------------------------------------------------------------------- words

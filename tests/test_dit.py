@@ -8,16 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers import SanaPipeline, SanaTransformer2DModel
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
 from torch import Tensor
 from torch.distributions import Normal
 
 import dit as dit_file
 from dit import DiT, DiTConfig, dpm_grid, euler_grid, flow_matching_loss, sample_ode, sde_step
-from naive import diffusers_dit
+from naive import diffusers_dit, diffusers_pipeline
 from tools.meter import Meter
-from vae import DCAEConfig
+from vae import DCAE, DCAEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 
@@ -311,9 +310,8 @@ def test_20_steps_with_guidance_equal_diffusers_own_pipeline() -> None:
     noise, c = torch.randn(2, 32, 8, 8, generator=g), torch.randn(2, 7, 20, generator=g)
     c_uncond, ones = torch.randn(2, 7, 20, generator=g), torch.ones(2, 7, dtype=torch.long)
     with torch.device("meta"):  # not used for latents, but asked for its compression
-        decoder = AutoencoderDC(**DCAEConfig().to_json())
-    pipe = SanaPipeline(None, None, decoder, diffusers_dit(dit), make_scheduler("dpm++", 20))
-    pipe.set_progress_bar_config(disable=True)
+        vae = DCAE(DCAEConfig())
+    pipe = diffusers_pipeline(diffusers_dit(dit), vae)
     want = pipe(prompt=None, prompt_embeds=c, prompt_attention_mask=ones, negative_prompt=None,
                 negative_prompt_embeds=c_uncond, negative_prompt_attention_mask=ones, latents=noise,
                 height=256, width=256, use_resolution_binning=False, num_inference_steps=20,

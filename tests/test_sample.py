@@ -63,15 +63,6 @@ def test_stage_file_and_guidance_reach_the_picture(tmp_path: Path, folder: Path)
     assert len({picture(), picture(*other), picture(*other, "--guidance-scale", "1")}) == 3
 
 
-def test_a_preset_of_another_size_is_drawn_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(ParaUni, "from_preset", lambda *args: calls.append(args))
-    for preset in ("nano", "l-512"):
-        sample.load(sample.SampleConfig(preset=preset, weights="folder", seed=3), "cpu", "one.safetensors")
-    assert calls == [("nano", "folder", "one.safetensors", 3, "cpu", torch.float32),
-                     ("l-512", "folder", "one.safetensors", 3, "cpu", torch.bfloat16)]
-
-
 def test_chat_shows_the_picture_upright_on_white(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                  capsys: pytest.CaptureFixture) -> None:
     asked = []
@@ -94,10 +85,7 @@ def test_chat_with_a_real_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("argv", "sentence"), [
-    ([], "expected prompts in quotes"),
-    (["--chat", "p.png"], "got 0"),
     (["--chat", "p.png", "how", "many?"], "one question, got 2"),
-    (["--chat", "missing.png", "how many?"], "missing.png"),
     (["--chat", __file__, "how many?"], "no JPEG"),
     (["a ring"] * 17 + ["a zebra"], "zebra"),               # before any picture
 ])
