@@ -12,15 +12,13 @@
     report       a run, or several, as one HTML file (evaluation/report.py)
 
 Each prints a table and writes it, with its settings, as JSON into --out. What was cut short goes on with the
-same command; `torchrun --nproc-per-node N` shares geneval and dpg of full size between N processes.
+same command; `torchrun --nproc-per-node N` shares the pictures of geneval and dpg between N processes.
 
 Letters: B pictures, H W pixels, E embedding.
 """
-import json
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,14 +27,14 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
-from common import Dist, Refused, StopSignal, derive_seed, knob, run
-from data import nano_prompts, read_picture, to_tensor
-from evaluation import (DrawConfig, ablate, dpg, draw, drawing_settings, finish, layers, load, mean_and_error,
-                        number, report, resume_lines, same_settings, spread, start, understand)
-from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, task_scores, task_table
-from grpo import open_prompts, open_rewards, score_heldout
+from common import Dist, Refused, derive_seed, knob, run
+from data import read_picture, to_tensor
+from evaluation import (DrawConfig, HeldoutConfig, Job, ScoreConfig, ablate, dpg, draw, draw_files, finish,
+                        heldout_prompts, layers, load, mean_and_error, report, spread, start, table,
+                        understand, write_lines)
+from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, task_scores
+from grpo import open_rewards, score_heldout
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
 from pictures import save_sheet
@@ -55,77 +53,43 @@ def geneval(argv: list[str] | None = None) -> dict:
 
 def nano_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
     """Held-out prompts of the nano world through its exact judge. {} if it was stopped."""
-    assert dist.world_size == 1, "nano's benchmark is a matter of minutes for one process"
-    prompts = world.benchmark_prompts()
-    chosen = spread(cfg.limit, len(prompts))
-    model, folder = load(cfg, dist.device), Path(cfg.out)
-    same_settings(folder, drawing_settings(cfg, model))
-    path = folder / "verdicts.jsonl"
-    verdicts = {(record["prompt"], record["sample"]): record["right"] for record in resume_lines(path)}
-    wanted = [(i, j) for i in chosen for j in range(cfg.per_prompt)]
-    todo = [key for key in wanted if key not in verdicts]
-
-    def pictures(keys: list[tuple[int, int]]) -> Tensor:
-        seeds = [derive_seed(cfg.seed, "geneval", i, j) for i, j in keys]
-        return draw(cfg, model, [prompts[i].text for i, _ in keys], seeds)          # (B, 3, H, W)
-
-    # draw and judge; the file has every verdict at once
-    with StopSignal() as stop, open(path, "a") as file, tqdm(total=len(todo), unit="picture") as bar:
-        while todo and not stop.stop:
-            keys, todo = todo[:cfg.batch_size], todo[cfg.batch_size:]
-            right = world.judge(pictures(keys), [prompts[i] for i, _ in keys])
-            verdicts |= zip(keys, right)
-            for i, j in keys:
-                record = {"prompt": i, "sample": j, "right": verdicts[i, j], "task": prompts[i].task}
-                file.write(json.dumps({**record, "text": prompts[i].text}) + "\n")
-            file.flush()
-            bar.update(len(keys))
-    if todo:
-        print(f"stopped with {len(todo)} pictures to go; the same command goes on from here")
+    prompts, folder = world.benchmark_prompts(), Path(cfg.out)
+    keys = [(i, j) for i in spread(cfg.limit, len(prompts)) for j in range(cfg.per_prompt)]
+    jobs = [Job(folder / f"images/{i:05}/samples/{j:05}.png", prompts[i].text,
+                [derive_seed(cfg.seed, "geneval", i, j)]) for i, j in keys]
+    if not draw_files(cfg, dist, jobs) or not dist.lead:
         return {}
 
-    # up to two right pictures of each task, then up to two wrong ones, drawn again from their seeds
-    verdicts = {key: verdicts[key] for key in wanted}
-    shuffled = sorted(wanted, key=lambda key: derive_seed(cfg.seed, "examples", *key))
-    examples = []
-    for is_right in (True, False):
-        for task in world.TASKS:
-            one_a_prompt = {key[0]: key for key in shuffled
-                            if verdicts[key] == is_right and prompts[key[0]].task == task}
-            examples += list(one_a_prompt.values())[:2]
-    captions = [f"{'right' if verdicts[i, j] else 'wrong'}: {prompts[i].text}" for i, j in examples]
-    save_sheet(folder / "examples.png", pictures(examples), 6, captions)
-
-    whole = len(chosen) == len(prompts) and cfg.per_prompt == PER_PROMPT
-    part = f"{len(chosen)} of {len(prompts)} prompts, {cfg.per_prompt} of {PER_PROMPT} pictures each"
+    images = torch.stack([to_tensor(read_picture(job.path)) for job in jobs])       # (B, 3, H, W)
+    verdicts = dict(zip(keys, world.judge(images, [prompts[i] for i, _ in keys])))
+    write_lines(folder / "verdicts.jsonl", [{"prompt": i, "sample": j, "right": verdicts[i, j],
+                                             "task": prompts[i].task, "text": prompts[i].text}
+                                            for i, j in keys])
+    whole = len(keys) == len(prompts) * PER_PROMPT and cfg.per_prompt == PER_PROMPT
+    part = f"{len(keys)} pictures of {len(prompts)} x {PER_PROMPT}"
     name = "nano GenEval" if whole else f"part of nano GenEval, not the benchmark ({part})"
     scores = task_scores(verdicts, [prompt.task for prompt in prompts])
     return finish(cfg, "geneval", {"name": name, "benchmark": whole, **scores},
-                  f"{name}\n{task_table(scores)}\npictures {folder / 'examples.png'}")
+                  f"{name}\n{table(scores['tasks'])}\npictures {folder / 'images'}")
 
 
 # ----------------------------------------------------------------------------- before and after
 
-def paired(before: list[float], after: list[float]) -> dict:
-    """Means with s.e., and the mean paired difference with its 95 % interval (normal, +- 1.96 s.e.).
-
-    Pairs that lack a finite score on either side are left out; n counts the others.
-    """
-    pairs = [(a, b) for a, b in zip(before, after, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    change, error = mean_and_error([b - a for a, b in pairs])
-    interval = None if error is None else [change - 1.96 * error, change + 1.96 * error]
-    return {"n": len(pairs), "before": mean_and_error([a for a, _ in pairs]),
-            "after": mean_and_error([b for _, b in pairs]), "change": change, "interval": interval}
-
-
-def paired_table(table: dict[str, dict], before: str, after: str) -> str:
-    columns = (before, "s.e.", after, "s.e.", "change", "95 % from", "to")
-    lines = [f"{'':15} {' '.join(f'{title:>9}' for title in columns)} {'n':>5}"]
-    for name, row in table.items():
-        means = [number(value, 9) for value in (*row["before"], *row["after"])]
-        changes = [number(value, 9, "+") for value in (row["change"], *(row["interval"] or (None, None)))]
-        lines.append(f"{name:15} {' '.join(means + changes)} {row['n']:5}")
-    return "\n".join(lines)
+def paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> list[dict]:
+    """Each measure's means with s.e., and its mean paired change with the 95 % interval (normal, +- 1.96
+    s.e.). Pairs that lack a finite score on either side are left out; n counts the others."""
+    rows = []
+    for name in before:
+        pairs = [(a, b) for a, b in zip(before[name], after[name], strict=True)
+                 if math.isfinite(a) and math.isfinite(b)]
+        row = {"measure": name}
+        row["before"], row["before s.e."] = mean_and_error([a for a, _ in pairs])
+        row["after"], row["after s.e."] = mean_and_error([b for _, b in pairs])
+        row["change"], error = mean_and_error([b - a for a, b in pairs])
+        row["95 % from"] = None if error is None else row["change"] - 1.96 * error
+        row["to"] = None if error is None else row["change"] + 1.96 * error
+        rows.append({**row, "n": len(pairs)})
+    return rows
 
 
 def nulls(scores: dict[str, list[float]]) -> dict[str, list[float | None]]:
@@ -135,23 +99,17 @@ def nulls(scores: dict[str, list[float]]) -> dict[str, list[float | None]]:
 
 
 @dataclass(frozen=True)
-class RewardsConfig(DrawConfig):
+class RewardsConfig(ScoreConfig):
     stage_file: str = knob("", "the weights after training, as runs/stage3/stage3.safetensors; must be given")
     baseline: str = knob("", "the weights before; empty: stage2.safetensors in --weights")
-    prompts: str = knob("", "file with one held-out prompt a line; empty: the nano world's")
-    limit: int = knob(0, "the first so many prompts; 0: all of them")
-    rewards: tuple[str, ...] = knob(("clip", "pickscore", "aesthetic"), "names, or file.py:function")
-    reward_weights: str = knob("auto", "folder with clip/, pickscore/, aesthetic/; "
-                                       "auto: nano's own, or weights/rewards")
     out: str = knob("runs/rewards", "folder for the table")
 
 
 def rewards(argv: list[str] | None = None) -> dict:
     """Rewards of held-out prompts before and after training, from the same noise, one picture a prompt."""
     cfg, dist = start(RewardsConfig, argv, rewards.__doc__)
-    if not cfg.stage_file or cfg.weights == "random" and not cfg.baseline:
-        raise Refused("name the weights after training with --stage-file, and with --baseline those before "
-                      "where --weights has no stage2.safetensors")
+    if not cfg.stage_file:
+        raise Refused("name the weights after training with --stage-file")
     baseline = cfg.baseline or str(weights_folder(cfg.preset, cfg.weights) / "stage2.safetensors")
     as_in_training = SimpleNamespace(seed=cfg.seed, micro_batch=cfg.batch_size, dtype=cfg.dtype,
                                      eval_steps=cfg.num_steps, eval_guidance_scale=cfg.guidance_scale)
@@ -163,27 +121,17 @@ def rewards(argv: list[str] | None = None) -> dict:
         scorers = open_rewards(cfg, model, prompts[0])
         scores.append(score_heldout(model, scorers, prompts, as_in_training, dist))
     before, after = scores
-    table = {name: paired(before[name], after[name]) for name in before}
-    result = {"baseline": baseline, "rewards": table, "prompts": prompts, "before": nulls(before),
+    rows = paired(before, after)
+    result = {"baseline": baseline, "rewards": rows, "prompts": prompts, "before": nulls(before),
               "after": nulls(after)}
-    return finish(cfg, "rewards", result, f"before {baseline}\nafter  {cfg.stage_file}\n"
-                                          f"{paired_table(table, 'before', 'after')}")
-
-
-def heldout_prompts(cfg: DrawConfig, model: ParaUni) -> list[str]:
-    """The first --limit prompts of --prompts, else of the nano world's."""
-    if not (cfg.prompts or model.preset.shapes_world):
-        raise Refused(f"preset {cfg.preset} has no held-out prompts of its own: name a file with --prompts")
-    prompts = open_prompts(cfg.prompts, model) or nano_prompts(test=True)
-    return prompts[:cfg.limit or None]
+    return finish(cfg, "rewards", result, f"before {baseline}\nafter  {cfg.stage_file}\n{table(rows)}")
 
 
 # ----------------------------------------------------------------------------- compare
 
 @dataclass(frozen=True)
-class CompareConfig(DrawConfig):
+class CompareConfig(HeldoutConfig):
     other: str = knob("", "the other stage file; must be given")
-    prompts: str = knob("", "file with one prompt a line; empty: the nano world's held-out ones")
     limit: int = knob(8, "the first so many prompts; 0: all of them")
     out: str = knob("runs/compare", "folder for compare.png")
 
@@ -193,16 +141,14 @@ def compare(argv: list[str] | None = None) -> dict:
     cfg, dist = start(CompareConfig, argv, compare.__doc__)
     if not cfg.other:
         raise Refused("name the stage file to compare with: --other FILE")
-    rows = []
-    for file in (cfg.stage_file, cfg.other):
+    files, rows = (cfg.stage_file, cfg.other), []
+    for file in files:
         model = load(cfg, dist.device, file)
         prompts = heldout_prompts(cfg, model)
-        for first in range(0, len(prompts), cfg.batch_size):
-            part = prompts[first:first + cfg.batch_size]
-            seeds = [derive_seed(cfg.seed, "picture", first + k) for k in range(len(part))]
-            rows.append(draw(cfg, model, part, seeds))                              # (b, 3, H, W)
+        seeds = [derive_seed(cfg.seed, "picture", i) for i in range(len(prompts))]
+        rows.append(draw(cfg, model, prompts, seeds))                               # (B, 3, H, W)
     path = Path(cfg.out) / "compare.png"
-    titles = [f"{Path(file).parent.name}\n{Path(file).stem}" for file in (cfg.stage_file, cfg.other)]
+    titles = [f"{Path(file).parent.name}\n{Path(file).stem}" for file in files]
     save_sheet(path, torch.cat(rows), len(prompts), prompts * 2, titles)
     return finish(cfg, "compare", {"prompts": prompts}, f"pictures {path}")
 
@@ -234,38 +180,42 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     """
     cfg, dist = start(ReconstructConfig, argv, reconstruct.__doc__.split("\n")[0])
     model = load(cfg, dist.device)
-    originals = pictures_to_keep(cfg, model)                                        # (count, 3, H, W)
-    kept = {"original": originals,
-            "autoencoder": through_autoencoder(cfg, model, originals),
-            "all layers": keep_pictures(cfg, model, originals)}
+    originals = pictures_to_keep(cfg, model)                                        # (B, 3, H, W)
+    seeds = [derive_seed(cfg.seed, "reconstruct", i) for i in range(len(originals))]
+    # the model that reads its last layer: one that was trained so, or the same one
     if cfg.last_layer_file:
-        last_layer = cfg.last_layer_file
-        kept["last layer"] = keep_pictures(cfg, load(cfg, dist.device, last_layer), originals)
+        last_model, last_layer = load(cfg, dist.device, cfg.last_layer_file), None
     else:
-        last_layer = "the same weights, read at the last layer"
-        kept["last layer"] = keep_pictures(cfg, model, originals, layers=[model.preset.vlm_layers])
-    path = Path(cfg.out) / "reconstruct.png"
-    columns = min(8, len(originals))
-    save_sheet(path, torch.cat([images[:columns] for images in kept.values()]), columns, titles=list(kept))
+        last_model, last_layer = model, [model.preset.vlm_layers]
+    prompts = [KEEP] * len(originals)
+    kept = {"autoencoder": through_autoencoder(cfg, model, originals),
+            "all layers": draw(cfg, model, prompts, seeds, originals),
+            "last layer": draw(cfg, last_model, prompts, seeds, originals, last_layer),
+            "another": originals.roll(1, 0)}                                        # (B, 3, H, W) each
+    path, columns = Path(cfg.out) / "reconstruct.png", min(8, len(originals))
+    shown = {"original": originals, **kept}
+    save_sheet(path, torch.cat([images[:columns] for images in shown.values()]), columns, titles=list(shown))
 
     folder = Path(cfg.reward_weights)
     if cfg.reward_weights == "auto":
         folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
     clip, _, picture = load_clip(folder / "clip")
-    measures = {"psnr": psnr, "ssim": ssim, "clip": partial(clip_similarity, clip.eval(), picture)}
-    kept["another"] = kept.pop("original").roll(1, 0)
-    marks = {name: {key: measure(images, originals).tolist() for key, measure in measures.items()}
+    clip.eval()
+    marks = {name: {"psnr": psnr(images, originals).tolist(),
+                    "ssim": ssim(images, originals).tolist(),
+                    "clip": clip_similarity(clip, picture, images, originals).tolist()}
              for name, images in kept.items()}
-    table = {key: paired(marks["last layer"][key], marks["all layers"][key]) for key in measures}
-    ends = {name: {key: mean_and_error([mark for mark in marks[name][key] if math.isfinite(mark)])
-                   for key in measures} for name in ("autoencoder", "another")}
-    lines = [f"last layer: {last_layer}", paired_table(table, "last", "all")]
-    for name, row in ends.items():
-        lines.append(f"{name:15} " + ", ".join(f"{key} {number(mean, 0)} (s.e. {number(error, 0)})"
-                                               for key, (mean, error) in row.items()))
-    result = {"prompt": KEEP, "last_layer": last_layer, "table": table, "ends": ends,
+    rows = paired(marks["last layer"], marks["all layers"])
+    ends = []
+    for name in ("autoencoder", "another"):
+        for measure, values in marks[name].items():
+            mean, error = mean_and_error([value for value in values if math.isfinite(value)])
+            ends.append({"pictures": name, "measure": measure, "mean": mean, "s.e.": error})
+    last_layer = cfg.last_layer_file or "the same weights, read at the last layer"
+    result = {"prompt": KEEP, "last_layer": last_layer, "table": rows, "ends": ends,
               "pictures": {name: nulls(scores) for name, scores in marks.items()}}
-    return finish(cfg, "reconstruct", result, "\n".join([*lines, f"pictures {path}"]))
+    return finish(cfg, "reconstruct", result, f"before: {last_layer}; after: all layers\n{table(rows)}\n"
+                                              f"{table(ends)}\npictures {path}")
 
 
 def pictures_to_keep(cfg: ReconstructConfig, model: ParaUni) -> Tensor:
@@ -280,17 +230,6 @@ def pictures_to_keep(cfg: ReconstructConfig, model: ParaUni) -> Tensor:
     size = model.preset.image_size, model.preset.image_size
     return torch.stack([to_tensor(ImageOps.fit(read_picture(path), size, Image.Resampling.BICUBIC))
                         for path in paths])
-
-
-def keep_pictures(cfg: ReconstructConfig, model: ParaUni, originals: Tensor,
-                  layers: list[int] | None = None) -> Tensor:
-    """Each picture, shown to the VLM with the instruction to keep it, drawn anew: (B, 3, H, W)."""
-    drawn = []
-    for first in range(0, len(originals), cfg.batch_size):
-        part = originals[first:first + cfg.batch_size].to(model.device)             # (b, 3, H, W)
-        seeds = [derive_seed(cfg.seed, "reconstruct", first + k) for k in range(len(part))]
-        drawn.append(draw(cfg, model, [KEEP] * len(part), seeds, images=part, layers=layers))
-    return torch.cat(drawn)                                                         # (B, 3, H, W)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the commands of evaluate.py share: flags, tables, files, work that goes on where it was cut short.
+"""What the commands of evaluate.py share: flags, tables, files, pictures, work that goes on.
 
 A command is `main(argv) -> dict`. It prints a table and writes it, with its settings, as JSON into --out.
 What is slow is written piece by piece, beside a settings.json with all that it depends on: the same command
@@ -11,11 +11,11 @@ import csv
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
-from urllib.request import urlopen
 
 import torch
 from torch import Tensor
@@ -23,13 +23,17 @@ from tqdm import tqdm
 
 from common import (Dist, Refused, StopSignal, atomic, config_dict, environment, fingerprint, knob,
                     mean_over_ranks, parse_config, precision, resolve, setup_dist, write_json)
+from data import nano_prompts
+from grpo import open_prompts
 from model import PRESETS, ParaUni
 from sample import load, save_picture
 
 
+# ----------------------------------------------------------------------------- flags
+
 @dataclass(frozen=True)
 class EvalConfig:
-    """The flags of every command."""
+    """The flags of every command that asks a model."""
     preset: str = knob("nano", "size of everything", choices=PRESETS)
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
     stage_file: str = knob("auto", "a stageN.safetensors; auto: the newest in --weights; none")
@@ -46,12 +50,41 @@ class DrawConfig(EvalConfig):
     guidance_scale: float = knob(4.5, "classifier-free guidance; 1 turns it off")
 
 
+@dataclass(frozen=True)
+class HeldoutConfig(DrawConfig):
+    """The flags of every command that draws held-out prompts."""
+    prompts: str = knob("", "file with one held-out prompt a line; empty: the nano world's")
+    limit: int = knob(0, "the first so many prompts; 0: all of them")
+
+
+@dataclass(frozen=True)
+class ScoreConfig(HeldoutConfig):
+    """The flags of every command that scores them."""
+    rewards: tuple[str, ...] = knob(("clip", "pickscore", "aesthetic"), "names, or file.py:function")
+    reward_weights: str = knob("auto", "folder with clip/, pickscore/, aesthetic/; "
+                                       "auto: nano's own, or weights/rewards")
+
+
 def start(cls: type, argv: list[str] | None, description: str) -> tuple[Any, Dist]:
     """The flags of a command with every "auto" decided, and this process's place."""
     cfg = parse_config(cls, argv, description=description)
     dist = setup_dist()
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     return resolve(cfg, dist.device), dist
+
+
+def heldout_prompts(cfg: HeldoutConfig, model: ParaUni) -> list[str]:
+    """The first --limit prompts of --prompts, else of the nano world's."""
+    if not (cfg.prompts or model.preset.shapes_world):
+        raise Refused(f"preset {cfg.preset} has no held-out prompts of its own: name a file with --prompts")
+    prompts = open_prompts(cfg.prompts, model) or nano_prompts(test=True)
+    return prompts[:cfg.limit or None]
+
+
+def spread(limit: int, total: int) -> list[int]:
+    """`limit` places evenly over `total`; 0: all of them."""
+    limit = min(limit, total) or total
+    return [k * total // limit for k in range(limit)]
 
 
 # ----------------------------------------------------------------------------- tables
@@ -62,36 +95,32 @@ def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
     return (fmean(values) if values else None), error
 
 
-def number(value: float | None, width: int = 8, sign: str = "") -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:{sign}{width}.4f}"
+def table(rows: list[dict]) -> str:
+    """Rows with the same keys as a Markdown table; floats with 4 decimals, None as an empty cell."""
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}"
+        return "" if value is None else str(value)
+
+    lines = [list(rows[0])]
+    lines += [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[text.ljust(width) for text, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def finish(cfg: EvalConfig, name: str, result: dict, table: str) -> dict:
-    """Print the table; write the result with how it was made."""
-    path = Path(cfg.out) / f"{name}.json"
-    write_json(path, {**result, "config": config_dict(cfg), "environment": environment()})
-    print(f"{table}\nwritten to {path}")
-    return result
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows with the same keys; floats with 6 digits, None as an empty cell."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
+                             for key, value in row.items()})
 
 
-def title_of(benchmark: str, lacks: list[str]) -> str:
-    """What is not the whole benchmark, or not by its own judge, does not bear its name alone."""
-    return f"{benchmark}'s rules, not the benchmark: {'; '.join(lacks)}" if lacks else benchmark
-
-
-def spread(limit: int, total: int) -> list[int]:
-    """`limit` places evenly over `total`; 0: all of them."""
-    limit = min(limit, total) or total
-    return [k * total // limit for k in range(limit)]
-
-
-# ----------------------------------------------------------------------------- files
-
-def read_json(path: str | Path) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-
-
-def read_table(path: str | Path, delimiter: str = ",") -> list[dict[str, str]]:
+def read_csv(path: str | Path, delimiter: str = ",") -> list[dict[str, str]]:
     """The rows of a table below its line of column names."""
     # a picture in base64 is one field
     csv.field_size_limit(2 ** 31 - 1)
@@ -99,27 +128,16 @@ def read_table(path: str | Path, delimiter: str = ",") -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter=delimiter))
 
 
-def fetched(path: str, url: str, flag: str, cfg: EvalConfig, dist: Dist) -> Path:
-    """The file that a flag names; where it names none a public one, fetched once into --out."""
-    copy = Path(cfg.out) / url.rpartition("/")[2]
-    if not path and not copy.is_file() and dist.lead:
-        try:
-            with urlopen(url, timeout=30) as answer, atomic(copy) as temporary:
-                temporary.write_bytes(answer.read())
-        except OSError as error:
-            raise Refused(f"cannot fetch {url} ({error}): fetch it elsewhere, name it with {flag}") from error
-    # the others wait until it is there
-    any_rank(False, dist)
-    return Path(path) if path else copy
+def read_json(path: str | Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
 
 
-def any_rank(flag: bool, dist: Dist) -> bool:
-    """True if any process says so. All must ask: they wait for each other here."""
-    return mean_over_ranks(float(flag), dist) > 0
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def finish(cfg: EvalConfig, name: str, result: dict, text: str) -> dict:
+    """Print what was found; write the result with how it was made."""
+    path = Path(cfg.out) / f"{name}.json"
+    write_json(path, {**result, "config": config_dict(cfg), "environment": environment()})
+    print(f"{text}\nwritten to {path}")
+    return result
 
 
 # ----------------------------------------------------------------------------- work that goes on
@@ -139,45 +157,38 @@ def same_settings(folder: Path, settings: dict) -> None:
 def drawing_settings(cfg: DrawConfig, model: ParaUni) -> dict:
     """All that a picture depends on, apart from its prompt."""
     names = ("preset", "seed", "num_steps", "guidance_scale", "dtype")
-    return {"weights": f"sha256:{fingerprint(model)[:16]}", **{name: getattr(cfg, name) for name in names}}
+    settings = {name: getattr(cfg, name) for name in names}
+    return {"weights": f"sha256:{fingerprint(model)[:16]}", **settings}
 
 
-def resume_lines(path: Path) -> list[dict]:
-    """The records of an earlier run, one a line; a last line that was cut is taken off."""
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+def write_lines(path: Path, records: list[dict]) -> None:
+    """One JSON a line."""
     with atomic(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def is_done(path: Path, made_of: dict) -> bool:
-    """Is a judge's file there, and is it just this judge's about just these pictures?"""
-    return path.is_file() and made_of.items() <= read_json(path).items()
-
-
-def read_judged(path: str, files: list[Path], judge: str, key: str) -> tuple[str, dict, dict]:
-    """What one judge said, from the file or folder that a flag names, or from ours.
-
-    Each file is {judge: name, key: {picture or prompt: what was said}, "sha256": {picture: of its file}}, the
-    last one if it likes. Returns the name, and both dicts of all files together.
-    """
-    if path:
-        files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
-    parts = [read_json(file) for file in files]
-    names = {part.get(judge, "not named") for part in parts}
-    if len(names) != 1:
-        raise Refused(f"expected what one {judge} said, got {sorted(names)} in {len(files)} files of {path}")
-    said = {name: value for part in parts for name, value in part[key].items()}
-    digests = {name: value for part in parts for name, value in part.get("sha256", {}).items()}
-    return names.pop(), said, digests
+def any_rank(flag: bool, dist: Dist) -> bool:
+    """True if any process says so. All must ask: they wait for each other here."""
+    return mean_over_ranks(float(flag), dist) > 0
 
 
 # ----------------------------------------------------------------------------- pictures
 
-def draw(cfg: DrawConfig, model: ParaUni, prompts: list[str], seeds: list[int], **more: Any) -> Tensor:
-    """A picture of each prompt from its own noise, (B, 3, H, W) in [0, 1] on the CPU, whatever the batch."""
-    with precision(model.device, cfg.dtype):
-        return model.generate(prompts, cfg.num_steps, cfg.guidance_scale, seed=seeds, **more).cpu()
+def draw(cfg: DrawConfig, model: ParaUni, prompts: list[str], seeds: list[int], images: Tensor | None = None,
+         layers: list[int] | None = None) -> Tensor:
+    """A picture of each prompt from its own noise, (B, 3, H, W) in [0, 1] on the CPU.
+
+    images  (B, 3, H, W), one shown beside each prompt;  layers  those that are fused
+    """
+    drawn = []
+    for first in range(0, len(prompts), cfg.batch_size):
+        part = slice(first, first + cfg.batch_size)
+        shown = None if images is None else images[part].to(model.device)           # (b, 3, H, W)
+        with precision(model.device, cfg.dtype):
+            new = model.generate(prompts[part], cfg.num_steps, cfg.guidance_scale, seed=seeds[part],
+                                 images=shown, layers=layers)                       # (b, 3, H, W)
+        drawn.append(new.cpu())
+    return torch.cat(drawn)                                                         # (B, 3, H, W)
 
 
 class Job(NamedTuple):
@@ -213,3 +224,50 @@ def square(images: Tensor) -> Tensor:
     """Four pictures (4, 3, H, W) as one: top left, top right, bottom left, bottom right."""
     top, bottom = (torch.cat([left, right], 2) for left, right in images.split(2))  # (3, H, 2 W) each
     return torch.cat([top, bottom], 1)                                              # (3, 2 H, 2 W)
+
+
+# ----------------------------------------------------------------------------- published benchmarks
+
+def fetched(path: str, url: str, cfg: EvalConfig, dist: Dist) -> Path:
+    """The file that a flag names; where it names none a public one, fetched once into --out."""
+    copy = Path(cfg.out) / url.rpartition("/")[2]
+    if not path and not copy.is_file() and dist.lead:
+        torch.hub.download_url_to_file(url, str(copy))
+    # the others wait until it is there
+    any_rank(False, dist)
+    return Path(path) if path else copy
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def judge_files(dist: Dist, jobs: list[tuple[Path, dict, Callable[[], dict]]]) -> bool:
+    """Write this process's share of a judge's files. False if a signal stopped it.
+
+    jobs  (file, what it is made of: the judge's name, digests ..., what asks the judge about its items)
+    """
+    with StopSignal() as stop:
+        for path, made_of, ask in tqdm(jobs[dist.rank::dist.world_size], disable=not dist.lead):
+            if stop.stop:
+                print("stopped; the same command goes on from here")
+                return False
+            # a file that is there, and made of just the same, stays
+            if not path.is_file() or not made_of.items() <= read_json(path).items():
+                write_json(path, {**made_of, "items": ask()})
+    return True
+
+
+def read_judged(path: Path) -> tuple[str, dict]:
+    """What one judge said, from a file or a folder of some: {"judge": name, "items": {item: what it said}}.
+    Returns the name, and the items of all files together."""
+    parts = [read_json(file) for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    names = {part["judge"] for part in parts}
+    if len(names) != 1:
+        raise Refused(f"expected what one judge said in {path}, got {sorted(names)}")
+    return names.pop(), {item: said for part in parts for item, said in part["items"].items()}
+
+
+def title_of(benchmark: str, lacks: list[str]) -> str:
+    """What is not the whole benchmark, or not by its own judge, does not bear its name alone."""
+    return f"{benchmark}'s rules, not the benchmark: {'; '.join(lacks)}" if lacks else benchmark

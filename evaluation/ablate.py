@@ -8,21 +8,17 @@
 The rows of the paper's Table 3 are among them. The supplement's Figures 1-3 are supplement.png: LDAM at nano
 thresholds (red) against none (blue).
 
-A run is a row with one seed, in a folder of its own: plan.json holds the flags of its train.py runs, row.json
-what came out. What has its row.json is not trained again; what was interrupted goes on from its checkpoint.
-Seeds are the same in all rows, so that differences are paired by seed.
+A run is a row with one seed, in a folder of its own: settings.json holds the flags of its train.py runs,
+row.json what came out. What has its row.json is not trained again; what was interrupted goes on from its
+checkpoint. Several processes may share the work: the same command with other --rows, OMP_NUM_THREADS=1 each,
+and once more with all of them for the table. Seeds are the same in all rows: differences are paired by seed.
 
 Letters: B pictures, N queries, E condition width, C h w latent.
 """
 import hashlib
 import itertools
-import json
-import os
 import shutil
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -30,16 +26,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import train
-from common import (ROOT, Refused, StopSignal, derive_seed, generator, knob, resolve, run, setup_dist,
-                    write_json)
+from common import Refused, derive_seed, generator, knob, parse_config, resolve, setup_dist, write_json
 from dit import flow_matching_loss, randn
-from evaluation import finish, mean_and_error, spread, start
-from evaluation.claims import claim, markdown, panels, write_csv
-from evaluation.layers import (draw_all, draw_curves, figure9, largest_jump, own_rewards, stage3_log,
-                               without_region)
+from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, spread, table, write_csv
+from evaluation.claims import claim, largest_jump, panels
+from evaluation.layers import draw_all, draw_curves, own_rewards, stage3_log, without_region
 from ldam import LDAM, REGIONS
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
@@ -50,6 +43,10 @@ MEASURES = ("judge", *REWARDS, "loss")                  # only the loss is bette
 SUPPLEMENT = {"pickscore": 1, "aesthetic": 2, "clip": 3}                # reward -> number of its figure
 SPIKES = (100.0, 30.0, 10.0, 5.0, 3.0, 2.0, 1.7, 1.5, 1.3, 1.2, 1.1)    # thresholds that are tried
 PATIENCES = (5, 4, 3, 2, 1)
+# What a model is scored by: test prompts of the nano benchmark, evenly spread, one picture each, and pictures
+# for the held-out loss. The noise is the same for all rows and all training seeds.
+NUM_PROMPTS, NUM_LOSS = 120, 256
+DRAWING = DrawConfig(num_steps=10, batch_size=60, dtype="fp32")
 
 
 class Row(NamedTuple):
@@ -91,27 +88,18 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Flags of `evaluate.py ablate`. The defaults are sized for about an hour on two CPU cores."""
+    """Flags of `evaluate.py ablate`. The defaults are sized for about two hours of one CPU core."""
     weights: str = knob("auto", "where the rows about layers start; auto: weights/nano; or a folder like it")
     init: str = knob("auto", "stage 2 weights where the rows about LDAM start; auto: those in --weights")
     rows: tuple[str, ...] = knob(tuple(ROWS), "rows to train; the table shows every finished one")
     seeds: int = knob(3, "runs of each row, with seeds 0, 1, 2 ...; at least 2")
-    jobs: int = knob(2, "runs at a time; the cores are shared out among them")
     stage1_steps: int = knob(120, "steps of stage 1, rows about layers")
     stage2_steps: int = knob(100, "steps of stage 2, rows about layers")
     pictures: int = knob(32, "pictures a step in stages 1 and 2")
-    reinforce: bool = knob(False, "rows about layers: also stage 3, without LDAM")
     stage3_steps: int = knob(12, "epochs of stage 3 for each of the three rewards")
     num_groups: int = knob(3, "stage 3: prompts an epoch")
     group_size: int = knob(8, "stage 3: pictures a prompt")
-    spike: float = knob(0.0, "nano threshold of the gradient's jump; 0: found in the log of row ldam")
-    patience: int = knob(0, "nano threshold of the reward's declines; 0: found in the log of row ldam")
     dtype: str = knob("bf16", "of stages 1 and 2; stage 3 and scoring are fp32", choices=("fp32", "bf16"))
-    limit: int = knob(120, "test prompts of the nano benchmark, evenly spread, one picture each")
-    num_steps: int = knob(10, "sampling steps of these pictures")
-    guidance_scale: float = knob(4.5, "their guidance")
-    batch_size: int = knob(60, "of them at a time")
-    seed: int = knob(0, "their noise; the same for all rows and all training seeds")
     out: str = knob("runs/ablate", "folder for runs, tables and plots; interrupted work there goes on")
 
 
@@ -120,22 +108,23 @@ def main(argv: list[str] | None = None) -> dict:
 
     Returns the rows of ablate.csv and claims.csv under these names, what LDAM did ("ldam"); {} if stopped.
     """
-    cfg, _ = start(AblateConfig, argv, __doc__.splitlines()[0])
+    cfg = parse_config(AblateConfig, argv, description=__doc__.splitlines()[0])
     unknown = set(cfg.rows) - set(ROWS)
-    if unknown:
-        raise Refused(f"--rows: expected some of {', '.join(ROWS)}, got {', '.join(unknown)}")
-    if cfg.seeds < 2 or bool(cfg.spike) != bool(cfg.patience):
-        raise Refused("an error needs at least 2 --seeds; --spike and --patience go together")
+    if unknown or cfg.seeds < 2:
+        raise Refused(f"expected --rows to be some of {', '.join(ROWS)} and --seeds at least 2, got "
+                      f"{', '.join(cfg.rows)} and {cfg.seeds}")
+    spike, patience = 0.0, 0
     # the rows at nano thresholds wait for the logs that say which these are
-    spike, patience = cfg.spike, cfg.patience
-    for at_nano in (False, True):
-        names = [name for name in cfg.rows if ROWS[name].at_nano == at_nano]
-        if names and at_nano and not spike:
+    for name in sorted(cfg.rows, key=lambda name: ROWS[name].at_nano):
+        if ROWS[name].at_nano and not spike:
             spike, patience = find_thresholds(ldam_logs(cfg))
-        plans = {run_folder(cfg, name, seed): make_plan(cfg, name, seed, spike, patience)
-                 for seed in range(cfg.seeds) for name in names}
-        if not run_all(cfg, plans):
-            return {}
+        for seed in range(cfg.seeds):
+            folder, plan = run_folder(cfg, name, seed), make_plan(cfg, name, seed, spike, patience)
+            same_settings(folder, plan)
+            print(f"{ROWS[name].title}, seed {seed}: {folder}", flush=True)
+            if not (folder / "row.json").is_file() and not run_row(folder, plan):
+                print("stopped; everything is saved, the same command goes on from here")
+                return {}
     return summarise(cfg, spike, patience)
 
 
@@ -167,74 +156,65 @@ def ldam_flags(name: str, spike: float, patience: int) -> list[str]:
 
 
 def make_plan(cfg: AblateConfig, name: str, seed: int, spike: float, patience: int) -> dict:
-    """The train.py flags of a run's stages, in order, and how its pictures are scored."""
+    """All that a run depends on: the train.py flags of its stages, in order, and the weights."""
     folder, parts = run_folder(cfg, name, seed), weights_folder("nano", cfg.weights)
-    about_layers = ROWS[name].family == "layers"
-    init = parts / "stage2.safetensors" if cfg.init == "auto" else Path(cfg.init)
-    before = {1: "none", 2: folder / "stage1" / "stage1.safetensors",
-              3: folder / "stage2" / "stage2.safetensors" if about_layers else init}
-    supervised = flags(batch_size=cfg.pictures, micro_batch=cfg.pictures, dtype=cfg.dtype, save_every=50)
-    reinforced = flags(steps=cfg.stage3_steps, num_groups=cfg.num_groups, group_size=cfg.group_size,
-                       micro_batch=cfg.num_groups * cfg.group_size, num_steps=4, num_eval=24,
-                       eval_steps=cfg.num_steps, eval_every=10_000, save_every=10)
-    steps = {1: cfg.stage1_steps, 2: cfg.stage2_steps}
-    own = {n: supervised + flags(steps=steps[n], warmup=max(1, steps[n] // 10)) for n in (1, 2)}
-    own[1] += layer_flags(name, PRESETS["nano"].vlm_layers)
-    own[3] = reinforced + (["--no-ldam"] if about_layers else ldam_flags(name, spike, patience))
-
-    # rows about layers stop before stage 3 unless --reinforce
-    numbers = (1, 2, 3)[:3 if cfg.reinforce else 2] if about_layers else (3,)
     shared = flags(seed=seed, weights=cfg.weights, resume="auto", keep=1)
-    stages = [flags(stage=n, init=before[n], run_dir=folder / f"stage{n}") + shared + own[n] for n in numbers]
-    scored = ("limit", "num_steps", "guidance_scale", "batch_size", "seed", "weights")
-    return {"stages": stages, "from": weights_digest(parts, [] if about_layers else [init]),
-            "score": {name: getattr(cfg, name) for name in scored}}
+    if ROWS[name].family == "layers":
+        init, before, stages = [], "none", []
+        for n, steps in ((1, cfg.stage1_steps), (2, cfg.stage2_steps)):
+            own = flags(steps=steps, warmup=max(1, steps // 10), batch_size=cfg.pictures,
+                        micro_batch=cfg.pictures, dtype=cfg.dtype, save_every=50)
+            stages.append(flags(stage=n, init=before, run_dir=folder / f"stage{n}") + shared + own)
+            before = folder / f"stage{n}" / f"stage{n}.safetensors"
+        stages[0] += layer_flags(name, PRESETS["nano"].vlm_layers)
+    else:
+        init = [parts / "stage2.safetensors" if cfg.init == "auto" else Path(cfg.init)]
+        own = flags(steps=cfg.stage3_steps, num_groups=cfg.num_groups, group_size=cfg.group_size,
+                    micro_batch=cfg.num_groups * cfg.group_size, num_steps=4, num_eval=24,
+                    eval_steps=DRAWING.num_steps, eval_every=10_000, save_every=10)
+        stages = [flags(stage=3, init=init[0], run_dir=folder / "stage3") + shared + own]
+        stages[0] += ldam_flags(name, spike, patience)
+    return {"stages": stages, "weights": cfg.weights, "sha256": weights_digest(parts, init)}
 
 
 def weights_digest(parts: Path, files: list[Path]) -> str:
-    """SHA-256 of the weights that a run starts from and is scored by: others must not share its table."""
-    folders = [parts / part for part in ("vlm", "transformer", "vae")]
-    folders += [weights_folder("nano", "auto") / reward for reward in REWARDS]
+    """Of the weights that a run starts from and is scored by: others must not share its table."""
     total = hashlib.sha256()
-    for path in [path for folder in folders for path in sorted(folder.glob("*.safetensors"))] + files:
+    for path in [*sorted(parts.rglob("*.safetensors")), *files]:
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------- one run
 
-def run_row() -> None:
-    """`python -m evaluation.ablate FOLDER`: what FOLDER/plan.json says, from where it was left."""
-    folder, began = Path(sys.argv[1]), time.perf_counter()
-    plan = json.loads((folder / "plan.json").read_text())
+def run_row(folder: Path, plan: dict) -> bool:
+    """Train what the plan says, from where it was left, and score it. False if a signal stopped it."""
+    began = time.perf_counter()
     for stage in plan["stages"]:
         number, run_dir = (stage[stage.index(flag) + 1] for flag in ("--stage", "--run-dir"))
         weights = Path(run_dir) / f"stage{number}.safetensors"
-        if weights.is_file():
-            continue
-        # the record beside the weights quotes the command line
-        sys.argv = ["train.py", *stage]
-        if not train.main(stage):
-            return                                              # a signal stopped it; everything is saved
-    scores = score_run(AblateConfig(**plan["score"], dtype="fp32"), weights)
+        if not weights.is_file() and not train.main(stage):
+            return False
+    scores = score_run(plan["weights"], weights)
     seconds = round(time.perf_counter() - began)
     write_json(folder / "row.json", {"scores": scores, "weights": str(weights), "seconds": seconds})
     for checkpoints in folder.glob("stage*/checkpoints"):
         shutil.rmtree(checkpoints)
+    return True
 
 
-def score_run(cfg: AblateConfig, weights: Path) -> dict:
+def score_run(parts: str, weights: Path) -> dict:
     """What one trained model is worth: the judge's score in six tasks, the rewards of the same pictures, and
-    the loss on held-out pictures; the noise is the same for every model."""
+    the loss on held-out pictures."""
     device = setup_dist().device
-    cfg = resolve(cfg, device)
-    model = ParaUni.from_preset("nano", cfg.weights, weights, device=device)
+    cfg = resolve(DRAWING, device)
+    model = ParaUni.from_preset("nano", parts, weights, device=device)
     benchmark = world.benchmark_prompts()
-    prompts = [benchmark[i] for i in spread(cfg.limit, len(benchmark))]
+    prompts = [benchmark[i] for i in spread(NUM_PROMPTS, len(benchmark))]
     texts = [prompt.text for prompt in prompts]
     images = draw_all(cfg, model, texts)                                        # (B, 3, H, W)
     tasks = world.task_scores(world.judge(images, prompts), prompts)
-    scores = {"judge": tasks.pop("overall"), "loss": heldout_loss(model, cfg.seed), "tasks": tasks}
+    scores = {"judge": tasks.pop("overall"), "loss": heldout_loss(model, NUM_LOSS), "tasks": tasks}
     for name in REWARDS:
         reward = build_reward(name, device, weights_folder("nano", "auto"))
         scores[name] = reward(images, texts).mean().item()
@@ -242,75 +222,23 @@ def score_run(cfg: AblateConfig, weights: Path) -> dict:
 
 
 @torch.no_grad()
-def heldout_loss(model: ParaUni, seed: int, count: int = 256, batch: int = 64) -> float:
+def heldout_loss(model: ParaUni, count: int) -> float:
     """Mean flow-matching loss on `count` pictures whose captions are never trained on, at even times."""
-    rng, pairs = np.random.default_rng(derive_seed(seed, "heldout loss")), []
-    while len(pairs) < count:
+    rng = np.random.default_rng(derive_seed(DRAWING.seed, "heldout loss"))
+    scenes, texts = [], []
+    while len(texts) < count:
         scene = world.sample_scene(rng)
         prompt = world.sample_prompt(rng, scene, test=True)
         if prompt:
-            pairs.append((scene, prompt.text))
-    times = (torch.arange(count) * 97 % count + 0.5) / count                    # (count,) mixed
-    total = 0.0
-    for first in range(0, count, batch):
-        scenes, texts = zip(*pairs[first:first + batch])
-        images = world.render(list(scenes)).to(model.device)                    # (b, 3, H, W)
-        x0 = model.vae.encode(images * 2 - 1).float()                           # (b, C, h, w)
-        generators = [generator(seed, "heldout loss", first + i) for i in range(len(texts))]
-        noise = randn(x0.shape, generators, model.device)                       # (b, C, h, w)
-        c = model.condition(list(texts))                                        # (b, N, E)
-        t = times[first:first + batch].to(model.device)                         # (b,)
-        total += flow_matching_loss(model.dit, x0, c, t, noise).item() * len(texts)
-    return total / count
-
-
-# ----------------------------------------------------------------------------- all runs
-
-def run_all(cfg: AblateConfig, plans: dict[Path, dict]) -> bool:
-    """Train and score what is not finished, --jobs at a time, each in its own process. False if a signal
-    stopped it."""
-    for folder, plan in plans.items():
-        path, plan = folder / "plan.json", json.loads(json.dumps(plan))
-        old = json.loads(path.read_text()) if path.is_file() else plan
-        if old != plan:
-            changed = [f"{a} -> {b}" for a, b in zip(str(old).split(), str(plan).split()) if a != b]
-            raise Refused(f"{path} is of other settings or weights ({' '.join(changed[:3])}): give those "
-                          "again, or choose another --out")
-        write_json(path, plan)
-    todo = [folder for folder in plans if not (folder / "row.json").is_file()]
-    with StopSignal() as signal, ThreadPoolExecutor(cfg.jobs) as pool:
-
-        def watch(folder: Path) -> None:
-            if signal.stop:
-                return
-            process = start_run(folder, cfg.jobs)
-            while process.poll() is None:
-                # a run that is stopped saves its last step and leaves
-                if signal.stop:
-                    process.terminate()
-                time.sleep(0.1)
-
-        watched = [pool.submit(watch, folder) for folder in todo]
-        for future in tqdm(watched, initial=len(plans) - len(todo), total=len(plans), unit="run"):
-            # a wait without end would sleep through a signal
-            while not future.done():
-                time.sleep(0.1)
-    if signal.stop:
-        print("stopped; everything is saved, the same command goes on from here")
-        return False
-    failed = [str(folder) for folder in todo if not (folder / "row.json").is_file()]
-    if failed:
-        raise Refused(f"ended early: {', '.join(failed)}; see log.txt there. The same command goes on")
-    return True
-
-
-def start_run(folder: Path, jobs: int) -> subprocess.Popen:
-    # a process of its own, whatever torchrun has set for this one
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), "PYTHONPATH": str(ROOT)}
-    with open(folder / "log.txt", "a") as log:
-        return subprocess.Popen([sys.executable, "-m", "evaluation.ablate", str(folder)], env=env, stdout=log,
-                                stderr=subprocess.STDOUT)
+            scenes.append(scene)
+            texts.append(prompt.text)
+    images = world.render(scenes).to(model.device)                              # (B, 3, H, W)
+    x0 = model.vae.encode(images * 2 - 1).float()                               # (B, C, h, w)
+    generators = [generator(DRAWING.seed, "heldout loss", i) for i in range(count)]
+    noise = randn(x0.shape, generators, model.device)                           # (B, C, h, w)
+    c = model.condition(texts)                                                  # (B, N, E)
+    t = (torch.arange(count) * 97 % count + 0.5) / count                        # (B,) mixed
+    return flow_matching_loss(model.dit, x0, c, t.to(model.device), noise).item()
 
 
 # ----------------------------------------------------------------------------- when LDAM fires
@@ -320,7 +248,7 @@ def ldam_logs(cfg: AblateConfig) -> list[list[dict]]:
     folders = [run_folder(cfg, "ldam", seed) for seed in range(cfg.seeds)]
     if not all((folder / "row.json").is_file() for folder in folders):
         raise Refused("the thresholds at which LDAM fires on nano are found in the row ldam, which is not "
-                      "finished: add ldam to --rows, or give --spike and --patience")
+                      "finished: add ldam to --rows")
     return [stage3_log(folder / "stage3") for folder in folders]
 
 
@@ -343,41 +271,21 @@ def replay(log: list[dict], spike: float, patience: int) -> list[dict]:
     return fired
 
 
-def threshold_table(logs: list[list[dict]]) -> list[dict]:
-    """How often LDAM would have fired at which thresholds: the strictest first, patience before spike."""
-    rows = []
+def find_thresholds(logs: list[list[dict]]) -> tuple[float, int]:
+    """The strictest (spike, patience), patience before spike, at which LDAM would have fired in every run and
+    in half of all phases, so that there is something to see; the loosest of all where there is none."""
+    def num_phases(log: list[dict]) -> int:
+        return len({record["phase"] for record in log})
+
     for patience, spike in itertools.product(PATIENCES, SPIKES):
         fired = [replay(log, spike, patience) for log in logs]
-        rows.append({"spike": spike, "patience": patience, "firings": sum(map(len, fired)),
-                     "runs": len(logs), "runs that fire": sum(map(bool, fired)),
-                     "phases": sum(len({record["phase"] for record in log}) for log in logs),
-                     "phases that fire": sum(len({record["phase"] for record in found}) for found in fired)})
-    return rows
-
-
-def find_thresholds(logs: list[list[dict]]) -> tuple[float, int]:
-    """The strictest (spike, patience) at which LDAM fires in every run and in half of all phases, so that
-    there is something to see; the loosest of all where there is none."""
-    for row in threshold_table(logs):
-        if row["runs that fire"] == row["runs"] and 2 * row["phases that fire"] >= row["phases"]:
+        if all(fired) and 2 * sum(map(num_phases, fired)) >= sum(map(num_phases, logs)):
             break
-    return row["spike"], row["patience"]
+    return spike, patience
 
 
-def what_ldam_did(logs: list[list[dict]], folder: Path) -> dict:
-    """How far the runs of row ldam were from the paper's thresholds; thresholds.csv and .png."""
-    rows = threshold_table(logs)
-    write_csv(folder / "thresholds.csv", rows)
-    grid = np.array([row["firings"] for row in rows]).reshape(len(PATIENCES), len(SPIKES))
-    figure, (axis,) = panels(1, 6, 3)
-    axis.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=max(1, 2 * grid.max()))
-    for (y, x), count in np.ndenumerate(grid):
-        axis.text(x, y, count, ha="center", va="center", fontsize=8)
-    axis.set(xlabel="jump of the gradient norm (--ldam-spike)", ylabel="declines (--ldam-patience)",
-             title=f"firings in {len(logs)} runs of {len(logs[0])} epochs")
-    axis.set_xticks(range(len(SPIKES)), [f"{spike:g}" for spike in SPIKES])
-    axis.set_yticks(range(len(PATIENCES)), PATIENCES)
-    figure.savefig(folder / "thresholds.png")
+def what_ldam_did(logs: list[list[dict]]) -> dict:
+    """How far the runs of row ldam were from the paper's thresholds."""
     records = [record for log in logs for record in log]
     return {"runs": len(logs), "epochs": len(records), "largest jump": max(map(largest_jump, logs)),
             "firings at the paper's thresholds": sum(record["ldam/fired"] for record in records),
@@ -390,8 +298,8 @@ def summarise(cfg: AblateConfig, spike: float, patience: int) -> dict:
     """Every finished row of this folder, of the seeds asked for: table, plots, claims, what LDAM did."""
     folder = Path(cfg.out)
     runs, logs = read_runs(cfg)
-    table = [table_row(name, runs, logs) for name in runs]
-    write_csv(folder / "ablate.csv", table)
+    rows = [table_row(name, runs, logs) for name in runs]
+    write_csv(folder / "ablate.csv", rows)
     plot_rows(runs, folder / "ablate.png")
 
     compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
@@ -405,20 +313,16 @@ def summarise(cfg: AblateConfig, spike: float, patience: int) -> dict:
     if claims:
         write_csv(folder / "claims.csv", claims)
 
-    # LDAM: when it fired, and the curves with it and without
+    # LDAM: how near it was to firing, and the curves with it and without
     ldam = {"spike": spike, "patience": patience}
     if "ldam" in logs:
-        ldam |= what_ldam_did(list(logs["ldam"].values()), folder)
-    first_runs = {name: by_seed[0] for name, by_seed in logs.items() if 0 in by_seed}
-    if first_runs:
-        figure9(first_runs, folder)
-    if {"ldam-epoch", "no-ldam"} <= first_runs.keys():
-        draw_curves({"LDAM": first_runs["ldam-epoch"], "no LDAM": first_runs["no-ldam"]},
-                    [f"reward/{reward}" for reward in SUPPLEMENT], folder / "supplement")
-
-    text = "\n".join([markdown(table), PAPER_NOTE, "", markdown([ldam]), markdown(claims) if claims else ""])
-    (folder / "ablate.md").write_text(text, encoding="utf-8")
-    return finish(cfg, "ablate", {"ablate": table, "claims": claims, "ldam": ldam}, text)
+        ldam |= what_ldam_did(list(logs["ldam"].values()))
+    pair = {"LDAM": logs.get("ldam-epoch", {}).get(0), "no LDAM": logs.get("no-ldam", {}).get(0)}
+    if all(pair.values()):
+        draw_curves(pair, [f"reward/{reward}" for reward in SUPPLEMENT], folder / "supplement")
+    tables = [table(part) for part in (rows, [ldam], claims) if part]
+    return finish(cfg, "ablate", {"ablate": rows, "claims": claims, "ldam": ldam},
+                  "\n\n".join([*tables, PAPER_NOTE]))
 
 
 def read_runs(cfg: AblateConfig) -> tuple[dict, dict]:
@@ -430,7 +334,7 @@ def read_runs(cfg: AblateConfig) -> tuple[dict, dict]:
             folder = run_folder(cfg, name, seed)
             if not (folder / "row.json").is_file():
                 continue
-            scores = json.loads((folder / "row.json").read_text())["scores"]
+            scores = read_json(folder / "row.json")["scores"]
             runs.setdefault(name, {})[seed] = scores
             if (folder / "stage3").is_dir():
                 log = stage3_log(folder / "stage3")
@@ -479,7 +383,3 @@ def plot_rows(runs: dict, path: Path) -> None:
         axis.set_yticks(range(len(names)), [ROWS[name].title for name in names] if axis is axes[0] else [])
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(path)
-
-
-if __name__ == "__main__":
-    run(run_row)

@@ -4,28 +4,29 @@ Three steps, each with files of its own: what is done stays done, and another pr
 
     pictures  --out/images/ITEM.png, or --images: four pictures of a prompt in a square
     answers   --out/answers, one JSON a prompt; or --answers: a JSON or a folder of some, each
-              {"judge": name, "items": {item: {"tiles": [{"1": "yes", "2": "no", ...}, ...]}}}
+              {"judge": name, "items": {item: [{"1": "yes", "2": "no", ...} of each of its pictures]}}
     score     the share of questions answered yes, where a question counts as no if one that it hangs on got a
               no; a mean over pictures, then over prompts
 
 Processes of torchrun share pictures and answers, prompt by prompt. DPG-Bench asks mPLUG-large; the model here
-is BLIP, and a score by it says so.
+is BLIP, and a score by it says so. Differs from the official script: that one loses the file's first row, and
+takes the categories from the last picture of each prompt alone.
 """
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
-from common import Dist, Refused, StopSignal, derive_seed, fingerprint, knob, write_json
+from common import Dist, Refused, derive_seed, fingerprint, knob
 from data import read_picture
-from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, file_digest, finish, is_done,
-                        mean_and_error, number, read_judged, read_table, spread, start, title_of)
+from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, file_digest, finish, judge_files,
+                        mean_and_error, read_csv, read_judged, spread, start, table, title_of)
 
 QUESTIONS_URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
 NUM_PROMPTS = 1065
@@ -39,8 +40,6 @@ class DpgConfig(DrawConfig):
     answers: str = knob("", "ready answers, a JSON file or a folder of them, in place of --vqa")
     vqa: str = knob("Salesforce/blip-vqa-capfilt-large",
                     "the model that answers: a folder, or a repository of the hub")
-    official_quirks: bool = knob(False, "score as the official script: the first row is lost, categories see "
-                                        "the last picture, a prompt with a missing parent is dropped")
     limit: int = knob(0, "prompts, evenly spread over the file's, for a quick look; 0: all of them")
     score: bool = knob(True, "score the pictures; --no-score only draws them")
 
@@ -49,8 +48,8 @@ class DpgConfig(DrawConfig):
 
 class Proposition(NamedTuple):
     """One thing that a prompt says."""
-    number: int
-    parents: list[int]          # propositions without which this one means nothing
+    number: str
+    parents: list[str]          # propositions without which this one means nothing
     category: str               # "attribute - color"
     question: str               # yes if the picture shows it
 
@@ -61,79 +60,59 @@ class Item(NamedTuple):
     propositions: list[Proposition]
 
 
-def read_items(path: Path, quirks: bool = False) -> tuple[list[Item], list[str]]:
-    """The prompts of a question file, and notes on what had to be left out.
-
-    quirks  as the official reader: the first row is lost, a dependency that is no number stops it
-    """
+def read_items(path: Path) -> list[Item]:
+    """The prompts of a question file."""
     items: dict[str, Item] = {}
-    notes = []
-    for row in read_table(path)[1 if quirks else 0:]:
+    for row in read_csv(path):
         # the name becomes a path
         if not re.fullmatch(r"[\w-]+", row["item_id"]):
             raise Refused(f"expected the stem of a file name as item_id in {path}, got {row['item_id']!r}")
         item = items.setdefault(row["item_id"], Item(row["item_id"], row["text"], []))
-        place, parents = int(row["proposition_id"]), []
-        for word in row["dependency"].split(","):
-            if word.strip().isdigit() or quirks:
-                parents += [int(word)] if int(word) else []
-            else:
-                notes.append(f"{item.name}, {place}: the dependency {word!r} is no number, left out")
+        parents = [word.strip() for word in row["dependency"].split(",")]
         category = row["tuple"].split("(")[0].strip()
-        item.propositions.append(Proposition(place, parents, category, row["question_natural_language"]))
-
-    # a parent that its prompt does not have
-    for item in items.values() if not quirks else ():
-        known = {p.number for p in item.propositions}
-        for p in item.propositions:
-            for parent in set(p.parents) - known:
-                notes.append(f"{item.name}, {p.number}: {parent}, its parent, is not there, left out")
-                p.parents.remove(parent)
-    return list(items.values()), notes
+        item.propositions.append(Proposition(row["proposition_id"], parents, category,
+                                             row["question_natural_language"]))
+    return list(items.values())
 
 
 # ----------------------------------------------------------------------------- the rule
 
-def tile_scores(item: Item, answers: dict[int, str]) -> dict[int, float]:
+def tile_scores(item: Item, answers: dict[str, str]) -> dict[str, float]:
     """1 for yes, 0 for anything else; then, in the file's order, 0 for what hangs on a 0.
 
-    A parent further down the file still has the score of its own answer, as in the official loop.
-    KeyError, only under the official quirks, if a parent is not there.
+    A parent further down the file still has the score of its own answer, as in the official loop. "0", no
+    parent, and what else is no proposition of the prompt decide nothing.
     """
-    scores = {number: float(answer == "yes") for number, answer in answers.items()}
+    scores = {p.number: float(answers[p.number] == "yes") for p in item.propositions}
     for p in item.propositions:
-        if any(scores[parent] == 0 for parent in p.parents):
+        if any(scores.get(parent) == 0 for parent in p.parents):
             scores[p.number] = 0.0
     return scores
 
 
-def dpg_scores(items: list[Item], answers: dict[str, dict], quirks: bool = False) -> dict:
+def dpg_scores(items: list[Item], answers: dict[str, list[dict]]) -> dict:
     """DPG's score in percent (mean over prompts of the mean over pictures of the mean over questions), with
     s.e. over prompts, and the categories.
 
-    answers  item -> {"tiles": [{proposition: answer} of each picture]}; items that are not in it are left out
-    Categories are shares of yes without the dependencies, as official, over all pictures.
+    answers  item -> {proposition: answer} of each picture; items that are not in it are left out
+    Categories are shares of yes without the dependencies, as official.
     """
-    scores, dropped, marks = {}, [], {}
+    scores: dict[str, float] = {}
+    marks: dict[str, list[float]] = {}
     for item in items:
-        if item.name not in answers:
+        tiles = answers.get(item.name)
+        if tiles is None:
             continue
-        tiles = [{p.number: tile[str(p.number)] for p in item.propositions}
-                 for tile in answers[item.name]["tiles"]]
-        try:
-            scores[item.name] = fmean(fmean(tile_scores(item, tile).values()) for tile in tiles)
-        except KeyError:
-            if not quirks:
-                raise
-            dropped.append(item.name)
-            continue
-        for tile in tiles[-1:] if quirks else tiles:
-            for p in item.propositions:
-                for level in {p.category, p.category.split("-")[0].strip()}:
-                    marks.setdefault(level, []).append(float(tile[p.number] == "yes"))
+        scores[item.name] = fmean(fmean(tile_scores(item, tile).values()) for tile in tiles)
+        for p in item.propositions:
+            for level in {p.category, p.category.split("-")[0].strip()}:
+                marks.setdefault(level, []).extend(float(tile[p.number] == "yes") for tile in tiles)
     mean, error = mean_and_error([100 * score for score in scores.values()])
-    categories = {name: {"yes": 100 * fmean(marks[name]), "n": len(marks[name])} for name in sorted(marks)}
-    return {"score": mean, "error": error, "prompts": scores, "dropped": dropped, "categories": categories}
+    rows = [{"questions": "prompts", "score": mean, "s.e.": error, "n": len(scores)}]
+    for name in sorted(marks):
+        rows.append({"questions": name, "score": 100 * fmean(marks[name]), "s.e.": None,
+                     "n": len(marks[name])})
+    return {"score": mean, "error": error, "prompts": scores, "rows": rows}
 
 
 # ----------------------------------------------------------------------------- the judge
@@ -167,8 +146,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Draw, ask, score, each unless it is there. {} if it was stopped, and on all ranks but the first."""
     cfg, dist = start(DpgConfig, argv, __doc__.split("\n")[0])
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
-    path = fetched(cfg.questions, QUESTIONS_URL, "--questions", cfg, dist)
-    items, notes = read_items(path, cfg.official_quirks)
+    items = read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist))
     items = [items[i] for i in spread(cfg.limit, len(items))]
     if not cfg.images:
         jobs = [Job(folder / f"{item.name}.png", item.text,
@@ -183,48 +161,36 @@ def main(argv: list[str] | None = None) -> dict:
     if any_rank(stopped, dist) or not dist.lead:
         return {}
 
-    files = [out / "answers" / f"{item.name}.json" for item in items]
-    judge, answers, _ = read_judged(cfg.answers, files, "judge", "items")
-    scores = dpg_scores(items, answers, cfg.official_quirks)
+    judge, answers = read_judged(Path(cfg.answers or out / "answers"))
+    scores = dpg_scores(items, answers)
     lacks = []
     if len(scores["prompts"]) != NUM_PROMPTS:
         lacks.append(f"{len(scores['prompts'])} prompts of {NUM_PROMPTS}")
     if "mplug" not in judge.lower():
         lacks.append("the judge is not mPLUG-large")
     title = title_of("DPG-Bench", lacks)
-    result = {"name": title, "benchmark": not lacks, "judge": judge, "notes": notes, **scores}
-    return finish(cfg, "dpg", result, "\n".join([*notes[:1], title, f"judge {judge}", table(scores)]))
+    result = {"name": title, "benchmark": not lacks, "judge": judge, **scores}
+    return finish(cfg, "dpg", result, f"{title}\njudge {judge}\n{table(scores['rows'])}")
 
 
 def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[Item]) -> bool:
     """Answers about this process's share of the grids. False if a signal stopped it."""
     vqa = Answerer(cfg.vqa, dist.device)
-    with StopSignal() as stop:
-        for item in tqdm(items[dist.rank::dist.world_size], unit="prompt", disable=not dist.lead):
-            if stop.stop:
-                print("stopped; the same command goes on from here")
-                return False
-            grid, path = folder / f"{item.name}.png", Path(cfg.out) / "answers" / f"{item.name}.json"
-            questions = {str(p.number): p.question for p in item.propositions}
-            made_of = {"judge": vqa.name, "sha256": {item.name: file_digest(grid)}, "questions": questions}
-            if not is_done(path, made_of):
-                tiles = [dict(zip(questions, vqa(tile, list(questions.values())))) for tile in split(grid)]
-                write_json(path, {**made_of, "items": {item.name: {"tiles": tiles}}})
-    return True
+    jobs = []
+    for item in items:
+        grid = folder / f"{item.name}.png"
+        questions = {p.number: p.question for p in item.propositions}
+        made_of = {"judge": vqa.name, "sha256": file_digest(grid), "questions": questions}
+        ask = partial(ask_about, vqa, grid, item.name, questions)
+        jobs.append((Path(cfg.out) / "answers" / f"{item.name}.json", made_of, ask))
+    return judge_files(dist, jobs)
 
 
-def split(grid: Path) -> list[Image.Image]:
-    """The four pictures of a 2 x 2 grid."""
+def ask_about(vqa: Answerer, grid: Path, item: str, questions: dict[str, str]) -> dict[str, list[dict]]:
+    """The answers to an item's questions about each of the four pictures of its grid."""
     picture = read_picture(grid)
     side, odd = divmod(picture.width, 2)
     if picture.width != picture.height or odd:
         raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size} pixels")
-    return [picture.crop((x, y, x + side, y + side)) for y in (0, side) for x in (0, side)]
-
-
-def table(scores: dict) -> str:
-    lines = [f"{'':31} {'score':>8} {'s.e.':>8} {'n':>7}",
-             f"{'prompts':31} {number(scores['score'])} {number(scores['error'])} {len(scores['prompts']):7}"]
-    for name, row in scores["categories"].items():
-        lines.append(f"{name:31} {number(row['yes'])} {'-':>8} {row['n']:7}")
-    return "\n".join(lines)
+    tiles = [picture.crop((x, y, x + side, y + side)) for y in (0, side) for x in (0, side)]
+    return {item: [dict(zip(questions, vqa(tile, list(questions.values())))) for tile in tiles]}

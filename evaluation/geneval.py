@@ -4,21 +4,21 @@ Three steps, each with files of its own: what is done stays done, and another pr
 
     pictures    --out/images, or --images: GenEval's layout, 00000/metadata.jsonl, 00000/samples/00000.png ...
     detections  --out/detections, one JSON a prompt; or --detections: a JSON or a folder of some, each
-                {"detector": name, "pictures": {"00000/samples/00000.png": {"objects": [object, ...]}}}
+                {"judge": the detector, "items": {"00000/samples/00000.png": [object, ...]}}
     verdicts    --out/verdicts.jsonl, and the table
 
-An object is {"class", "score" 0..1, "box" [left, top, right, bottom], "mask" {"size": [H, W], "counts":
-lengths of runs down the columns, the first one of zeros}, "color"}; the last two may be absent. Processes of
-torchrun share pictures and detections, prompt by prompt. GenEval runs on mmdet's Mask2Former Swin-S; the one
-here is Facebook's, of the same size and classes, and a score by it says so. Thresholds and rules are those of
-GenEval's code.
+An object is {"class", "score" 0..1, "box" [left, top, right, bottom], "color" where the prompt asks for one}.
+Processes of torchrun share pictures and detections, prompt by prompt. GenEval runs on mmdet's Mask2Former
+Swin-S; the one here is Facebook's, of the same size and classes, and a score by it says so. Thresholds and
+rules are those of GenEval's code.
 
-Letters: P padded, h w resized, H W picture, Q queries of the detector, B crops, E embedding.
+Letters: P padded, h w resized, H W picture, Q queries of the detector, B crops, E embedding, T tower side.
 """
 import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -29,13 +29,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 from transformers import Mask2FormerForUniversalSegmentation
 
-from common import Dist, Refused, StopSignal, atomic, derive_seed, fingerprint, knob, read_lines, write_json
+from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines
 from data import read_picture
-from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, file_digest, finish, is_done,
-                        mean_and_error, number, read_json, read_judged, spread, title_of)
+from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, file_digest, finish, judge_files,
+                        mean_and_error, read_json, read_judged, spread, table, title_of, write_lines)
 from model import weights_folder
 from rewards import load_clip
 
@@ -44,15 +43,7 @@ PROMPTS_DIGEST = "ac3c481628128939793c13827f94fb83c9bc0a7efef1c29bfbe1c117c8c99e
 PER_PROMPT = 4                          # pictures of each prompt that make the benchmark
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-# COCO's 80 classes in its order, three under the names that GenEval's prompts use
-NAMES = tuple("""person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
-hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
-giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
-baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
-spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair,
-couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard,
-cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair
-drier, toothbrush""".replace("\n", " ").split(", "))
+# COCO's names that GenEval's prompts call otherwise
 RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 
 
@@ -112,52 +103,46 @@ def need_color(objects: list[dict], request: dict) -> list[dict]:
     return [thing for group in groups for thing in group]
 
 
-def check_clause(clause: dict, best: list[dict], groups: list[list[dict]]) -> str:
-    """Why a clause of "include" fails, "" if it holds.
+def holds(clause: dict, best: list[dict], groups: list[list[dict]]) -> bool:
+    """Does a clause of "include" hold?
 
     best    the best `count` objects of its class;  groups  those of the clauses before
     """
-    name, count = clause["class"], clause["count"]
+    count = clause["count"]
     if len(best) < count:
-        return f"expected {count} {name}, found {len(best)}"
-    if "color" in clause:
-        colors = [thing["color"] for thing in best]
-        if colors.count(clause["color"]) < count:
-            return f"expected {count} {clause['color']} {name}, found {', '.join(colors)}"
-    if "position" in clause:
-        relation, target = clause["position"]
-        for other in groups[target]:
-            if not all(relation in position(thing, other) for thing in best):
-                return f"expected {name} {relation} {other['class']}, it is not"
-    return ""
+        return False
+    if "color" in clause and [thing["color"] for thing in best].count(clause["color"]) < count:
+        return False
+    if "position" not in clause:
+        return True
+    relation, target = clause["position"]
+    return all(relation in position(thing, other) for thing in best for other in groups[target])
 
 
-def verdict(objects: list[dict], request: dict) -> tuple[bool, str]:
-    """GenEval's verdict on one picture, and the reason where it is wrong. Those of `need_color` must have a
-    colour. Extra objects do not hurt, except those of classes under "exclude" (counting)."""
+def verdict(objects: list[dict], request: dict) -> bool:
+    """GenEval's verdict on one picture. Those of `need_color` must have a colour. Extra objects do not hurt,
+    except those of classes under "exclude" (counting)."""
     seen = keep(objects, request["tag"])
     groups: list[list[dict]] = []
-    reasons = []
+    right = True
     for clause in request["include"]:
         best = seen.get(clause["class"], [])[:clause["count"]]
-        reasons.append(check_clause(clause, best, groups))
+        right = right and holds(clause, best, groups)
         groups.append(best)
     for clause in request.get("exclude", []):
-        found = len(seen.get(clause["class"], []))
-        if found >= clause["count"]:
-            reasons.append(f"expected fewer than {clause['count']} {clause['class']}, found {found}")
-    reasons = [reason for reason in reasons if reason]
-    return not reasons, "; ".join(reasons)
+        right = right and len(seen.get(clause["class"], [])) < clause["count"]
+    return right
 
 
 def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict:
-    """Share of right pictures of each task, and `overall`, the unweighted mean of the tasks, with s.e.
+    """Share of right pictures of each task, and the unweighted mean of the tasks ("overall"), with s.e.: the
+    rows of a table under "tasks".
 
     verdicts  (prompt, sample) -> right;  tasks  of each prompt
     An error counts prompts, not pictures, since the pictures of a prompt fail together; those of tasks add in
     squares.
     """
-    rows, errors = {}, []
+    rows = []
     for task in TASKS:
         by_prompt: dict[int, list[float]] = {}
         for (i, _), right in verdicts.items():
@@ -166,22 +151,14 @@ def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict
         if by_prompt:
             every = [right for group in by_prompt.values() for right in group]
             error = mean_and_error([fmean(group) for group in by_prompt.values()])[1]
-            errors.append(error)
-            rows[task] = {"right": fmean(every), "error": error, "prompts": len(by_prompt),
-                          "pictures": len(every)}
-    overall = {"right": fmean(row["right"] for row in rows.values()),
-               "error": None if None in errors else math.hypot(*errors) / len(errors),
-               "prompts": sum(row["prompts"] for row in rows.values()),
-               "pictures": len(verdicts)}
-    return {"tasks": rows, "overall": overall}
-
-
-def task_table(scores: dict) -> str:
-    lines = [f"{'task':15} {'right':>8} {'s.e.':>8} {'prompts':>8} {'pictures':>8}"]
-    for name, row in (*scores["tasks"].items(), ("mean of tasks", scores["overall"])):
-        lines.append(f"{name:15} {number(row['right'])} {number(row['error'])} "
-                     f"{row['prompts']:8} {row['pictures']:8}")
-    return "\n".join(lines)
+            rows.append({"task": task, "right": fmean(every), "s.e.": error, "prompts": len(by_prompt),
+                         "pictures": len(every)})
+    errors = [row["s.e."] for row in rows]
+    overall = fmean(row["right"] for row in rows)
+    error = None if None in errors else math.hypot(*errors) / len(errors)
+    rows.append({"task": "overall", "right": overall, "s.e.": error,
+                 "prompts": sum(row["prompts"] for row in rows), "pictures": len(verdicts)})
+    return {"overall": overall, "tasks": rows}
 
 
 # ----------------------------------------------------------------------------- the detector
@@ -191,32 +168,16 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)      # ImageNet's
 TOP = 100                                       # pairs of query and class that are looked at
 
 
-def run_lengths(mask: np.ndarray) -> dict:
-    """A mask (H, W) in COCO's plain form: lengths of runs down the columns, the first one of zeros."""
-    flat = mask.T.ravel().astype(bool)
-    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff([0, *ends, len(flat)]).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
-
-
-def mask_of(runs: dict) -> np.ndarray:
-    """The mask (H, W) of run lengths."""
-    H, W = runs["size"]
-    values = np.arange(len(runs["counts"])) % 2 == 1
-    return np.repeat(values, runs["counts"]).reshape(W, H).T                        # (H, W)
-
-
 class Detector:
-    """Mask2Former of transformers for COCO's 80 classes, with the post-processing of mmdet."""
+    """Mask2Former of transformers for COCO's classes, with the post-processing of mmdet."""
 
     def __init__(self, source: str, device: torch.device) -> None:
         self.model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, dtype=torch.float32)
         labels = self.model.config.id2label
-        names = tuple(RENAMED.get(labels[i], labels[i]) for i in sorted(labels))
-        if report["missing_keys"] or names != NAMES:
-            raise Refused(f"{source} is no detector of COCO's 80 classes in their order, or lacks weights: "
-                          f"{len(names)} classes, missing {sorted(report['missing_keys'])[:3]}")
+        self.classes = [RENAMED.get(labels[i], labels[i]) for i in sorted(labels)]
+        if report["missing_keys"]:
+            raise Refused(f"{source} lacks weights: {sorted(report['missing_keys'])[:3]}")
         self.model.eval().to(device)
         self.name = f"{source} sha256:{fingerprint(self.model)[:16]}"
 
@@ -236,6 +197,7 @@ class Detector:
 
         score = probability of the class times the mean of the mask's sigmoid inside the mask
         box   = the mask's extent, one beyond it on the right and below
+        mask  = where the object is, (H, W) bool
         """
         x, (h, w) = self.prepare(image)
         out = self.model(pixel_values=x.to(self.model.device))
@@ -246,7 +208,7 @@ class Detector:
             # the score can only be lower: leave the mask be
             if prob <= MIN_SCORE:
                 break
-            query, label = divmod(at, len(NAMES))
+            query, label = divmod(at, len(self.classes))
             mask = out.masks_queries_logits[:, query:query + 1]                     # (1, 1, P / 4, P / 4)
             mask = F.interpolate(mask, x.shape[-2:], mode="bilinear")[..., :h, :w]  # (1, 1, h, w)
             mask = F.interpolate(mask, image.size[::-1], mode="bilinear")[0, 0]     # (H, W)
@@ -255,8 +217,8 @@ class Detector:
             if score > MIN_SCORE:
                 rows, columns = (inside.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
                 box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-                objects.append({"class": NAMES[label], "score": score, "box": box,
-                                "mask": run_lengths(inside.cpu().numpy())})
+                objects.append({"class": self.classes[label], "score": score, "box": box,
+                                "mask": inside.cpu().numpy()})
         return sorted(objects, key=lambda thing: -thing["score"])
 
 
@@ -268,23 +230,18 @@ GREY = (0x99,) * 3                              # in place of what is not the ob
 
 
 def crop(image: Image.Image, thing: dict) -> Image.Image:
-    """The object's box, all outside its mask grey; PIL rounds a box to whole pixels, here to one at least."""
-    if "mask" in thing:
-        mask = Image.fromarray(mask_of(thing["mask"]))
-        image = Image.composite(image, Image.new("RGB", image.size, GREY), mask)
-    left, top, right, bottom = map(round, thing["box"])
-    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    """The object's box, all outside its mask grey."""
+    grey = Image.new("RGB", image.size, GREY)
+    return Image.composite(image, grey, Image.fromarray(thing["mask"])).crop(thing["box"])
 
 
 class ColorNamer:
     """CLIP picks one of GenEval's ten colours for a crop, by the mean of three sentences about each."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        if not (folder / "open_clip_config.json").is_file():
-            raise Refused(f"no CLIP in {folder} to name colours: `tools/convert.py rewards` writes one, "
-                          "or give --clip")
         self.clip, self.encode, picture = load_clip(folder)
         self.clip.eval().to(device)
+        self.name = f"sha256:{fingerprint(self.clip)[:16]}"
         self.device = device
         self.sentences: dict[str, Tensor] = {}
         self.look = open_clip.image_transform(picture["size"], is_train=False, mean=tuple(picture["mean"]),
@@ -321,7 +278,7 @@ def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
     """Draw, detect, judge, each unless it is there. {} if it was stopped, and on all ranks but the first."""
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
     if not cfg.images:
-        path = fetched(cfg.metadata, PROMPTS_URL, "--metadata", cfg, dist)
+        path = fetched(cfg.metadata, PROMPTS_URL, cfg, dist)
         requests = [json.loads(line) for line in read_lines(path)]
         if not draw_files(cfg, dist, drawing_jobs(cfg, dist, requests, folder)):
             return {}
@@ -330,16 +287,23 @@ def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
     if any_rank(stopped, dist) or not dist.lead:
         return {}
 
-    files = [out / "detections" / f"{prompt.folder}.json" for prompt in prompts]
-    detector, found, digests = read_judged(cfg.detections, files, "detector", "pictures")
-    verdicts, records, lacks = judge(cfg, dist, folder, prompts, found, digests)
-    lacks += [] if "mmdet" in detector else ["the detector is not mmdet's"]
-    with atomic(out / "verdicts.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    detector, found = read_judged(Path(cfg.detections or out / "detections"))
+    verdicts = judge(prompts, found)
+    write_lines(out / "verdicts.jsonl", [{"filename": prompts[i].samples[j], "right": right,
+                                          "task": prompts[i].request["tag"],
+                                          "prompt": prompts[i].request["prompt"]}
+                                         for (i, j), right in verdicts.items()])
     scores = task_scores(verdicts, [prompt.request["tag"] for prompt in prompts])
+    lacks = []
+    if prompts_digest([prompt.request for prompt in prompts]) != PROMPTS_DIGEST:
+        lacks.append(f"{len(prompts)} prompts that are not the published 553")
+    if any(len(prompt.samples) != PER_PROMPT for prompt in prompts):
+        lacks.append(f"prompts without exactly {PER_PROMPT} pictures")
+    if "mmdet" not in detector:
+        lacks.append("the detector is not mmdet's")
     title = title_of("GenEval", lacks)
     result = {"name": title, "benchmark": not lacks, "detector": detector, **scores}
-    return finish(cfg, "geneval", result, f"{title}\ndetector {detector}\n{task_table(scores)}\n"
+    return finish(cfg, "geneval", result, f"{title}\ndetector {detector}\n{table(scores['tasks'])}\n"
                                           f"verdicts {out / 'verdicts.jsonl'}")
 
 
@@ -351,8 +315,7 @@ def drawing_jobs(cfg: GenevalConfig, dist: Dist, requests: list[dict], folder: P
         if path.is_file() and read_json(path) != requests[i]:
             raise Refused(f"{path} asks for something else than --metadata there: choose another --out")
         if dist.lead:
-            with atomic(path) as temporary:
-                temporary.write_text(json.dumps(requests[i]) + "\n")
+            write_lines(path, [requests[i]])
         for j in range(cfg.per_prompt):
             picture = path.parent / "samples" / f"{j:05}.png"
             jobs.append(Job(picture, requests[i]["prompt"], [derive_seed(cfg.seed, "geneval", i, j)]))
@@ -372,55 +335,46 @@ def read_layout(folder: Path) -> list[Prompt]:
 
 def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Prompt]) -> bool:
     """Detections of this process's share of the prompts. False if a signal stopped it."""
-    detector = Detector(cfg.detector, dist.device)
-    with StopSignal() as stop:
-        for prompt in tqdm(prompts[dist.rank::dist.world_size], unit="prompt", disable=not dist.lead):
-            if stop.stop:
-                print("stopped; the same command goes on from here")
-                return False
-            path = Path(cfg.out) / "detections" / f"{prompt.folder}.json"
-            made_of = {"detector": detector.name,
-                       "sha256": {name: file_digest(folder / name) for name in prompt.samples}}
-            if not is_done(path, made_of):
-                found = {name: {"objects": detector(read_picture(folder / name))} for name in prompt.samples}
-                write_json(path, {**made_of, "pictures": found})
-    return True
-
-
-def judge(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Prompt], found: dict[str, dict],
-          digests: dict[str, str]) -> tuple[dict[tuple[int, int], bool], list[dict], list[str]]:
-    """(prompt, sample) -> right; a record of each verdict with its reason; what lacks of the benchmark."""
-    unknown = {thing["class"] for entry in found.values() for thing in entry["objects"]} - set(NAMES)
-    if unknown:
-        raise Refused(f"the detections name {sorted(unknown)[:3]}: expected COCO's classes, with "
-                      f"{', '.join(RENAMED.values())}")
     clip = weights_folder("rewards", "auto") / "clip" if cfg.clip == "auto" else Path(cfg.clip)
-    verdicts, records, sizes, colors = {}, [], set(), None
+    detector, namer = Detector(cfg.detector, dist.device), ColorNamer(clip, dist.device)
+    asked = {clause["class"] for prompt in prompts for clause in prompt.request["include"]}
+    if not asked <= set(detector.classes):
+        raise Refused(f"{cfg.detector} does not know {sorted(asked - set(detector.classes))[:3]}")
+    jobs = []
+    for prompt in prompts:
+        digests = {name: file_digest(folder / name) for name in prompt.samples}
+        made_of = {"judge": detector.name, "clip": namer.name, "request": prompt.request, "sha256": digests}
+        ask = partial(look, detector, namer, folder, prompt)
+        jobs.append((Path(cfg.out) / "detections" / f"{prompt.folder}.json", made_of, ask))
+    return judge_files(dist, jobs)
+
+
+def look(detector: Detector, namer: ColorNamer, folder: Path, prompt: Prompt) -> dict[str, list[dict]]:
+    """The objects of each picture of a prompt, with a colour where it decides."""
+    found = {}
+    for name in prompt.samples:
+        picture = read_picture(folder / name)
+        objects = detector(picture)
+        nameless = need_color(objects, prompt.request)
+        if nameless:
+            for thing, color in zip(nameless, namer(picture, nameless)):
+                thing["color"] = color
+        found[name] = [{key: thing[key] for key in thing if key != "mask"} for thing in objects]
+    return found
+
+
+def judge(prompts: list[Prompt], found: dict[str, list[dict]]) -> dict[tuple[int, int], bool]:
+    """(prompt, sample) -> right."""
+    wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
+    if wrong:
+        raise Refused(f"the detections name {sorted(wrong)}, which GenEval calls {list(RENAMED.values())}")
+    verdicts = {}
     for i, prompt in enumerate(prompts):
         for j, name in enumerate(prompt.samples):
-            digest = file_digest(folder / name)
-            if name not in found or digests.get(name, digest) != digest:
-                raise Refused(f"no detections of {name}, or of another picture: detect it again; an empty "
-                              "list says that nothing is there")
-            objects, picture = found[name]["objects"], read_picture(folder / name)
-            sizes.add(picture.size)
-            nameless = [thing for thing in need_color(objects, prompt.request) if "color" not in thing]
-            if nameless:
-                colors = colors or ColorNamer(clip, dist.device)
-                for thing, color in zip(nameless, colors(picture, nameless)):
-                    thing["color"] = color
-            verdicts[i, j], reason = verdict(objects, prompt.request)
-            records.append({"filename": name, "task": prompt.request["tag"],
-                            "prompt": prompt.request["prompt"], "right": verdicts[i, j], "reason": reason})
-
-    lacks = []
-    if prompts_digest([prompt.request for prompt in prompts]) != PROMPTS_DIGEST:
-        lacks.append(f"{len(prompts)} prompts that are not the published 553")
-    if any(len(prompt.samples) != PER_PROMPT for prompt in prompts):
-        lacks.append(f"prompts without exactly {PER_PROMPT} pictures")
-    if len(sizes) > 1:
-        lacks.append(f"pictures of {len(sizes)} sizes")
-    return verdicts, records, lacks
+            if name not in found:
+                raise Refused(f"no detections of {name}: an empty list says that nothing is there")
+            verdicts[i, j] = verdict(found[name], prompt.request)
+    return verdicts
 
 
 def prompts_digest(requests: list[dict]) -> str:

@@ -4,20 +4,18 @@
     Figure 4   how alike the layers are: q_i, the visual tokens that the paper compares, and c_i, what the
                LIM makes of them; with --last-file beside a model that was trained on the last layer only
     Figure 5   each region of layers removed: what every reward loses
-    Figure 9   the reward curves of stage III runs (--runs), and the signals that LDAM listens to
+    Figure 9   the reward curves of stage III runs (--runs)
 
 The supplement's Figures 1-3 are Figure 9 of two runs, one with LDAM (red) and one without (blue), raw and as
 EMA 0.1: `--runs runs/ldam,runs/no-ldam`. Their captions call the blue line "only the last layer", the text
 "the removal of LDAM, with all other settings remaining unchanged"; the text is followed.
 
-Every figure is a PNG and a CSV. claims.csv has a verdict on each sentence of the paper: supported,
-contradicted or undecided at 95 %, and the n that would decide it (claims.py). All pictures of a prompt start
-from the same noise, so that differences are paired by prompt.
+Every figure is a PNG and a CSV. claims.csv has a verdict on each sentence of the paper (claims.py). All
+pictures of a prompt start from the same noise, so that differences are paired by prompt.
 
 Letters: L VLM layers, P pairs of layers, B prompts, N queries, D width, H W pixels.
 """
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,29 +25,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import Refused, StopSignal, derive_seed, fingerprint, knob, precision, read_log, write_json
-from data import nano_prompts
-from evaluation import DrawConfig, draw, drawing_settings, finish, load, mean_and_error, same_settings, start
-from evaluation.claims import claim, markdown, panels, write_csv
-from grpo import open_prompts, open_rewards
+from evaluation import (DrawConfig, ScoreConfig, draw, drawing_settings, finish, heldout_prompts, load,
+                        mean_and_error, read_json, same_settings, start, table, write_csv)
+from evaluation.claims import COLORS, claim, draw_curve, panels
+from grpo import open_rewards
 from ldam import REGIONS, REWARD_REGIONS, region_layers
-from model import PRESETS, ParaUni
-from pictures import save_sheet, smoothed
+from model import ParaUni
+from pictures import save_sheet
 
-COLORS = ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange", "tab:cyan", "tab:brown")
 Scores = dict[str, dict[str, Tensor]]       # variant -> reward -> one score a prompt, (B,) float64
 
 
 @dataclass(frozen=True)
-class LayersConfig(DrawConfig):
+class LayersConfig(ScoreConfig):
     """Flags of `evaluate.py layers`."""
     last_file: str = knob("", "weights trained on the last layer only, for Figure 4, as "
                               "runs/ablate/last-seed0/stage2/stage2.safetensors; empty: without")
     runs: tuple[str, ...] = knob((), "stage 3 run folders whose curves are drawn")
-    prompts: str = knob("", "file with one held-out prompt a line; nano has its own")
     limit: int = knob(96, "the first so many prompts (the paper's Figure 2 has 500); 0: all of them")
-    rewards: tuple[str, ...] = knob(("clip", "pickscore", "aesthetic"), "names, or file.py:function")
-    reward_weights: str = knob("auto", "folder with clip/, pickscore/, aesthetic/; "
-                                       "auto: nano's own, or weights/rewards")
     out: str = knob("runs/layers", "folder for figures and tables; an interrupted analysis there goes on")
 
 
@@ -57,22 +50,19 @@ def main(argv: list[str] | None = None) -> dict:
     """The paper's analyses of layers. Returns the rows of claims.csv, figure2.csv and figure5.csv under these
     names, {} if it was stopped."""
     cfg, dist = start(LayersConfig, argv, __doc__.splitlines()[0])
-    preset, folder = PRESETS[cfg.preset], Path(cfg.out)
+    folder = Path(cfg.out)
     # what is missing shows before the first picture, not after the last one
     if "clip" not in cfg.rewards:
         raise Refused("Figure 2 shows the CLIP score: name clip among --rewards")
-    if not (cfg.prompts or preset.shapes_world):
-        raise Refused(f"preset {cfg.preset} has no prompts of its own: name a file with --prompts")
     logs = {run: stage3_log(Path(run)) for run in cfg.runs}
-    models = {"all layers": load(cfg, dist.device)}
+    model = load(cfg, dist.device)
+    models = {"all layers": model}
     if cfg.last_file:
         models["the last layer"] = load(cfg, dist.device, cfg.last_file)
-    model = models["all layers"]
-    prompts = open_prompts(cfg.prompts, model) or nano_prompts(test=True)
-    prompts = prompts[:cfg.limit or None]
+    prompts = heldout_prompts(cfg, model)
 
     # a variant is a choice of layers to fuse
-    L = preset.vlm_layers
+    L = model.preset.vlm_layers
     variants = {"all": list(range(1, L + 1))}
     variants |= {f"layer {i}": [i] for i in range(1, L + 1)}
     variants |= {f"no {region}": without_region(region, L) for region in REGIONS}
@@ -94,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict:
     images = torch.stack(columns, 1).flatten(0, 1)                              # (4 variants, 3, H, W)
     save_sheet(folder / "figure2_pictures.png", images, len(variants), list(variants) * len(shown), shown)
     return finish(cfg, "layers", {"claims": claims, "figure2": single, "figure5": removed},
-                  "\n".join(map(markdown, (single, removed, claims))))
+                  "\n\n".join(map(table, (single, removed, claims))))
 
 
 def without_region(region: str, num_layers: int) -> list[int]:
@@ -106,8 +96,7 @@ def draw_all(cfg: DrawConfig, model: ParaUni, prompts: list[str], layers: list[i
     """A picture of each prompt, (B, 3, H, W) in [0, 1] on the CPU, conditioned on some layers. The noise of
     picture i comes from (seed, i), whatever the layers and the model."""
     seeds = [derive_seed(cfg.seed, "analyse", i) for i in range(len(prompts))]
-    batches = [slice(first, first + cfg.batch_size) for first in range(0, len(prompts), cfg.batch_size)]
-    return torch.cat([draw(cfg, model, prompts[b], seeds[b], layers=layers) for b in batches])
+    return draw(cfg, model, prompts, seeds, layers=layers)
 
 
 def score_variants(cfg: LayersConfig, model: ParaUni, prompts: list[str],
@@ -119,7 +108,7 @@ def score_variants(cfg: LayersConfig, model: ParaUni, prompts: list[str],
     same_settings(Path(cfg.out), {**drawing_settings(cfg, model), "prompts": derive_seed(*prompts),
                                   "limit": len(prompts), "rewards": digests})
     path = Path(cfg.out) / "variants.json"
-    scores = json.loads(path.read_text()) if path.is_file() else {}
+    scores = read_json(path) if path.is_file() else {}
     todo = [name for name in variants if name not in scores]
     with StopSignal() as signal:
         for name in tqdm(todo, unit="variant"):
@@ -315,18 +304,10 @@ def own_rewards(log: list[dict], phase: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def largest_jump(log: list[dict]) -> float:
-    """Of the gradient norm: the largest ratio of successive epochs of a phase."""
-    jumps = [after["grad_norm"] / before["grad_norm"] for before, after in zip(log, log[1:])
-             if before["phase"] == after["phase"] and before["grad_norm"] and after["grad_norm"]]
-    return max(jumps, default=0.0)
-
-
 def figure9(logs: dict[str, list[dict]], folder: Path) -> list[dict]:
-    """Rewards, and the signals of LDAM, by epoch; a claim for each reward of each run."""
+    """Rewards by epoch; a claim for each reward of each run."""
     rewards = dict.fromkeys(key for log in logs.values() for key in log[0] if key.startswith("reward/"))
     draw_curves(logs, list(rewards), folder / "figure9")
-    draw_curves(logs, ["grad_norm", "ldam/gamma_raw", "ldam/r_s", "kl"], folder / "curves_signals")
     claims = []
     for run, log in logs.items():
         for phase in dict.fromkeys(record["phase"] for record in log):
@@ -340,24 +321,13 @@ def figure9(logs: dict[str, list[dict]], folder: Path) -> list[dict]:
 
 
 def draw_curves(logs: dict[str, list[dict]], keys: list[str], path: Path) -> None:
-    """A panel a number, a colour a run: as logged (pale) and as EMA 0.1. Grey: a new phase; dotted: LDAM
-    fires."""
+    """A panel a number, a colour a run."""
     rows = [{"run": run, "epoch": record["epoch"], "phase": record["phase"], "fired": record["ldam/fired"],
              **{key: record.get(key) for key in keys}} for run, log in logs.items() for record in log]
     write_csv(path.with_suffix(".csv"), rows)
     figure, axes = panels(len(keys))
     for axis, key in zip(axes, keys):
         for run, color in zip(logs, itertools.cycle(COLORS)):
-            own = [row for row in rows if row["run"] == run]
-            known = [row for row in own if row[key] is not None]
-            epochs, values = [row["epoch"] for row in known], [row[key] for row in known]
-            axis.plot(epochs, values, color=color, alpha=0.3)
-            axis.plot(epochs, smoothed(values), color=color, label=run)
-            for before, row in zip([own[0], *own], own):
-                if row["phase"] != before["phase"]:
-                    axis.axvline(row["epoch"] - 0.5, color="grey", linewidth=0.5)
-                if row["fired"]:
-                    axis.axvline(row["epoch"], color=color, linewidth=0.8, linestyle=":")
-        axis.set(title=key, xlabel="epoch")
+            draw_curve(axis, logs[run], key, color, run)
     axes[0].legend(fontsize=7)
     figure.savefig(path.with_suffix(".png"))

@@ -15,18 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from common import Refused, atomic, knob, parse_config, read_log
 from data import read_picture
-from evaluation import read_json, read_table
-from evaluation.layers import COLORS, largest_jump
-from ldam import perturbed_layers
-from model import PRESETS
-from pictures import smoothed
+from evaluation import read_csv, read_json
+from evaluation.claims import COLORS, draw_curve, largest_jump, panels
 
 LONG, MOST = 12, 300            # rows above which a table starts folded; rows that are shown
+MAX_WIDTH = 1600                # pixels; wider pictures are made smaller
 # the numbers in a log that are drawn, in this order
 CHARTS = ("reward/", "heldout/", "loss", "kl", "grad_norm", "ratio_dev", "clip_frac", "zero_std",
           "ldam/gamma_raw", "ldam/r_s", "lr", "skipped", "time/")
@@ -53,8 +48,6 @@ class ReportConfig:
     """Flags of `evaluate.py report`."""
     folders: tuple[str, ...] = knob((), "run folders, which are compared, and folders of results", words=True)
     out: str = knob("report.html", "the file to write")
-    smooth: float = knob(0.1, "share of a new value in the smoothed curves (EMA)")
-    max_width: int = knob(1600, "pixels; wider pictures are made smaller")
 
 
 @dataclass(frozen=True)
@@ -71,18 +64,17 @@ def main(argv: list[str] | None = None) -> dict:
     folders = [Path(folder) for folder in cfg.folders]
     if not folders or not all(folder.is_dir() for folder in folders):
         raise Refused(f"expected folders of runs or results, got {' '.join(cfg.folders) or 'none'}")
-    runs = [Run(folder, read_log(folder / "metrics.jsonl"), json.loads((folder / "config.json").read_text()))
+    runs = [Run(folder, read_log(folder / "metrics.jsonl"), read_json(folder / "config.json"))
             for folder in folders if (folder / "metrics.jsonl").is_file()]
     left_out: list[str] = []
     parts = [f"<h1>ParaUni: {text(cfg.folders)}</h1>"]
     if runs:
-        parts += ["<h2>Curves</h2>", charts(runs, cfg.smooth), "<h2>Layers that LDAM perturbed</h2>"]
-        parts += map(layer_map, runs)
+        parts += ["<h2>Curves</h2>", charts(runs), "<h2>LDAM</h2>"]
+        parts += map(what_ldam_did, runs)
     for folder in folders:
         parts.append(f"<h2>{text(folder)}</h2>")
         is_run = (folder / "metrics.jsonl").is_file()
-        files = chosen_pictures(folder) if is_run else readable_files(folder)
-        parts += contents(files, cfg.max_width, left_out)
+        parts += contents(files_to_show(folder, is_run), left_out)
     if runs:
         parts += ["<h2>Configuration</h2>", config_table(runs)]
     parts += [f"<p>Left out: {text(reason)}</p>" for reason in left_out]
@@ -119,47 +111,40 @@ def table(rows: list[dict]) -> str:
     return whole if len(rows) <= LONG else f"<details><summary>{len(rows)} rows</summary>{whole}</details>"
 
 
-def json_tables(name: str, data: object) -> str:
-    """Nested JSON as tables: dicts that are alike, in a list or a dict, make one; single values another."""
-    if isinstance(data, list) and data and all(isinstance(row, dict) for row in data):
-        return f"<h3>{text(name)}</h3>{table(data)}"
-    if not isinstance(data, dict) or not data:
-        return ""
-    if all(isinstance(row, dict) and row.keys() == next(iter(data.values())).keys() for row in data.values()):
-        return f"<h3>{text(name)}</h3>{table([{'': key, **row} for key, row in data.items()])}"
-    nested = {key: value for key, value in data.items() if isinstance(value, dict)
-              or isinstance(value, list) and any(isinstance(row, dict) for row in value)}
-    single = [{"name": key, "value": value} for key, value in data.items() if key not in nested]
-    own = f"<h3>{text(name)}</h3>{table(single)}" if single else ""
-    return own + "".join(json_tables(f"{name}: {key}", value) for key, value in nested.items())
+def json_tables(name: str, data: dict) -> str:
+    """What a command has written: a table of its single values, then one of each of its tables."""
+    tables = {key: value for key, value in data.items()
+              if isinstance(value, list) and value and isinstance(value[0], dict)}
+    single = [{"name": key, "value": value} for key, value in data.items() if key not in tables]
+    whole = f"<h3>{text(name)}</h3>{table(single)}" if single else ""
+    for key, rows in tables.items():
+        whole += f"<h3>{text(name)}: {text(key)}</h3>{table(rows)}"
+    return whole
 
 
-def readable_files(folder: Path) -> list[Path]:
-    """The tables, then the pictures of a folder. Links may lead anywhere."""
-    return [path for suffix in ("csv", "json", "png") for path in sorted(folder.glob(f"*.{suffix}"))
-            if path.is_file() and not path.is_symlink()]
+def files_to_show(folder: Path, is_run: bool) -> list[Path]:
+    """The tables, then the pictures of a folder; of a run the pictures, of those that it drew while training
+    the first and the last. Links may lead anywhere."""
+    files = [path for suffix in ("csv", "json", "png") for path in sorted(folder.glob(f"*.{suffix}"))
+             if path.is_file() and not path.is_symlink()]
+    if not is_run:
+        return files
+    epochs = [path for path in files if path.name.startswith("epoch-")]
+    return [path for path in files if path.suffix == ".png" and path not in epochs[1:-1]]
 
 
-def chosen_pictures(run: Path) -> list[Path]:
-    """Of the pictures of the same prompts through training the first, a middle and the last; all others."""
-    pictures = [path for path in readable_files(run) if path.suffix == ".png"]
-    epochs = [path for path in pictures if path.name.startswith("epoch-")]
-    shown = {*epochs[:1], *epochs[len(epochs) // 2:][:1], *epochs[-1:]}
-    return [path for path in pictures if path in shown or path not in epochs]
-
-
-def contents(files: list[Path], max_width: int, left_out: list[str]) -> list[str]:
+def contents(files: list[Path], left_out: list[str]) -> list[str]:
     """The files as they are shown. One that cannot be read is left out and named."""
     parts = []
     for path in files:
         try:
             if path.suffix == ".png":
                 picture = read_picture(path)
-                picture.thumbnail((max_width, picture.height))
+                picture.thumbnail((MAX_WIDTH, picture.height))
                 caption = f"<figcaption>{text(path.name)}</figcaption>"
                 parts.append(f'<figure class="scroll">{embed(picture.save, path.name)}{caption}</figure>')
             elif path.suffix == ".csv":
-                parts.append(f"<h3>{text(path.name)}</h3>{table(read_table(path))}")
+                parts.append(f"<h3>{text(path.name)}</h3>{table(read_csv(path))}")
             else:
                 # the commands also write their tables as CSV, which is shown already
                 parts.append(json_tables(path.name, {name: value for name, value in read_json(path).items()
@@ -171,7 +156,7 @@ def contents(files: list[Path], max_width: int, left_out: list[str]) -> list[str
 
 # ----------------------------------------------------------------------------- runs
 
-def charts(runs: list[Run], share: float) -> str:
+def charts(runs: list[Run]) -> str:
     """A chart for each number in the logs that changes, all runs in it."""
     names = {name for run in runs for record in run.records for name in record}
     order = [name for start in CHARTS for name in sorted(names) if name.startswith(start)]
@@ -180,62 +165,29 @@ def charts(runs: list[Run], share: float) -> str:
         if len({record[name] for run in runs for record in run.records if name in record} - {None}) < 2:
             constant.append(name)
             continue
-        figure = Figure(figsize=(4.2, 2.4), layout="constrained", dpi=130)
-        axis = figure.subplots()
+        figure, (axis,) = panels(1, 4.2, 2.4)
         for run, color in zip(runs, itertools.cycle(COLORS)):
-            draw_curve(axis, run, name, color, share)
-        axis.set_title(name, parse_math=False, fontsize=10)
+            draw_curve(axis, run.records, name, color, run.folder.name)
         if not parts:
             axis.legend(fontsize=8)
         parts.append(embed(figure.savefig, name))
-    return (f"<p>Pale: as logged. Solid: smoothed, EMA {share:g}. Dashed: a new reward's phase begins. "
-            f"Constant, not drawn: {text(constant) or 'none'}.</p>"
+    return ("<p>Pale: as logged. Solid: smoothed, EMA 0.1. Grey line: a new reward's phase. Dotted: LDAM "
+            f"fires. Constant, not drawn: {text(constant) or 'none'}.</p>"
             f"<section class='charts'>{''.join(parts)}</section>")
 
 
-def draw_curve(axis: Axes, run: Run, name: str, color: str, share: float) -> None:
-    unit = "epoch" if "epoch" in run.records[0] else "step"
-    known = [record for record in run.records if record.get(name) is not None]
-    x, y = [record[unit] for record in known], [record[name] for record in known]
-    # held-out scores are few: show where they are
-    few = len(x) < 8
-    axis.plot(x, y, color=color, alpha=0.3, marker="." if few else "")
-    axis.plot(x, smoothed(y, 1.0 if few else share), color=color, label=run.folder.name)
-    axis.set_xlabel(unit)
-    for before, record in zip(run.records, run.records[1:]):
-        if record.get("phase") != before.get("phase"):
-            axis.axvline(record[unit] - 0.5, color="grey", linewidth=0.6, linestyle="--")
-
-
-def layer_map(run: Run) -> str:
-    """When LDAM fired, on which layers and how hard; where it never did, how far it was from it."""
+def what_ldam_did(run: Run) -> str:
+    """When LDAM fired, and how near it was to it."""
     title = f"<h3>{text(run.folder)}</h3>"
     records = [record for record in run.records if "ldam/r_s" in record]
     if not records:
         return f"{title}<p>No run of stage 3, or LDAM was off.</p>"
-    fired = [record for record in records if record["ldam/fired"]]
+    fired = [record["epoch"] for record in records if record["ldam/fired"]]
     declines = max(record["ldam/r_s"] for record in records)
-    sentence = (f"LDAM fired after {len(fired)} of {len(records)} epochs. Largest jump of the gradient norm: "
-                f"{largest_jump(records):.3g} (fires from {run.config['ldam_spike']:g}). "
-                f"Most declines of the reward: {declines} (fires from {run.config['ldam_patience']}).")
-    if not fired:
-        return f"{title}<p>{sentence}</p>"
-    rewards = [name.rpartition(":")[2] for name in run.config["rewards"]]
-    L = PRESETS[run.config["preset"]].vlm_layers
-    rows = []
-    for record in fired:
-        phase = rewards.index(record["phase"])
-        named = rewards[phase:phase + 1] if run.config["ldam_layers"] == "present" else rewards[:phase + 1]
-        rows.append({"epoch": record["epoch"], "phase": record["phase"], "gamma": record["ldam/gamma"],
-                     "layers": perturbed_layers(named, L)})
-    figure = Figure(figsize=(4.2, 2.4), layout="constrained", dpi=130)
-    axis = figure.subplots()
-    points = [(row["epoch"], layer, row["gamma"]) for row in rows for layer in row["layers"]]
-    epochs, layers, gammas = zip(*points)
-    marks = axis.scatter(epochs, layers, c=gammas, marker="s", vmin=0)
-    axis.set(xlabel="epoch", ylabel="layer", xlim=(0, records[-1]["epoch"] + 1), ylim=(0.5, L + 0.5))
-    figure.colorbar(marks, label="gamma")
-    return f"{title}<p>{sentence}</p>{embed(figure.savefig, 'layers by epoch')}{table(rows)}"
+    return (f"{title}<p>LDAM fired after {len(fired)} of {len(records)} epochs: {text(fired) or 'none'}. "
+            f"Largest jump of the gradient norm: {largest_jump(records):.3g} "
+            f"(fires from {run.config['ldam_spike']:g}). Most declines of the reward: {declines} "
+            f"(fires from {run.config['ldam_patience']}).</p>")
 
 
 def config_table(runs: list[Run]) -> str:

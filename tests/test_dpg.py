@@ -21,36 +21,23 @@ COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "categ
            "category_detailed", "tuple", "question_natural_language")
 
 
-def reference_dpg(rows: list[dict], answers: dict, quirks: bool) -> tuple[dict, dict]:
+def reference_dpg(rows: list[dict], answers: dict) -> tuple[dict, dict]:
     """The rule in the small, on the file's rows: prompt -> score, category -> share of yes."""
-    kept = rows[1:] if quirks else rows
     prompts, categories = {}, {}
-    for name in dict.fromkeys(row["item_id"] for row in kept):
-        mine = [row for row in kept if row["item_id"] == name]
-        ids = {row["proposition_id"] for row in mine}
-        total, raw, lost = [], [], False
-        for tile in answers[name]["tiles"]:
+    for name in dict.fromkeys(row["item_id"] for row in rows):
+        mine = [row for row in rows if row["item_id"] == name]
+        total = []
+        for tile in answers[name]:
             value = {row["proposition_id"]: int(tile[row["proposition_id"]] == "yes") for row in mine}
-            raw.append(dict(value))
-            for row in mine:
-                for parent in row["dependency"].split(", "):
-                    if parent != "0" and parent not in ids:
-                        if quirks:
-                            lost = True
-                            break
-                        continue
-                    if parent != "0" and value[parent] == 0:
-                        value[row["proposition_id"]] = 0
-                        break
-            total.append(sum(value.values()) / len(value))
-        if lost:
-            continue
-        prompts[name] = sum(total) / len(total)
-        for tile in (raw[-1:] if quirks else raw):
             for row in mine:
                 detailed = row["tuple"].split("(")[0].strip()
                 for level in {detailed, detailed.split("-")[0].strip()}:
-                    categories.setdefault(level, []).append(tile[row["proposition_id"]])
+                    categories.setdefault(level, []).append(int(tile[row["proposition_id"]] == "yes"))
+                for parent in row["dependency"].split(", "):
+                    if parent in value and value[parent] == 0:
+                        value[row["proposition_id"]] = 0
+            total.append(sum(value.values()) / len(value))
+        prompts[name] = sum(total) / len(total)
     return prompts, {name: 100 * sum(marks) / len(marks) for name, marks in categories.items()}
 
 
@@ -73,20 +60,17 @@ def made_up_questions(path: Path, rng: np.random.Generator, prompts: int) -> lis
     return rows
 
 
-@pytest.mark.parametrize("quirks", [False, True])
-def test_scores_are_those_of_a_second_writing_of_the_rule(tmp_path: Path, quirks: bool) -> None:
+def test_scores_are_those_of_a_second_writing_of_the_rule(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     rows = made_up_questions(tmp_path / "q.csv", rng, 300)
-    answers: dict[str, dict] = {}
+    answers: dict[str, list] = {}
     for row in rows:
-        for tile in answers.setdefault(row["item_id"], {"tiles": [{} for _ in range(4)]})["tiles"]:
+        for tile in answers.setdefault(row["item_id"], [{} for _ in range(4)]):
             tile[row["proposition_id"]] = str(rng.choice(["yes", "no", "yes please"], p=[0.75, 0.2, 0.05]))
-    items, notes = dpg.read_items(tmp_path / "q.csv", quirks)
-    got = dpg.dpg_scores(items, answers, quirks)
-    prompts, categories = reference_dpg(rows, answers, quirks)
+    got = dpg.dpg_scores(dpg.read_items(tmp_path / "q.csv"), answers)
+    prompts, categories = reference_dpg(rows, answers)
     assert got["prompts"] == pytest.approx(prompts, abs=1e-12) and got["prompts"].keys() == prompts.keys()
-    assert {name: row["yes"] for name, row in got["categories"].items()} == pytest.approx(categories)
-    assert len(got["dropped"]) + len(prompts) == 300 and bool(got["dropped"]) == quirks == (not notes)
+    assert {row["questions"]: row["score"] for row in got["rows"][1:]} == pytest.approx(categories)
     assert got["score"] == pytest.approx(100 * np.mean(list(prompts.values())))
     assert got["error"] == pytest.approx(100 * np.std(list(prompts.values()), ddof=1) / len(prompts) ** 0.5)
 
@@ -101,16 +85,15 @@ def test_dependencies_by_hand(tmp_path: Path) -> None:
                          'a,t,k,2,1,a,c,"attribute - color (dog, red)",red?',
                          'a,t,k,3,"2, left",r,s,"relation - spatial (dog, left)",left?',
                          "a,t,k,4,9,e,w,entity - whole (tv),tv?")
-    items, notes = dpg.read_items(path)
-    assert items[0].text == "t\u2028u"
-    assert [p.parents for p in items[0].propositions] == [[], [1], [2], []] and len(notes) == 2
-    assert "a, 3: the dependency ' left' is no number" in notes[0] and "a, 4: 9, its parent" in notes[1]
-    assert dpg.tile_scores(items[0], {1: "no", 2: "yes", 3: "yes", 4: "yes"}) == {1: 0, 2: 0, 3: 0, 4: 1}
-    got = dpg.dpg_scores(items, {"a": {"tiles": [{"1": "no", "2": "yes", "3": "yes", "4": "Yes"}]}})
-    assert got["score"] == 0 and got["categories"]["entity"] == {"yes": 0, "n": 2}
-    assert got["categories"]["attribute - color"]["yes"] == 100                     # without the dependency
-    with pytest.raises(ValueError, match="left"):
-        dpg.read_items(path, quirks=True)                   # where the official reader stops too
+    item, = dpg.read_items(path)
+    assert item.text == "t\u2028u"
+    tile = {"1": "no", "2": "yes", "3": "yes", "4": "yes"}
+    # what is no proposition of the prompt, "left" and 9, decides nothing
+    assert dpg.tile_scores(item, tile) == {"1": 0, "2": 0, "3": 0, "4": 1}
+    got = dpg.dpg_scores([item], {"a": [tile | {"4": "Yes"}]})
+    share = {row["questions"]: (row["score"], row["n"]) for row in got["rows"]}
+    assert got["score"] == 0 and share["entity"] == (0, 2)
+    assert share["attribute - color"] == (100, 1)                               # without the dependency
 
 
 def test_an_item_is_no_path(tmp_path: Path) -> None:
@@ -161,18 +144,16 @@ def test_it_draws_asks_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_ready_answers_are_scored_alone(tmp_path: Path) -> None:
-    answers = {"a1": {"tiles": [{"1": "yes", "2": "no"}, {"1": "no", "2": "yes"}]}}
+    answers = {"a1": [{"1": "yes", "2": "no"}, {"1": "no", "2": "yes"}]}
     (tmp_path / "a.json").write_text(json.dumps({"judge": "made up", "items": answers}))
     flags = ["--images", tmp_path, "--answers", tmp_path / "a.json"]
     result = score(tmp_path, *flags)
     assert result["score"] == 25 and list(result["prompts"]) == ["a1"] and result["error"] is None
-    assert result["categories"]["entity"] == {"yes": 50, "n": 2}
-    quirks = score(tmp_path, *flags, "--official-quirks")   # proposition 1 of a1 is lost with the first row
-    assert quirks["dropped"] == ["a1"] and quirks["score"] is None
-    del answers["a1"]["tiles"][1]["2"]
+    assert {"questions": "entity", "score": 50, "s.e.": None, "n": 2} in result["rows"]
+    del answers["a1"][1]["2"]
     (tmp_path / "a.json").write_text(json.dumps({"judge": "made up", "items": answers}))
     with pytest.raises(KeyError, match="2"):                # never counted as a no
-        score(tmp_path, *flags, "--official-quirks")
+        score(tmp_path, *flags)
 
 
 def test_bad_grids_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

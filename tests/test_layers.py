@@ -1,5 +1,4 @@
 """evaluation/layers.py and claims.py: figures against plain code, verdicts against made-up numbers."""
-import csv
 import json
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from common import Refused, derive_seed
 from evaluation import layers
-from evaluation.claims import T95, claim, n_needed, t_quantile
+from evaluation import claims, read_csv
+from evaluation.claims import T95, claim, t_quantile
 from helpers import TINY, save_stages, tiny_model
 from ldam import REGIONS
 from train import TrainConfig
@@ -20,11 +20,6 @@ pytestmark = pytest.mark.usefixtures("tiny_preset")
 PROMPTS = ["a red heart", "a blue star", "two moons", "a ring above a square"]
 L = TINY.vlm_layers
 CURVES = [f"reward/{name}" for name in ("aesthetic", "clip")]
-
-
-def read_csv(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def verdicts(claims: list[dict]) -> dict[str, str]:
@@ -46,18 +41,9 @@ def test_quantiles_are_those_of_students_t() -> None:
 def test_a_verdict_is_the_t_test_at_95_percent(values: list[float], verdict: str) -> None:
     row = claim("x", "y", values, "seeds")
     assert row["verdict"] == verdict
-    assert (row["n needed"] is None) == (verdict != "undecided" or len(values) == 1)
     if len(values) > 1:
         assert row["standard error"] == pytest.approx(stats.sem(values))
         assert (stats.ttest_1samp(values, 0).pvalue < 0.05) == (verdict != "undecided")
-
-
-@pytest.mark.parametrize("spread", [0.4, 1.0, 4.0])
-def test_the_sample_that_is_asked_for_decides_four_times_in_five(spread: float) -> None:
-    n = n_needed(spread, 2)
-    samples = np.random.default_rng(0).normal(1, spread, (4000, n))
-    t = samples.mean(1) / stats.sem(samples, axis=1)
-    assert 0.77 < (t > t_quantile(n - 1)).mean() < 0.9
 
 
 # ----------------------------------------------------------------------------- the whole command
@@ -210,5 +196,4 @@ def test_figure9_has_the_values_and_says_what_rises(tmp_path: Path) -> None:
     assert said["clip rises in its phase (Figure 9, without)"] == "contradicted"
     rows = read_csv(tmp_path / "figure9.csv")
     assert len(rows) == 32 and rows[8]["fired"] == "1" and [rows[1][key] for key in CURVES] == ["4", ""]
-    assert "ldam/gamma_raw" in read_csv(tmp_path / "curves_signals.csv")[0]
-    assert layers.largest_jump(log) == 2.0
+    assert claims.largest_jump(log) == 2.0

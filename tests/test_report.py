@@ -63,11 +63,11 @@ def test_runs_are_shown_with_curves_pictures_layers_and_flags(tmp_path: Path) ->
     _, page = make(tmp_path, make_run(tmp_path / "quiet"), make_run(tmp_path / "fires", fires=True, lr=3e-4))
     found = Elements(page)
     names = [attributes["alt"] for tag, attributes in found.tags if tag == "img"]
-    assert names[:4] == ["reward/clip", "kl", "grad_norm", "ldam/r_s"] and names[4] == "layers by epoch"
-    assert names[5:] == ["epoch-00000.png", "epoch-00010.png", "epoch-00020.png"] * 2
+    assert names[:4] == ["reward/clip", "kl", "grad_norm", "ldam/r_s"]
+    assert names[4:] == ["epoch-00000.png", "epoch-00020.png"] * 2
     assert "Constant, not drawn: heldout/clip, ratio_dev." in found.words
-    assert "LDAM fired after 0 of 20 epochs. Largest jump of the gradient norm: 3 (fires from" in found.words
-    assert "LDAM fired after 1 of 20 epochs" in found.words and "<td>0.2</td><td>7, 8</td>" in page
+    assert "fired after 0 of 20 epochs: none. Largest jump of the gradient norm: 3 (fires" in found.words
+    assert "LDAM fired after 1 of 20 epochs: 7." in found.words
     # what differs between the runs comes first
     assert re.findall(r"<tr><td>(\w+)</td>", page[page.index("Configuration"):])[0] == "lr"
 
@@ -75,7 +75,7 @@ def test_runs_are_shown_with_curves_pictures_layers_and_flags(tmp_path: Path) ->
 def test_results_are_shown_as_tables_and_pictures(tmp_path: Path) -> None:
     folder = tmp_path / "geneval"
     folder.mkdir()
-    tasks = {"counting": {"right": 0.25, "n": 4}, "colors": {"right": 1 / 3, "n": 3}}
+    tasks = [{"task": "counting", "right": 0.25, "n": 4}, {"task": "colors", "right": 1 / 3, "n": 3}]
     content = {"name": "a part", "tasks": tasks, "claims": [{"claim": "once"}]}
     (folder / "geneval.json").write_text(json.dumps(content))
     (folder / "claims.csv").write_text("claim,verdict\nit helps,undecided\n")
@@ -109,7 +109,7 @@ def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
     run, folder = make_run(tmp_path / "run"), tmp_path / "results"
     folder.mkdir()
-    (run / "epoch-00010.png").write_bytes(png(200, 200)[:120])
+    (run / "epoch-00020.png").write_bytes(png(200, 200)[:120])
     (run / "link.png").symlink_to(run / "epoch-00000.png")
     (folder / "bad.json").write_text('{"a": ')
     (folder / "deep.json").write_text("[" * 100_000)
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> Non
     (folder / "ok.csv").write_text("a,b\n1,2\n")
     result, page = make(tmp_path, run, folder)
     named = {Path(reason.split(":")[0]).name for reason in result["left_out"]}
-    assert named == {"epoch-00010.png", "bad.json", "deep.json", "bad.csv"}
+    assert named == {"epoch-00020.png", "bad.json", "deep.json", "bad.csv"}
     assert all(name in Elements(page).words for name in named)
     assert "<td>1</td><td>2</td>" in page and "link.png" not in page
 
