@@ -26,7 +26,7 @@ import common
 import grpo
 import train
 from common import Refused, read_log
-from helpers import NANO_WEIGHTS, TINY, assert_same_run, leaves, log_of, newest, save_stages, tiny_model
+from helpers import NANO_WEIGHTS, TINY, assert_same_run, leaves, log_of, newest, tiny_model
 from model import PRESETS, ParaUni
 from train import TrainConfig, batch_loss
 
@@ -94,11 +94,6 @@ def launch(argv: list[str], ranks: int, until: Callable[[], bool] | None = None,
     return Ended([process.exitcode for process in processes], time.monotonic() - began, log.read_text())
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stages(tiny_model(), tmp_path_factory.mktemp("weights"))
-
-
 def flags(stage: int, weights: Path, run_dir: Path, *more: str) -> list[str]:
     both = ["--stage", str(stage), "--weights", str(NANO_WEIGHTS if NANO else weights),
             "--run-dir", str(run_dir), "--lr", "1e-4", "--micro-batch", "2", "--save-every", "1"]
@@ -110,14 +105,14 @@ def flags(stage: int, weights: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+def whole(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
     """whole(stage, ranks, *flags): the folder of a run that nothing disturbed, and its seconds."""
     folder = tmp_path_factory.mktemp("whole")
 
     @functools.cache
     def whole(stage: int, ranks: int, *more: str) -> tuple[Path, float]:
         run_dir = folder / "-".join([str(stage), str(ranks), *more])
-        ended = launch(flags(stage, weights, run_dir, "--keep", "9", *more), ranks)
+        ended = launch(flags(stage, tiny_weights, run_dir, "--keep", "9", *more), ranks)
         assert ended.codes == [0] * ranks, ended.output
         return run_dir, ended.seconds
     return whole
@@ -127,9 +122,9 @@ def whole(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
 
 @pytest.mark.parametrize("stage, ranks", CASES)
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(stage: int, ranks: int, whole: Callable,
-                                                         weights: Path, tmp_path: Path) -> None:
+                                                         tiny_weights: Path, tmp_path: Path) -> None:
     run_dir, seconds = whole(stage, ranks)
-    again = flags(stage, weights, tmp_path / "run", "--keep", "9", "--resume", "auto")
+    again = flags(stage, tiny_weights, tmp_path / "run", "--keep", "9", "--resume", "auto")
     kills = KILLS // len(CASES) + (CASES.index((stage, ranks)) < KILLS % len(CASES))
     chance, done = random.Random(f"{stage} {ranks}"), 0
     while done < kills:
@@ -147,9 +142,10 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(stage: int, ranks: int,
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_preempted_machine_saves_and_leaves_in_peace(stage: int, weights: Path, tmp_path: Path) -> None:
+def test_a_preempted_machine_saves_and_leaves_in_peace(stage: int, tiny_weights: Path,
+                                                       tmp_path: Path) -> None:
     log = tmp_path / "run" / "metrics.jsonl"
-    argv = flags(stage, weights, tmp_path / "run", "--steps", "300", "--save-every", "9999")
+    argv = flags(stage, tiny_weights, tmp_path / "run", "--steps", "300", "--save-every", "9999")
     ended = launch(argv, 2, lambda: log.exists() and log.read_text().count("\n") > 2, signal.SIGTERM)
     assert ended.codes == [0, 0] and "go on with --resume auto" in ended.output
     unit = "epoch" if stage == 3 else "step"
@@ -180,10 +176,10 @@ def test_two_ranks_take_the_step_that_one_takes(stage: int, split: tuple[str, ..
         assert x == pytest.approx(y, rel=1e-3, abs=1e-5)
 
 
-def test_a_split_run_goes_on_bit_for_bit(whole: Callable, weights: Path, tmp_path: Path) -> None:
+def test_a_split_run_goes_on_bit_for_bit(whole: Callable, tiny_weights: Path, tmp_path: Path) -> None:
     run_dir, _ = whole(2, 2, "--fsdp")
     checkpoint = run_dir / "checkpoints" / "00000003.pt"
-    ended = launch(flags(2, weights, tmp_path / "run", "--fsdp", "--resume", str(checkpoint)), 2)
+    ended = launch(flags(2, tiny_weights, tmp_path / "run", "--fsdp", "--resume", str(checkpoint)), 2)
     assert ended.codes == [0, 0], ended.output
     a, b = leaves(newest(run_dir)), leaves(newest(tmp_path / "run"))
     assert a.keys() == b.keys()
@@ -197,12 +193,12 @@ def test_a_split_run_goes_on_bit_for_bit(whole: Callable, weights: Path, tmp_pat
 @pytest.mark.parametrize("broken", [lambda loss: loss * math.nan, lambda loss: loss + math.inf],
                          ids=["gradient", "loss alone"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
-        broken: Callable, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken: Callable, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaking(cfg: TrainConfig, model: ParaUni, data: object, step: int, items: list[int]) -> Tensor:
         loss = batch_loss(cfg, model, data, step, items)
         return broken(loss) if step == 1 and 0 in items else loss
     monkeypatch.setattr(train, "batch_loss", breaking)
-    train.main(flags(1, weights, tmp_path / "run", "--steps", "3", "--keep", "9", "--log-every", "1"))
+    train.main(flags(1, tiny_weights, tmp_path / "run", "--steps", "3", "--keep", "9", "--log-every", "1"))
     one, two, three = (torch.load(path) for path in sorted((tmp_path / "run" / "checkpoints").iterdir()))
     for kind in ("trained", "ema", "optimizer"):
         a, b = leaves(one[kind]), leaves(two[kind])
@@ -213,12 +209,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert [line["loss"] is None for line in lines] == [False, True, False]
 
 
-def test_too_many_in_a_row_stop_the_run(weights: Path, tmp_path: Path,
+def test_too_many_in_a_row_stop_the_run(tiny_weights: Path, tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "batch_loss", lambda cfg, model, data, step, items: (
         batch_loss(cfg, model, data, step, items) * (math.nan if step >= 1 else 1)))
     with pytest.raises(Refused, match="3 steps in a row were skipped up to step 4.*--lr"):
-        train.main(flags(2, weights, tmp_path / "run", "--max-skipped", "3"))
+        train.main(flags(2, tiny_weights, tmp_path / "run", "--max-skipped", "3"))
     state = newest(tmp_path / "run")
     assert state["skipped"] == 3 and all(tensor.isfinite().all() for tensor in state["trained"].values())
     assert not (tmp_path / "run" / "stage2.safetensors").exists()
