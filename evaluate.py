@@ -214,7 +214,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     last_layer = cfg.last_layer_file or "the same weights, read at the last layer"
     result = {"prompt": KEEP, "last_layer": last_layer, "table": rows, "ends": ends,
               "pictures": {name: nulls(scores) for name, scores in marks.items()}}
-    return finish(cfg, "reconstruct", result, f"before: {last_layer}; after: all layers\n{table(rows)}\n"
+    return finish(cfg, "reconstruct", result, f"before: {last_layer}; after: all layers\n{table(rows)}\n\n"
                                               f"{table(ends)}\npictures {path}")
 
 

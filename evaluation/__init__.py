@@ -8,7 +8,6 @@ sqrt(n), over prompts or over questions.
 Letters: B pictures, H W pixels.
 """
 import csv
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import (Dist, Refused, StopSignal, atomic, config_dict, environment, fingerprint, knob,
@@ -212,18 +212,13 @@ def draw_files(cfg: DrawConfig, dist: Dist, jobs: list[Job]) -> bool:
             seeds = [seed for job in part for seed in job.seeds]
             images = draw(cfg, model, prompts, seeds)                               # (B, 3, H, W)
             for job, group in zip(part, images.split(per_file)):
-                save_picture(job.path, group[0] if per_file == 1 else square(group))
+                # four in a square: top left, top right, bottom left, bottom right
+                save_picture(job.path, make_grid(group, nrow=2, padding=0))
             bar.update(len(part))
     if any_rank(bool(todo), dist):
         print(f"stopped with {len(todo)} files to go; the same command goes on from here")
         return False
     return True
-
-
-def square(images: Tensor) -> Tensor:
-    """Four pictures (4, 3, H, W) as one: top left, top right, bottom left, bottom right."""
-    top, bottom = (torch.cat([left, right], 2) for left, right in images.split(2))  # (3, H, 2 W) each
-    return torch.cat([top, bottom], 1)                                              # (3, 2 H, 2 W)
 
 
 # ----------------------------------------------------------------------------- published benchmarks
@@ -236,10 +231,6 @@ def fetched(path: str, url: str, cfg: EvalConfig, dist: Dist) -> Path:
     # the others wait until it is there
     any_rank(False, dist)
     return Path(path) if path else copy
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def judge_files(dist: Dist, jobs: list[tuple[Path, dict, Callable[[], dict]]]) -> bool:

@@ -31,8 +31,8 @@ import train
 from common import Refused, derive_seed, generator, knob, parse_config, resolve, setup_dist, write_json
 from dit import flow_matching_loss, randn
 from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, spread, table, write_csv
-from evaluation.claims import claim, largest_jump, panels
-from evaluation.layers import draw_all, draw_curves, own_rewards, stage3_log, without_region
+from evaluation.claims import claim, panels
+from evaluation.layers import draw_all, draw_curves, stage3_log, without_region
 from ldam import LDAM, REGIONS
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
@@ -95,18 +95,14 @@ class AblateConfig:
     seeds: int = knob(3, "runs of each row, with seeds 0, 1, 2 ...; at least 2")
     stage1_steps: int = knob(120, "steps of stage 1, rows about layers")
     stage2_steps: int = knob(100, "steps of stage 2, rows about layers")
-    pictures: int = knob(32, "pictures a step in stages 1 and 2")
     stage3_steps: int = knob(12, "epochs of stage 3 for each of the three rewards")
-    num_groups: int = knob(3, "stage 3: prompts an epoch")
-    group_size: int = knob(8, "stage 3: pictures a prompt")
-    dtype: str = knob("bf16", "of stages 1 and 2; stage 3 and scoring are fp32", choices=("fp32", "bf16"))
     out: str = knob("runs/ablate", "folder for runs, tables and plots; interrupted work there goes on")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Train every row over several seeds; table, plots and verdicts.
 
-    Returns the rows of ablate.csv and claims.csv under these names, what LDAM did ("ldam"); {} if stopped.
+    Returns the rows of ablate.csv and claims.csv under these names, and nano's thresholds; {} if stopped.
     """
     cfg = parse_config(AblateConfig, argv, description=__doc__.splitlines()[0])
     unknown = set(cfg.rows) - set(ROWS)
@@ -117,7 +113,10 @@ def main(argv: list[str] | None = None) -> dict:
     # the rows at nano thresholds wait for the logs that say which these are
     for name in sorted(cfg.rows, key=lambda name: ROWS[name].at_nano):
         if ROWS[name].at_nano and not spike:
-            spike, patience = find_thresholds(ldam_logs(cfg))
+            logs = read_runs(cfg)[1].get("ldam", {})
+            if len(logs) < cfg.seeds:
+                raise Refused("where LDAM fires on nano is found in the runs of row ldam: add it to --rows")
+            spike, patience = find_thresholds(list(logs.values()))
         for seed in range(cfg.seeds):
             folder, plan = run_folder(cfg, name, seed), make_plan(cfg, name, seed, spike, patience)
             same_settings(folder, plan)
@@ -162,16 +161,15 @@ def make_plan(cfg: AblateConfig, name: str, seed: int, spike: float, patience: i
     if ROWS[name].family == "layers":
         init, before, stages = [], "none", []
         for n, steps in ((1, cfg.stage1_steps), (2, cfg.stage2_steps)):
-            own = flags(steps=steps, warmup=max(1, steps // 10), batch_size=cfg.pictures,
-                        micro_batch=cfg.pictures, dtype=cfg.dtype, save_every=50)
+            own = flags(steps=steps, warmup=max(1, steps // 10), batch_size=32, micro_batch=32, dtype="bf16",
+                        save_every=50)
             stages.append(flags(stage=n, init=before, run_dir=folder / f"stage{n}") + shared + own)
             before = folder / f"stage{n}" / f"stage{n}.safetensors"
         stages[0] += layer_flags(name, PRESETS["nano"].vlm_layers)
     else:
         init = [parts / "stage2.safetensors" if cfg.init == "auto" else Path(cfg.init)]
-        own = flags(steps=cfg.stage3_steps, num_groups=cfg.num_groups, group_size=cfg.group_size,
-                    micro_batch=cfg.num_groups * cfg.group_size, num_steps=4, num_eval=24,
-                    eval_steps=DRAWING.num_steps, eval_every=10_000, save_every=10)
+        own = flags(steps=cfg.stage3_steps, num_groups=3, group_size=8, micro_batch=24, num_steps=4,
+                    num_eval=24, eval_steps=DRAWING.num_steps, eval_every=10_000, save_every=10)
         stages = [flags(stage=3, init=init[0], run_dir=folder / "stage3") + shared + own]
         stages[0] += ldam_flags(name, spike, patience)
     return {"stages": stages, "weights": cfg.weights, "sha256": weights_digest(parts, init)}
@@ -243,13 +241,11 @@ def heldout_loss(model: ParaUni, count: int) -> float:
 
 # ----------------------------------------------------------------------------- when LDAM fires
 
-def ldam_logs(cfg: AblateConfig) -> list[list[dict]]:
-    """The logs of row ldam, one a seed: there LDAM listened to every epoch."""
-    folders = [run_folder(cfg, "ldam", seed) for seed in range(cfg.seeds)]
-    if not all((folder / "row.json").is_file() for folder in folders):
-        raise Refused("the thresholds at which LDAM fires on nano are found in the row ldam, which is not "
-                      "finished: add ldam to --rows")
-    return [stage3_log(folder / "stage3") for folder in folders]
+def largest_jump(log: list[dict]) -> float:
+    """Of the gradient norm: the largest ratio of successive epochs of a phase."""
+    jumps = [after["grad_norm"] / before["grad_norm"] for before, after in zip(log, log[1:])
+             if before["phase"] == after["phase"] and before["grad_norm"] and after["grad_norm"]]
+    return max(jumps, default=0.0)
 
 
 def replay(log: list[dict], spike: float, patience: int) -> list[dict]:
@@ -284,18 +280,10 @@ def find_thresholds(logs: list[list[dict]]) -> tuple[float, int]:
     return spike, patience
 
 
-def what_ldam_did(logs: list[list[dict]]) -> dict:
-    """How far the runs of row ldam were from the paper's thresholds."""
-    records = [record for log in logs for record in log]
-    return {"runs": len(logs), "epochs": len(records), "largest jump": max(map(largest_jump, logs)),
-            "firings at the paper's thresholds": sum(record["ldam/fired"] for record in records),
-            "most declines": max(record.get("ldam/r_s", 0) for record in records)}
-
-
 # ----------------------------------------------------------------------------- the table
 
 def summarise(cfg: AblateConfig, spike: float, patience: int) -> dict:
-    """Every finished row of this folder, of the seeds asked for: table, plots, claims, what LDAM did."""
+    """Every finished row of this folder, of the seeds asked for: table, plots, claims."""
     folder = Path(cfg.out)
     runs, logs = read_runs(cfg)
     rows = [table_row(name, runs, logs) for name in runs]
@@ -313,16 +301,14 @@ def summarise(cfg: AblateConfig, spike: float, patience: int) -> dict:
     if claims:
         write_csv(folder / "claims.csv", claims)
 
-    # LDAM: how near it was to firing, and the curves with it and without
-    ldam = {"spike": spike, "patience": patience}
-    if "ldam" in logs:
-        ldam |= what_ldam_did(list(logs["ldam"].values()))
+    # the curves with LDAM and without
     pair = {"LDAM": logs.get("ldam-epoch", {}).get(0), "no LDAM": logs.get("no-ldam", {}).get(0)}
     if all(pair.values()):
         draw_curves(pair, [f"reward/{reward}" for reward in SUPPLEMENT], folder / "supplement")
-    tables = [table(part) for part in (rows, [ldam], claims) if part]
-    return finish(cfg, "ablate", {"ablate": rows, "claims": claims, "ldam": ldam},
-                  "\n\n".join([*tables, PAPER_NOTE]))
+    tables = [table(part) for part in (rows, claims) if part]
+    nano = f"Nano thresholds: --ldam-spike {spike:g} --ldam-patience {patience}."
+    return finish(cfg, "ablate", {"ablate": rows, "claims": claims, "spike": spike, "patience": patience},
+                  "\n\n".join([*tables, nano, PAPER_NOTE]))
 
 
 def read_runs(cfg: AblateConfig) -> tuple[dict, dict]:
@@ -339,8 +325,9 @@ def read_runs(cfg: AblateConfig) -> tuple[dict, dict]:
             if (folder / "stage3").is_dir():
                 log = stage3_log(folder / "stage3")
                 logs.setdefault(name, {})[seed] = log
-                for phase in {record["phase"] for record in log}:
-                    scores[f"{phase} in training"] = fmean(own_rewards(log, phase))
+                for reward in SUPPLEMENT:
+                    own = [record[f"reward/{reward}"] for record in log if record["phase"] == reward]
+                    scores[f"{reward} in training"] = fmean(value for value in own if value is not None)
     return runs, logs
 
 
@@ -354,8 +341,9 @@ def table_row(name: str, runs: dict, logs: dict) -> dict:
     difference = advantage(runs, name, reference, "judge") if name != reference else []
     row["judge against"] = ROWS[reference].title
     row["judge difference"], row["difference s.e."] = mean_and_error(difference)
-    epochs = [record for log in logs.get(name, {}).values() for record in log]
-    row["firings"] = sum(record["ldam/fired"] for record in epochs) if epochs else None
+    own = list(logs.get(name, {}).values())
+    row["firings"] = sum(record["ldam/fired"] for log in own for record in log) if own else None
+    row["largest jump"] = max(map(largest_jump, own)) if own else None
     row["paper"] = ROWS[name].paper
     return row
 

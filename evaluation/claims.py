@@ -53,10 +53,3 @@ def draw_curve(axis: Axes, log: list[dict], key: str, color: str, label: str) ->
             axis.axvline(record[unit] - 0.5, color="grey", linewidth=0.5)
         if record.get("ldam/fired"):
             axis.axvline(record[unit], color=color, linewidth=0.8, linestyle=":")
-
-
-def largest_jump(log: list[dict]) -> float:
-    """Of the gradient norm: the largest ratio of successive epochs of a phase."""
-    jumps = [after["grad_norm"] / before["grad_norm"] for before, after in zip(log, log[1:])
-             if before["phase"] == after["phase"] and before["grad_norm"] and after["grad_norm"]]
-    return max(jumps, default=0.0)

@@ -15,6 +15,7 @@ takes the categories from the last picture of each prompt alone.
 import re
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from common import Dist, Refused, derive_seed, fingerprint, knob
 from data import read_picture
-from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, file_digest, finish, judge_files,
+from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, finish, judge_files,
                         mean_and_error, read_csv, read_judged, spread, start, table, title_of)
 
 QUESTIONS_URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -180,7 +181,7 @@ def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[Item]) -> bool
     for item in items:
         grid = folder / f"{item.name}.png"
         questions = {p.number: p.question for p in item.propositions}
-        made_of = {"judge": vqa.name, "sha256": file_digest(grid), "questions": questions}
+        made_of = {"judge": vqa.name, "sha256": sha256(grid.read_bytes()).hexdigest(), "questions": questions}
         ask = partial(ask_about, vqa, grid, item.name, questions)
         jobs.append((Path(cfg.out) / "answers" / f"{item.name}.json", made_of, ask))
     return judge_files(dist, jobs)

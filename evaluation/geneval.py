@@ -14,11 +14,11 @@ rules are those of GenEval's code.
 
 Letters: P padded, h w resized, H W picture, Q queries of the detector, B crops, E embedding, T tower side.
 """
-import hashlib
 import json
 import math
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines
 from data import read_picture
-from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, file_digest, finish, judge_files,
+from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, finish, judge_files,
                         mean_and_error, read_json, read_judged, spread, table, title_of, write_lines)
 from model import weights_folder
 from rewards import load_clip
@@ -342,7 +342,7 @@ def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Promp
         raise Refused(f"{cfg.detector} does not know {sorted(asked - set(detector.classes))[:3]}")
     jobs = []
     for prompt in prompts:
-        digests = {name: file_digest(folder / name) for name in prompt.samples}
+        digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in prompt.samples}
         made_of = {"judge": detector.name, "clip": namer.name, "request": prompt.request, "sha256": digests}
         ask = partial(look, detector, namer, folder, prompt)
         jobs.append((Path(cfg.out) / "detections" / f"{prompt.folder}.json", made_of, ask))
@@ -380,4 +380,4 @@ def judge(prompts: list[Prompt], found: dict[str, list[dict]]) -> dict[tuple[int
 def prompts_digest(requests: list[dict]) -> str:
     """SHA-256 of what is asked, whatever the order; PROMPTS_DIGEST for the published prompts."""
     lines = sorted(json.dumps(request, sort_keys=True) for request in requests)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return sha256("\n".join(lines).encode()).hexdigest()

@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> dict:
     removed, regions_claims = figure5(scores, folder)
     claims += regions_claims
     if logs:
-        claims += figure9(logs, folder)
+        drawn = [key for key in next(iter(logs.values()))[0] if key.startswith("reward/")]
+        draw_curves(logs, drawn, folder / "figure9")
     write_csv(folder / "claims.csv", claims)
 
     # the pictures themselves: a row a prompt, a column a variant
@@ -296,28 +297,6 @@ def stage3_log(run: Path) -> list[dict]:
     if not records:
         raise Refused(f"expected the folder of a stage 3 run, with epochs in its log, got {run}")
     return records
-
-
-def own_rewards(log: list[dict], phase: str) -> list[float]:
-    """The training reward of each epoch of its own phase, without those that have none."""
-    values = [record[f"reward/{phase}"] for record in log if record["phase"] == phase]
-    return [value for value in values if value is not None]
-
-
-def figure9(logs: dict[str, list[dict]], folder: Path) -> list[dict]:
-    """Rewards by epoch; a claim for each reward of each run."""
-    rewards = dict.fromkeys(key for log in logs.values() for key in log[0] if key.startswith("reward/"))
-    draw_curves(logs, list(rewards), folder / "figure9")
-    claims = []
-    for run, log in logs.items():
-        for phase in dict.fromkeys(record["phase"] for record in log):
-            own = own_rewards(log, phase)
-            half = len(own) // 2
-            gains = [late - early for early, late in zip(own[:half], own[-half:])]
-            if half > 1:
-                claims.append(claim(f"{phase} rises in its phase (Figure 9, {run})",
-                                    f"{phase}, later - earlier half", gains, "pairs of epochs"))
-    return claims
 
 
 def draw_curves(logs: dict[str, list[dict]], keys: list[str], path: Path) -> None:

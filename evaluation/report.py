@@ -18,7 +18,7 @@ from pathlib import Path
 from common import Refused, atomic, knob, parse_config, read_log
 from data import read_picture
 from evaluation import read_csv, read_json
-from evaluation.claims import COLORS, draw_curve, largest_jump, panels
+from evaluation.claims import COLORS, draw_curve, panels
 
 LONG, MOST = 12, 300            # rows above which a table starts folded; rows that are shown
 MAX_WIDTH = 1600                # pixels; wider pictures are made smaller
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
     left_out: list[str] = []
     parts = [f"<h1>ParaUni: {text(cfg.folders)}</h1>"]
     if runs:
-        parts += ["<h2>Curves</h2>", charts(runs), "<h2>LDAM</h2>"]
-        parts += map(what_ldam_did, runs)
+        parts += ["<h2>Curves</h2>", charts(runs)]
     for folder in folders:
         parts.append(f"<h2>{text(folder)}</h2>")
         is_run = (folder / "metrics.jsonl").is_file()
@@ -174,20 +173,6 @@ def charts(runs: list[Run]) -> str:
     return ("<p>Pale: as logged. Solid: smoothed, EMA 0.1. Grey line: a new reward's phase. Dotted: LDAM "
             f"fires. Constant, not drawn: {text(constant) or 'none'}.</p>"
             f"<section class='charts'>{''.join(parts)}</section>")
-
-
-def what_ldam_did(run: Run) -> str:
-    """When LDAM fired, and how near it was to it."""
-    title = f"<h3>{text(run.folder)}</h3>"
-    records = [record for record in run.records if "ldam/r_s" in record]
-    if not records:
-        return f"{title}<p>No run of stage 3, or LDAM was off.</p>"
-    fired = [record["epoch"] for record in records if record["ldam/fired"]]
-    declines = max(record["ldam/r_s"] for record in records)
-    return (f"{title}<p>LDAM fired after {len(fired)} of {len(records)} epochs: {text(fired) or 'none'}. "
-            f"Largest jump of the gradient norm: {largest_jump(records):.3g} "
-            f"(fires from {run.config['ldam_spike']:g}). Most declines of the reward: {declines} "
-            f"(fires from {run.config['ldam_patience']}).</p>")
 
 
 def config_table(runs: list[Run]) -> str:

@@ -72,8 +72,7 @@ def test_a_run_is_trained_scored_and_not_trained_again(parts: Path, tmp_path: Pa
     monkeypatch.setattr(ablate, "NUM_PROMPTS", 6)
     monkeypatch.setattr(ablate, "NUM_LOSS", 4)
     monkeypatch.setattr(ablate, "DRAWING", replace(ablate.DRAWING, num_steps=2, guidance_scale=1.0))
-    cfg = AblateConfig(weights=str(parts), out=str(tmp_path), stage1_steps=2, stage2_steps=2, pictures=4,
-                       dtype="fp32")
+    cfg = AblateConfig(weights=str(parts), out=str(tmp_path), stage1_steps=2, stage2_steps=2)
     folder, plan = tmp_path / "no-middle-seed0", ablate.make_plan(cfg, "no-middle", 0, 0.0, 0)
     assert ablate.run_row(folder, plan)
     scores = json.loads((folder / "row.json").read_text())["scores"]
@@ -215,12 +214,13 @@ def test_table_claims_and_what_ldam_did(tmp_path: Path, capsys: pytest.CaptureFi
              "supported")):
         assert claims[text, measure]["verdict"] == verdict, text
     assert not any("deep" in text for text, _ in claims)                        # no such row was trained
-    assert result["ldam"]["largest jump"] == 2.5 and result["ldam"]["firings at the paper's thresholds"] == 0
+    row = table[ROWS["ldam"].title]
+    assert row["largest jump"] == "2.5" and row["firings"] == "0"
     assert ablate.PAPER_NOTE in capsys.readouterr().out
     for name in ("ablate", "supplement"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_thresholds_are_asked_for_where_they_cannot_be_found(tmp_path: Path, parts: Path) -> None:
-    with pytest.raises(Refused, match="add ldam to --rows"):
+    with pytest.raises(Refused, match="row ldam: add it to --rows"):
         ablate.main(["--out", str(tmp_path), "--weights", str(parts), "--rows", "ldam-keep"])

@@ -9,8 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from common import Refused, derive_seed
-from evaluation import layers
-from evaluation import claims, read_csv
+from evaluation import layers, read_csv
 from evaluation.claims import T95, claim, t_quantile
 from helpers import TINY, save_stages, tiny_model
 from ldam import REGIONS
@@ -187,13 +186,11 @@ def test_figure5_judges_all_four_claims_of_the_caption(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------- curves
 
-def test_figure9_has_the_values_and_says_what_rises(tmp_path: Path) -> None:
+def test_figure9_has_the_values(tmp_path: Path) -> None:
     log = [{"epoch": n, "phase": phase, "reward/aesthetic": n + n % 3, "reward/clip": None if n == 2 else -n,
-            "ldam/fired": int(n == 9), "grad_norm": 1.0 + n % 2, "kl": 0.0}
+            "ldam/fired": int(n == 9)}
            for n, phase in enumerate(["aesthetic"] * 8 + ["clip"] * 8, start=1)]
-    said = verdicts(layers.figure9({"with": log, "without": log}, tmp_path))
-    assert said["aesthetic rises in its phase (Figure 9, with)"] == "supported"
-    assert said["clip rises in its phase (Figure 9, without)"] == "contradicted"
+    layers.draw_curves({"with": log, "without": log}, CURVES, tmp_path / "figure9")
     rows = read_csv(tmp_path / "figure9.csv")
     assert len(rows) == 32 and rows[8]["fired"] == "1" and [rows[1][key] for key in CURVES] == ["4", ""]
-    assert claims.largest_jump(log) == 2.0
+    assert (tmp_path / "figure9.png").read_bytes().startswith(b"\x89PNG")

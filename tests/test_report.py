@@ -66,8 +66,6 @@ def test_runs_are_shown_with_curves_pictures_layers_and_flags(tmp_path: Path) ->
     assert names[:4] == ["reward/clip", "kl", "grad_norm", "ldam/r_s"]
     assert names[4:] == ["epoch-00000.png", "epoch-00020.png"] * 2
     assert "Constant, not drawn: heldout/clip, ratio_dev." in found.words
-    assert "fired after 0 of 20 epochs: none. Largest jump of the gradient norm: 3 (fires" in found.words
-    assert "LDAM fired after 1 of 20 epochs: 7." in found.words
     # what differs between the runs comes first
     assert re.findall(r"<tr><td>(\w+)</td>", page[page.index("Configuration"):])[0] == "lr"
 
