@@ -183,8 +183,8 @@ def whole(tree: Any) -> Any:
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor split as `like` is."""
-    if not isinstance(like, DTensor):
+    """A whole tensor split as `like` is; one that is split already stays so."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 

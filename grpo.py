@@ -5,7 +5,7 @@
   3. decode; score with the reward of this phase, and with the others to watch them
   4. compare within groups: advantage = (reward - mean of its group) / std of its group
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
-     policy, and stay near the stage II model (KL)
+     policy, and stay near a reference (KL), the stage II model
   6. LDAM looks at the gradient norm and the reward, and may fire
   7. EMA, save; then, as the next turn begins, look at held-out prompts now and then, and log
 
@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from common import (Dist, Refused, RunConfig, StopSignal, adamw, average_gradients, clip_gradients, cosine_lr,
                     derive_seed, ema_update, finish, gather, generator, knob, load_checkpoint,
-                    mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint, swapped,
-                    write_log)
+                    mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint, split_like,
+                    swapped, write_log)
 from data import FilePrompts, NanoPrompts, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -74,8 +74,12 @@ class GRPOConfig(RunConfig):
     sde_window: int = knob(0, "stochastic steps in a window that slides by one an epoch; 0: all but the last")
     # objective
     clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
-    kl_coef: float = knob(0.01, "weight of the KL to the stage II model")
+    kl_coef: float = knob(0.01, "weight of the KL to the reference")
+    kl_reference: str = knob("stage2", "what the KL refers to: the model of stage 2, or that which the phase "
+                             "began with", choices=("stage2", "phase"))
     inner_updates: int = knob(1, "optimizer steps on each epoch's pictures")
+    step_weights: str = knob("equal", "of the steps in the loss; noise: in proportion to their std",
+                             choices=("equal", "noise"))
     anchor: str = knob("rollout", "old log-probabilities: the rollout's, or taken again in the update's mode",
                        choices=("rollout", "recompute"))
     # LDAM
@@ -163,11 +167,14 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
     old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
     loss = grpo_loss(log_prob, old_log_prob, advantages, cfg.clip_range)
 
-    # the rein: not too far from the stage II model
+    # the rein: not too far from the reference
     kl = torch.zeros_like(log_prob)                                                     # (b,)
     if cfg.kl_coef > 0:
         kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
         loss = loss + cfg.kl_coef * kl.mean()
+    # the gradient grows as the noise shrinks: late steps would drown early ones, which decide what is where
+    if cfg.step_weights == "noise":
+        loss = loss * std.mean() / cfg.noise_level
 
     # to be watched
     deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
@@ -312,7 +319,7 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
             if k in trained:
                 x_next, log_prob[k, pictures], _, _ = step_log_prob(
                     policy.dit, kv, x, t, t_next, cfg, generators=generators)
-                # where would the stage II model have gone from here?
+                # where would the reference have gone from here?
                 if cfg.kl_coef > 0:
                     _, _, mean_ref[k, pictures], _ = step_log_prob(
                         reference.dit, kv_ref, x, t, t_next, cfg, x_next)
@@ -428,6 +435,15 @@ def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str]
     return {name: scores[:total, j].tolist() for j, name in enumerate(scorers)}
 
 
+@torch.no_grad()
+def draw_examples(cfg: GRPOConfig, model: ParaUni, prompts: list[str], dist: Dist) -> Tensor:
+    """Pictures of the first prompts, always from the same noise, (8, 3, H, W) on the CPU. All ranks draw, as
+    the weights may be split."""
+    with precision(dist.device, cfg.dtype):
+        images = model.generate(prompts[:8], cfg.eval_steps, cfg.eval_guidance_scale, seed=cfg.seed)
+    return images.cpu()
+
+
 def finite_mean(values: list[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return fmean(finite) if finite else math.nan
@@ -487,6 +503,13 @@ def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter]) -> tuple[torch.o
     return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam, None
 
 
+@torch.no_grad()
+def copy_weights(source: dict[str, Tensor], target: dict[str, nn.Parameter]) -> None:
+    """Those that `source` has, split as `target` is."""
+    for name, tensor in source.items():
+        target[name].copy_(split_like(tensor, target[name]))
+
+
 # ----------------------------------------------------------------------------- the loop
 
 def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
@@ -494,9 +517,9 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     check_flags(cfg, dist.world_size)
     state = open_run(cfg, dist, "epoch")
     model = ParaUni.for_training(cfg, dist.device)
-    # the stage II model, frozen, to which the KL of all phases refers; what nobody trains is shared
+    # a frozen copy, to which the KL refers; what nobody trains is shared
     reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
-    params, _ = prepare(cfg, model), prepare(cfg, reference)
+    params, params_ref = prepare(cfg, model), prepare(cfg, reference)
     reference.requires_grad_(False)
     ema = {name: p.detach().clone() for name, p in params.items()}
 
@@ -518,9 +541,12 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         load_checkpoint(state, params, ema, optimizer)
         ldam.load_state_dict(state["ldam"])
         done, skipped, record = state["epoch"], state["skipped"], state["record"]
-        evals, gamma = state["evals"], state["gamma"]
+        evals, gamma, before = state["evals"], state["gamma"], state["before"]
+        copy_weights(state["reference"], params_ref)
         kept = state["kept_noise"]
         model.lim.kept_noise = reference.lim.kept_noise = None if kept is None else kept.to(dist.device)
+    else:
+        before = draw_examples(cfg, model, heldout, dist)                               # (8, 3, H, W)
 
     per_phase = math.ceil(cfg.steps / cfg.inner_updates)
     total = per_phase * len(names)
@@ -542,6 +568,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # the next reward begins
             if step == 0:
                 optimizer, ldam, gamma = new_phase(cfg, params)
+                if cfg.kl_reference == "phase":
+                    copy_weights(params, params_ref)
             clock = [time.perf_counter()]
 
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
@@ -618,7 +646,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             if is_stopped or gives_up or step + 1 == per_phase or (epoch + 1) % cfg.save_every == 0:
                 save_checkpoint(cfg, dist, epoch + 1, params, ema, optimizer, {
                     "epoch": epoch + 1, "skipped": skipped, "record": record, "evals": evals, "gamma": gamma,
-                    "ldam": ldam.state_dict(), "kept_noise": model.lim.kept_noise, "prompts": digest})
+                    "ldam": ldam.state_dict(), "kept_noise": model.lim.kept_noise, "prompts": digest,
+                    "before": before, "reference": params_ref if cfg.kl_reference == "phase" else {}})
             if gives_up:
                 raise Refused(f"{skipped} updates in a row were skipped up to epoch {epoch + 1}: no finite "
                               "gradient, or no finite reward; the weights before them are saved")
@@ -627,23 +656,13 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 
     with swapped(params, ema):
         finish(cfg, model, dist, record)
-        leave_pictures(cfg, reference, model, heldout[:8], dist)
-    for name, before, after in zip(names, evals[:-1], evals[1:]) if dist.lead else ():
-        print(f"\n{name}\n{reward_table(before, after)}")
-    return {name: finite_mean(values) for name, values in evals[-1].items()}
-
-
-@torch.no_grad()
-def leave_pictures(cfg: GRPOConfig, before: ParaUni, after: ParaUni, prompts: list[str], dist: Dist) -> None:
-    """Pictures of the same prompts and noise before and after, and the curves. All ranks draw, as the weights
-    may be split; the lead writes."""
-    # stage II knew no perturbation
-    before.lim.kept_noise = None
-    with precision(dist.device, cfg.dtype):
-        images = [model.generate(prompts, cfg.eval_steps, cfg.eval_guidance_scale, seed=cfg.seed)
-                  for model in (before, after)]                                         # 2 x (8, 3, H, W)
+        after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
     if dist.lead:
         folder = Path(cfg.run_dir)
-        save_sheet(folder / "before_after.png", torch.cat(images), len(prompts), prompts * 2,
-                   ["before", "after"])
+        save_sheet(folder / "before_after.png", torch.cat([before, after]), len(after),
+                   heldout[:len(after)] * 2, ["before", "after"])
         plot_rewards(folder / "rewards.png", read_log(folder / "metrics.jsonl"))
+        for name, first, last in zip(names, evals[:-1], evals[1:]):
+            print(f"\n{name}\n{reward_table(first, last)}")
+    return {name: finite_mean(values) for name, values in evals[-1].items()}
+

@@ -61,7 +61,7 @@ def rank_of_a_run(rank: int, ranks: int, port: int, argv: list[str], log: Path) 
     if not NANO:
         PRESETS["nano"] = TINY
         # drawn after everything else, and longer than a tiny run
-        grpo.leave_pictures = lambda *args: None
+        grpo.draw_examples = lambda *args: torch.zeros(1, 3, 4, 4)
     common.run(lambda: train.main(argv))
 
 

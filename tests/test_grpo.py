@@ -247,7 +247,8 @@ def naive_means(model: ParaUni, b: int, noise: list[Tensor], rolled: Rollout,
 def test_the_gradient_is_that_of_the_objective_written_out(policy: ParaUni, guidance: float, gamma: float,
                                                            micro_batch: int) -> None:
     """All pictures and steps as one graph, LDAM's noise and both sides of the clip included."""
-    cfg = replace(CFG, guidance_scale=guidance, micro_batch=micro_batch, kl_coef=0.5, clip_range=2e-4)
+    cfg = replace(CFG, guidance_scale=guidance, micro_batch=micro_batch, kl_coef=0.5, clip_range=2e-4,
+                  step_weights="noise" if gamma else "equal")
     reference = moved(tiny_model(), 0.02, seed=2)
     prefix, perturbation, rolled = roll(policy, cfg, gamma, reference)
     moved(policy, 0.004)
@@ -266,7 +267,8 @@ def test_the_gradient_is_that_of_the_objective_written_out(policy: ParaUni, guid
             ratio = (log_prob - rolled.log_prob[k, b]).exp()
             bounded = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
             kl = kl_divergence(Normal(mean, std), Normal(ref, std)).mean()
-            total = total - torch.minimum(ratio * advantage, bounded * advantage) + cfg.kl_coef * kl
+            gain = torch.minimum(ratio * advantage, bounded * advantage) - cfg.kl_coef * kl
+            total = total - gain * (std / cfg.noise_level if gamma else 1.0)
             kls.append(kl.item())
     (total / 24).backward()
     assert figures["kl"].mean().item() == pytest.approx(sum(kls) / 24, rel=1e-4)

@@ -229,7 +229,8 @@ def test_captions_are_true_of_the_scenes_that_they_fit() -> None:
 def test_what_is_said_has_one_order() -> None:
     """The same for both ways to say it, and another for another side."""
     said = [pretrain.said_of(world.parse_prompt(text)) for text in (
-        "a red star above a blue heart", "a blue heart below a red star", "a heart above a star", "two hearts")]
+        "a red star above a blue heart", "a blue heart below a red star", "a heart above a star",
+        "two hearts")]
     heart, star = world.SHAPES.index("heart"), world.SHAPES.index("star")
     blue, red = (world.COLOR_NAMES.index(color) for color in ("blue", "red"))
     below, above = (list(world.RELATIONS).index(side) for side in ("below", "above"))

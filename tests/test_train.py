@@ -65,7 +65,7 @@ def command(patch: pytest.MonkeyPatch, stage: int, weights: Path, run_dir: Path,
     scorers = {"bright": Bright(at), "red": red, "clip": red}
     patch.setattr(grpo, "build_reward", lambda name, device, weights: scorers[name])
     if "--eval-every" not in flags:
-        patch.setattr(grpo, "leave_pictures", lambda *args: None)
+        patch.setattr(grpo, "draw_examples", lambda *args: torch.zeros(1, 3, 4, 4))
     return train.main(["--stage", str(stage), "--weights", str(weights), "--run-dir", str(run_dir),
                        *(REINFORCE if stage == 3 else SHORT), *flags])
 
@@ -182,7 +182,7 @@ def test_the_saved_file_makes_the_pictures_that_were_scored(run: Callable, tiny_
                                                             tmp_path: Path) -> None:
     final = run(3, "run", "--ema-decay", "0.3", "--lr", "1e-3")
     model = ParaUni.from_preset("nano", tiny_weights, tmp_path / "run" / "stage3.safetensors", stage=3)
-    cfg = GRPOConfig(dtype="fp32", micro_batch=4, eval_steps=2)
+    cfg = GRPOConfig(dtype="fp32", micro_batch=4, eval_steps=2, eval_guidance_scale=1.0)
     scores = score_heldout(model, {"bright": Bright({})}, nano_prompts(test=True)[:4], cfg,
                            Dist(0, 1, torch.device("cpu")))["bright"]
     assert sum(scores) / 4 == pytest.approx(final["bright"], abs=1e-6)
