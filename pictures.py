@@ -50,9 +50,10 @@ def smoothed(values: list[float], rate: float = 0.1) -> list[float]:
 
 
 def plot_rewards(path: str | Path, records: list[dict]) -> None:
-    """Mean reward of each epoch of stage III (paper Figure 9), raw (pale) and smoothed, a panel a reward. Its
-    own phase is shaded; a red line stands where LDAM fired."""
+    """Mean reward of each epoch of stage III (paper Figure 9), raw (pale) and smoothed, a panel a reward; dots
+    are held-out scores. Its own phase is shaded; a red line stands where LDAM fired."""
     names = list(dict.fromkeys(record["phase"] for record in records))
+    looks = [record for record in records if f"heldout/{names[0]}" in record]
     records = [record for record in records if record["epoch"] > 0]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False,
                                 layout="constrained")
@@ -62,6 +63,8 @@ def plot_rewards(path: str | Path, records: list[dict]) -> None:
         values = [record[f"reward/{name}"] for record in scored]
         axis.plot(epochs, values, color="tab:blue", alpha=0.3)
         axis.plot(epochs, smoothed(values), color="tab:blue")
+        axis.plot([record["epoch"] for record in looks], [record[f"heldout/{name}"] for record in looks],
+                  "o-", color="black", markersize=3, linewidth=0.8)
         own = [record["epoch"] for record in records if record["phase"] == name]
         axis.axvspan(own[0] - 0.5, own[-1] + 0.5, color="tab:blue", alpha=0.08)
         for record in records:

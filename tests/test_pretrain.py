@@ -251,8 +251,8 @@ def test_people_prefer_what_they_asked_for_in_the_middle() -> None:
         right = [world.fulfils(things, prompt) for things in found]
         near, far = (world.from_middle(things) for things in found)
         assert right[0]
-        # the judge's middle of a shape is its centre of mass
-        assert abs(odd - (far - near + 8 * (not right[1])) / 2) < 0.5, (prompt, odd)
+        # the judge's middle of a shape is its centre of mass, of a moon over a pixel away
+        assert abs(odd - (far - near + 8 * (not right[1])) / 2) < 1.5, (prompt, odd)
 
 
 def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None) -> None:

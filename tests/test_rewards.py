@@ -201,7 +201,7 @@ def test_own_tokenizer_is_pooled_at_its_end_token() -> None:
     clip, encode, _ = rewards.load_clip(ROOT / "weights" / "nano" / "clip")
     ids = encode(["a red heart", "star", "a blue star " * 9])                               # (U, S)
     end = torch.tensor([3, 1, 19])                          # a text that was cut keeps its end
-    assert ids.shape == (3, 20) and ids[range(3), end].tolist() == [76] * 3 and ids[0, 4:].sum() == 0
+    assert ids.shape == (3, 20) and ids[range(3), end].tolist() == [73] * 3 and ids[0, 4:].sum() == 0
     with torch.no_grad():
         x = clip.token_embedding(ids) + clip.positional_embedding
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))                    # (U, S, width)

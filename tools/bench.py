@@ -270,7 +270,9 @@ def stage3_flags(folder: str, preset: str) -> list[str]:
     reward.write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
     flags = {"stage": 3, "preset": preset, "weights": "random", "run-dir": f"{folder}/run", "lr": 1e-6,
              "prompts": prompts, "eval-prompts": prompts, "rewards": f"{reward}:brightness", "num-eval": 1,
-             "eval-steps": 1, "eval-every": never, "save-every": never, "steps": never}
+             "eval-steps": 1, "eval-every": never, "save-every": never, "steps": never,
+             # the paper's, whatever the preset's recipe says
+             "guidance-scale": 4.5, "sde-window": 0}
     return [f"--{name}={value}" for name, value in flags.items()]
 
 

@@ -112,7 +112,8 @@ def reinforced(model: ParaUni, cfg: GRPOConfig, groups: int, m: int) -> Iterator
     yield
 
     # the other: back through LIM and VLM
-    torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
+    used = [(root, leaf.grad) for root, leaf in zip(roots, leaves) if leaf.grad is not None]
+    torch.autograd.backward(*zip(*used))
     yield
 
 
