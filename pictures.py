@@ -50,8 +50,8 @@ def smoothed(values: list[float], rate: float = 0.1) -> list[float]:
 
 
 def plot_rewards(path: str | Path, records: list[dict]) -> None:
-    """Mean reward of each epoch of stage III (paper Figure 9), raw (pale) and smoothed, a panel a reward; dots
-    are held-out scores. Its own phase is shaded; a red line stands where LDAM fired."""
+    """Mean reward of each epoch of stage III (paper Figure 9), raw (pale) and smoothed, a panel a reward. Its
+    own phase is shaded; black dots are held-out scores; a red line stands where LDAM fired."""
     names = list(dict.fromkeys(record["phase"] for record in records))
     looks = [record for record in records if f"heldout/{names[0]}" in record]
     records = [record for record in records if record["epoch"] > 0]

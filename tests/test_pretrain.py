@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common import Refused, adamw, cosine_lr
 from model import PRESETS, ParaUni
-from nano import pretrain, world
+from nano import check, pretrain, world
 from nano.world import Prompt
 from rewards import build_reward
 
@@ -272,3 +272,20 @@ def test_an_unknown_part_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(pretrain, "PARTS", {"vae": (pytest.fail, 1, "vae")})
     with pytest.raises(Refused, match="vml"):
         pretrain.main(["vae", "vml"])
+
+
+def test_the_check_counts_wins_and_looks_at_every_task() -> None:
+    """The area under the curve by hand; then the command with few pictures."""
+    assert check.area_under_curve(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0, 2.0])) == 4.5 / 6
+    result = check.main(["--pictures", "2"])
+    assert list(result["auc"]) == list(world.TASKS) and 0 < result["right"] < 1
+    assert result["headroom"].keys() == {"aesthetic", "pickscore", "clip"}
+
+
+def test_the_preferred_look_is_that_of_a_quarter() -> None:
+    draw, prompt = rng(8), world.parse_prompt("a red heart")
+    light = [check.preferred(draw, prompt, "aesthetic").light for _ in range(60)]
+    middle = [world.from_middle(check.preferred(draw, prompt, "pickscore").things) for _ in range(60)]
+    anywhere = [world.from_middle(world.scene_for(draw, prompt).things) for _ in range(60)]
+    assert min(light) > 0.5 and np.mean(light) > 0.8
+    assert np.mean(middle) < 0.6 * np.mean(anywhere)
