@@ -433,6 +433,11 @@ def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> tor
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=False if is_split else None)
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def cosine_lr(step: int, total: int, warmup: int, base: float) -> float:
     """Learning rate of a step counted from 0: linear to base at step warmup, then cosine to 0 at step total.
 

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from common import (Dist, Refused, RunConfig, StopSignal, adamw, average_gradients, clip_gradients, cosine_lr,
                     derive_seed, ema_update, finish, gather, generator, knob, load_checkpoint,
-                    mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint, split_like,
-                    swapped, write_log)
+                    mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint, set_lr,
+                    split_like, swapped, write_log)
 from data import FilePrompts, NanoPrompts, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -237,7 +237,8 @@ def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -
     kept = model.lim.kept_noise
     if kept is None:
         shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
-        kept = torch.ones(shape, device=model.device)                                   # (L, N, E)
+        kept = torch.ones(shape)                                                        # (L, N, E)
+    kept = kept.to(model.device)
     for layer, noise in zip(perturbation.layers, perturbation.noise(slice(None), model)):
         kept[layer - 1] *= 1 + noise[0]
     model.lim.kept_noise = reference.lim.kept_noise = kept
@@ -495,8 +496,12 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
     return scorers
 
 
-def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, LDAM, None]:
-    """Every reward begins with a fresh optimizer and a fresh LDAM, which has not fired."""
+def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict[str, nn.Parameter],
+              ) -> tuple[torch.optim.Optimizer, LDAM, None]:
+    """Every reward begins with a fresh optimizer and a fresh LDAM, which has not fired, and with a new
+    reference where --kl-reference says so."""
+    if cfg.kl_reference == "phase":
+        copy_weights(params, params_ref)
     ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
                 use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
                 gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
@@ -508,6 +513,17 @@ def copy_weights(source: dict[str, Tensor], target: dict[str, nn.Parameter]) -> 
     """Those that `source` has, split as `target` is."""
     for name, tensor in source.items():
         target[name].copy_(split_like(tensor, target[name]))
+
+
+def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, names: list[str],
+         evals: list[dict[str, list[float]]]) -> None:
+    """What a run leaves to look at: pictures before and after, (8, 3, H, W) each, curves, a table a phase."""
+    folder, count = Path(cfg.run_dir), len(after)
+    save_sheet(folder / "before_after.png", torch.cat([before, after]), count, prompts[:count] * 2,
+               ["before", "after"])
+    plot_rewards(folder / "rewards.png", read_log(folder / "metrics.jsonl"))
+    for name, first, last in zip(names, evals[:-1], evals[1:]):
+        print(f"\n{name}\n{reward_table(first, last)}")
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -531,7 +547,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     names = list(scorers)
 
     # where the run stands: at its beginning, or where a checkpoint left it
-    optimizer, ldam, gamma = new_phase(cfg, params)
+    optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
     done, skipped, record = 0, 0, {"epoch": 0, "phase": names[0]}
     evals: list[dict[str, list[float]]] = []        # held-out scores before the first phase, and after each
     digest = derive_seed(*prompts, *heldout)
@@ -540,13 +556,11 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             raise Refused("the prompt files are not those that this run began with: put them back")
         load_checkpoint(state, params, ema, optimizer)
         ldam.load_state_dict(state["ldam"])
-        done, skipped, record = state["epoch"], state["skipped"], state["record"]
-        evals, gamma, before = state["evals"], state["gamma"], state["before"]
         copy_weights(state["reference"], params_ref)
-        kept = state["kept_noise"]
-        model.lim.kept_noise = reference.lim.kept_noise = None if kept is None else kept.to(dist.device)
-    else:
-        before = draw_examples(cfg, model, heldout, dist)                               # (8, 3, H, W)
+        model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"]
+        done, skipped, record, evals, gamma = (
+            state[key] for key in ("epoch", "skipped", "record", "evals", "gamma"))
+    before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
     per_phase = math.ceil(cfg.steps / cfg.inner_updates)
     total = per_phase * len(names)
@@ -567,9 +581,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 
             # the next reward begins
             if step == 0:
-                optimizer, ldam, gamma = new_phase(cfg, params)
-                if cfg.kl_reference == "phase":
-                    copy_weights(params, params_ref)
+                optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
             clock = [time.perf_counter()]
 
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
@@ -603,8 +615,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             norms, figures = [], []
             for update in range(cfg.inner_updates):
                 lr = cosine_lr(step * cfg.inner_updates + update, num_updates, cfg.warmup, cfg.lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                set_lr(optimizer, lr)
                 optimizer.zero_grad(set_to_none=True)
                 logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
                 average_gradients(params.values(), dist)
@@ -658,11 +669,6 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         finish(cfg, model, dist, record)
         after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
     if dist.lead:
-        folder = Path(cfg.run_dir)
-        save_sheet(folder / "before_after.png", torch.cat([before, after]), len(after),
-                   heldout[:len(after)] * 2, ["before", "after"])
-        plot_rewards(folder / "rewards.png", read_log(folder / "metrics.jsonl"))
-        for name, first, last in zip(names, evals[:-1], evals[1:]):
-            print(f"\n{name}\n{reward_table(first, last)}")
+        show(cfg, heldout, before, after, names, evals)
     return {name: finite_mean(values) for name, values in evals[-1].items()}
 

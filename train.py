@@ -22,8 +22,8 @@ from tqdm import tqdm
 import grpo
 from common import (Dist, Refused, RunConfig, StopSignal, adamw, average_gradients, clip_gradients, cosine_lr,
                     ema_update, finish, generator, knob, load_checkpoint, mean_over_ranks, open_run,
-                    parse_config, precision, prepare, resolve, run, save_checkpoint, setup_dist, swapped,
-                    write_log)
+                    parse_config, precision, prepare, resolve, run, save_checkpoint, set_lr, setup_dist,
+                    swapped, write_log)
 from data import Latents, NanoLatents
 from dit import flow_matching_loss, randn
 from model import PRESETS, ParaUni
@@ -116,8 +116,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
         for step in range(done, cfg.steps):
             # set the learning rate
             lr = cosine_lr(step, cfg.steps, cfg.warmup, cfg.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
 
             # accumulate the gradient over micro-batches
             optimizer.zero_grad(set_to_none=True)

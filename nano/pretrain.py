@@ -42,7 +42,7 @@ from transformers import PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (Refused, adamw, atomic, cosine_lr, environment, generator, knob, parse_config, precision,
-                    run, write_json)
+                    run, set_lr, write_json)
 from dit import DiT, flow_matching_loss, randn, sample_ode
 from model import PRESETS, PROMPT, QUESTION, ParaUni, weights_folder
 from nano import world
@@ -99,8 +99,7 @@ def train(name: str, net: nn.Module, steps: int, lr: float, draw: Callable, loss
     start, losses = time.time(), []
     for step, batch in enumerate(batches):
         for optimizer, peak in peaks.items():
-            for group in optimizer.param_groups:
-                group["lr"] = cosine_lr(step, steps, 50, peak)
+            set_lr(optimizer, cosine_lr(step, steps, 50, peak))
 
         with precision(DEVICE, "bf16"):
             loss = loss_of(*batch)
