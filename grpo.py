@@ -238,6 +238,7 @@ def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -
     if kept is None:
         shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
         kept = torch.ones(shape)                                                        # (L, N, E)
+    # a checkpoint gave it back on the CPU
     kept = kept.to(model.device)
     for layer, noise in zip(perturbation.layers, perturbation.noise(slice(None), model)):
         kept[layer - 1] *= 1 + noise[0]
@@ -500,8 +501,10 @@ def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict
               ) -> tuple[torch.optim.Optimizer, LDAM, None]:
     """Every reward begins with a fresh optimizer and a fresh LDAM, which has not fired, and with a new
     reference where --kl-reference says so."""
+    # what earlier rewards have taught is not pulled back
     if cfg.kl_reference == "phase":
         copy_weights(params, params_ref)
+    # momentum and declines of the last reward say nothing about this one
     ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
                 use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
                 gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
@@ -518,10 +521,12 @@ def copy_weights(source: dict[str, Tensor], target: dict[str, nn.Parameter]) -> 
 def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, names: list[str],
          evals: list[dict[str, list[float]]]) -> None:
     """What a run leaves to look at: pictures before and after, (8, 3, H, W) each, curves, a table a phase."""
+    # a row of pictures a model, of the same prompts and noise
     folder, count = Path(cfg.run_dir), len(after)
     save_sheet(folder / "before_after.png", torch.cat([before, after]), count, prompts[:count] * 2,
                ["before", "after"])
     plot_rewards(folder / "rewards.png", read_log(folder / "metrics.jsonl"))
+    # the held-out scores before and after each phase
     for name, first, last in zip(names, evals[:-1], evals[1:]):
         print(f"\n{name}\n{reward_table(first, last)}")
 
@@ -579,7 +584,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             if epoch == total:
                 break
 
-            # the next reward begins
+            # the next reward begins, from the weights that the last one left
             if step == 0:
                 optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
             clock = [time.perf_counter()]
