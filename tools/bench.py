@@ -332,8 +332,9 @@ class Worker:
     def __init__(self, flags: list[str], side: str) -> None:
         checkout = ROOT if side in ("ours", "diffusers", "naive") else Path(side).resolve()
         self.errors = tempfile.TemporaryFile("w+")
+        path = f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         self.process = subprocess.Popen([sys.executable, __file__, *flags, "--side", side], text=True,
-                                        env=os.environ | {"PYTHONPATH": str(checkout)}, stdin=subprocess.PIPE,
+                                        env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.errors)
 
     def ask(self, command: str) -> dict[str, float]:

@@ -207,7 +207,8 @@ def plans(name: str, toy: bool) -> Iterator[dict]:
 
 def full_size(name: str, toy: bool, planned: list[plan.Plan]) -> Iterator[dict]:
     """Stages I to III, eager and then compiled; all runs share one model."""
-    limit = 8 * GB if toy else torch.cuda.get_device_properties(DEVICE).total_memory
+    # a GPU that others use too has less than all of its memory
+    limit = 8 * GB if toy else torch.cuda.mem_get_info()[0]
     peak = bench.matmul_peak(DEVICE, torch.bfloat16)
     with torch.device(DEVICE):
         model = plan.build(PRESETS[name])
@@ -358,11 +359,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             limit = left if args.toy else min(left, LIMITS[name])
             return finish(name, start(name, folder, args.toy), folder, limit)
 
+        results = {}
         with ThreadPoolExecutor(2 if args.toy else 1) as pool:
-            results = dict(zip(names, pool.map(run_part, names)))
-    write_json(Path(args.out).with_suffix(".json"), {"toy": args.toy, **environment(), "parts": results})
-    text = report(results)
-    Path(args.out).with_suffix(".md").write_text(text)
+            for name, result in zip(names, pool.map(run_part, names)):
+                results[name] = result
+                # after each part: a machine that is taken away leaves what was measured
+                write_json(Path(args.out).with_suffix(".json"),
+                           {"toy": args.toy, **environment(), "parts": results})
+                text = report(results)
+                Path(args.out).with_suffix(".md").write_text(text)
     print(text)
     return results
 
