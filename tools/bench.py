@@ -23,7 +23,6 @@ there before. Weights are random: no figure depends on them. The matmul peak is 
 
 Letters: B pictures, N queries, E condition width, C h w latent.
 """
-import argparse
 import copy
 import json
 import os
@@ -32,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -44,12 +43,13 @@ sys.path += [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import common
 import naive
 import train
-from common import adamw, compile_parts, environment, generator, precision, write_json
+from common import (Refused, adamw, compile_parts, environment, generator, knob, parse_config, precision,
+                    read_log, resolve, run)
 from data import nano_prompts
 from dit import DiT, flow_matching_loss, sample_ode
+from evaluation import table
 from grpo import group_advantages
 from meter import Meter
 from model import PRESETS, ParaUni
@@ -58,39 +58,37 @@ from vae import DCAE
 RIVALS = {"dit": "diffusers", "dit-train": "diffusers", "decode": "diffusers", "sample": "diffusers",
           "stage1": "naive", "stage3": "naive", "window": ""}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MARK = "bench:"                         # in front of a worker's answers: training prints too
 GB = 1e9
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--what", choices=RIVALS, default="sample")
-    add("--vs", default="", help="diffusers, naive, or the folder of another checkout")
-    add("--preset", choices=PRESETS, default="nano")
-    add("--blocks", type=int, default=0, help="DiT blocks kept; 0: all")
-    add("--vlm-layers", type=int, default=0, help="VLM layers kept; 0: all")
-    add("--batch", type=int, default=4, help="pictures a run; in stage 3, pictures a forward pass")
-    add("--num-groups", type=int, default=2, help="stage 3: prompts an epoch")
-    add("--group-size", type=int, default=8, help="stage 3: pictures a prompt")
-    add("--num-steps", type=int, default=10, help="sampling steps")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
-        help="of weights, in the stages of matrix products; auto: bf16 on CUDA, else fp32")
-    add("--compile", action="store_true", help="torch.compile, on both sides, as train.py does it")
-    add("--rounds", type=int, default=5, help="runs of each side that count")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a shared machine")
-    add("--steps", type=int, default=24, help="--what window: updates for each window")
-    add("--weights", default="auto", help="--what window: what training starts from")
-    add("--out", default="", help="JSON file for the figures")
-    add("--side", default="", help=argparse.SUPPRESS)                   # in a worker: which side it is
-    args = parser.parse_args(argv)
+@dataclass(frozen=True)
+class BenchConfig:
+    what: str = knob("sample", "what is measured", choices=RIVALS)
+    vs: str = knob("", "diffusers, naive, or the folder of another checkout")
+    preset: str = knob("nano", "size of everything", choices=PRESETS)
+    blocks: int = knob(0, "DiT blocks kept; 0: all")
+    vlm_layers: int = knob(0, "VLM layers kept; 0: all")
+    batch: int = knob(4, "pictures a run; in stage 3, pictures a forward pass")
+    num_groups: int = knob(2, "stage 3: prompts an epoch")
+    group_size: int = knob(8, "stage 3: pictures a prompt")
+    num_steps: int = knob(10, "sampling steps")
+    dtype: str = knob("auto", "of weights, in the stages of matrix products; auto: bf16 on CUDA, else fp32",
+                      choices=("auto", *DTYPES))
+    compile: bool = knob(False, "torch.compile, on both sides, as train.py does it")
+    rounds: int = knob(5, "runs of each side that count")
+    steps: int = knob(24, "--what window: updates for each window")
+    weights: str = knob("auto", "--what window: what training starts from")
+    side: str = knob("", "given to workers: which side one is")
+
+
+def parse(argv: list[str] | None) -> BenchConfig:
+    args = parse_config(BenchConfig, argv, description=__doc__.splitlines()[0])
     is_checkout = args.what != "window" and Path(args.vs, "train.py").is_file()
     if args.vs and args.vs != RIVALS[args.what] and not is_checkout:
-        parser.error(f"--what {args.what} takes --vs {RIVALS[args.what]}, or a checkout")
-    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if args.device.type == "cuda" else "fp32"
-    return args
+        raise Refused(f"--what {args.what} takes --vs {RIVALS[args.what]}, or a checkout")
+    return replace(args, dtype="bf16" if DEVICE.type == "cuda" else "fp32") if args.dtype == "auto" else args
 
 
 # ----------------------------------------------------------------------------- a worker
@@ -98,9 +96,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 class Turns:
     """Called after every run, also as a hook: reports it, and waits until it is this side's turn again."""
 
-    def __init__(self, clock: str) -> None:
-        self.now = time.process_time if clock == "cpu" else time.perf_counter
-        self.cuda = torch.cuda.is_available()
+    def __init__(self) -> None:
+        self.cuda = DEVICE.type == "cuda"
         self.meter = None
 
     def __call__(self, *of_the_hook: object) -> None:
@@ -108,7 +105,7 @@ class Turns:
             torch.cuda.synchronize()
         if not self.counts:
             return self.start(counts=True)
-        report = {"seconds": self.now() - self.began}
+        report = {"seconds": time.perf_counter() - self.began}
         if self.meter:
             self.meter.__exit__(None, None, None)
             report |= {"flops": self.meter.flops, "memory": self.meter.peak}
@@ -135,7 +132,7 @@ class Turns:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
-        self.began = self.now()
+        self.began = time.perf_counter()
 
 
 def cut(name: str, blocks: int, vlm_layers: int) -> None:
@@ -143,9 +140,7 @@ def cut(name: str, blocks: int, vlm_layers: int) -> None:
     preset = PRESETS[name]
     if blocks:
         preset = replace(preset, dit=replace(preset.dit, num_layers=blocks))
-    if vlm_layers and not hasattr(preset.vlm, "text_config"):           # as older checkouts describe it
-        preset = replace(preset, vlm=replace(preset.vlm, num_layers=vlm_layers))
-    elif vlm_layers:
+    if vlm_layers:
         vlm = copy.deepcopy(preset.vlm)
         vlm.text_config.num_hidden_layers = vlm_layers
         vlm.text_config.layer_types = vlm.text_config.layer_types[:vlm_layers]
@@ -159,28 +154,20 @@ def captions(number: int) -> list[str]:
     return [texts[i % len(texts)] for i in range(number)]
 
 
-def pick_kernels(args: argparse.Namespace) -> None:
-    """The attention kernels that train.py picks; older checkouts do it in precision()."""
-    if hasattr(common, "resolve"):
-        common.resolve(train.TrainConfig(dtype=args.dtype), args.device)
-    else:
-        precision(args.device, args.dtype)
-
-
-def learner(args: argparse.Namespace, stage: int) -> ParaUni:
-    """A model that is ready to be trained."""
-    pick_kernels(args)
-    model = ParaUni.from_preset(args.preset, weights="random", device=args.device).requires_grad_(False)
+def learner(args: BenchConfig, stage: int) -> ParaUni:
+    """A model that is ready to be trained, with the attention kernels that train.py picks."""
+    resolve(args, DEVICE)
+    model = ParaUni.from_preset(args.preset, weights="random", device=DEVICE).requires_grad_(False)
     for p in model.trainable(stage).values():
         p.requires_grad_(True)
     return model
 
 
-def run_dit(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+def run_dit(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
     preset, B, trains = PRESETS[args.preset], args.batch, args.what == "dit-train"
     if trains and not is_peer:
-        pick_kernels(args)
-    with torch.device(args.device):
+        resolve(args, DEVICE)
+    with torch.device(DEVICE):
         dit = DiT(preset.dit).to(DTYPES[args.dtype]).requires_grad_(trains)
         x = torch.randn(B, *preset.latent_shape, dtype=dit.dtype)                       # (B, C, h, w)
         c = torch.randn(B, preset.num_queries, preset.dit.caption_channels, dtype=dit.dtype)    # (B, N, E)
@@ -188,7 +175,7 @@ def run_dit(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
     if is_peer:
         dit = naive.diffusers_dit(dit)
     if args.compile:
-        compile_parts(args.device, dit)
+        compile_parts(DEVICE, dit)
     while True:
         with torch.set_grad_enabled(trains):
             v = naive.velocity(dit, x, t, c) if is_peer else dit(x, t, c)               # (B, C, h, w)
@@ -199,9 +186,9 @@ def run_dit(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
 
 
 @torch.no_grad()
-def run_decode(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+def run_decode(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
     preset, dtype = PRESETS[args.preset], DTYPES[args.dtype]
-    with torch.device(args.device):
+    with torch.device(DEVICE):
         vae = DCAE(preset.vae).to(dtype).requires_grad_(False)
         z = torch.randn(args.batch, *preset.latent_shape, dtype=dtype)                  # (B, C, h, w)
     theirs = naive.diffusers_vae(vae) if is_peer else None
@@ -214,17 +201,17 @@ def run_decode(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
 
 
 @torch.no_grad()
-def run_sample(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
-    model = ParaUni.from_preset(args.preset, weights="random", device=args.device, dtype=DTYPES[args.dtype])
+def run_sample(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
+    model = ParaUni.from_preset(args.preset, weights="random", device=DEVICE, dtype=DTYPES[args.dtype])
     model.requires_grad_(False)
     side, prompts = model.preset.image_size, captions(args.batch)
-    noise = torch.randn(args.batch, *model.preset.latent_shape, device=args.device)     # (B, C, h, w)
+    noise = torch.randn(args.batch, *model.preset.latent_shape, device=DEVICE)          # (B, C, h, w)
     c, c_uncond = model.condition(prompts), model.condition([None])                     # (B, N, E), (1, N, E)
-    mask = torch.ones(c.shape[:2], device=args.device)                                  # (B, N)
+    mask = torch.ones(c.shape[:2], device=DEVICE)                                       # (B, N)
     dit = naive.diffusers_dit(model.dit) if is_peer else model.dit
     pipeline = naive.diffusers_pipeline(dit, model.vae) if is_peer else None
     if args.compile:
-        compile_parts(args.device, dit)
+        compile_parts(DEVICE, dit)
     # conditions are made anew in every run, but where the other side has no part that makes them
     while True:
         if is_peer:
@@ -239,23 +226,23 @@ def run_sample(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
         turn()
 
 
-def run_stage1(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+def run_stage1(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
     """All captions differ, and one of them is dropped."""
     model, B = learner(args, stage=1), args.batch
     model = naive.peer_of(model) if is_peer else model
     if args.compile:
-        compile_parts(args.device, model.lim, model.dit)
+        compile_parts(DEVICE, model.lim, model.dit)
     params = list(model.trainable(1).values())
     optimizer = adamw(params, 1e-6, 0.05)
     prompts = [None, *captions(B - 1)]
-    x0, noise = torch.randn(2, B, *model.preset.latent_shape, device=args.device)       # (B, C, h, w) each
-    t = torch.linspace(0.1, 0.9, B, device=args.device)                                 # (B,)
+    x0, noise = torch.randn(2, B, *model.preset.latent_shape, device=DEVICE)            # (B, C, h, w) each
+    t = torch.linspace(0.1, 0.9, B, device=DEVICE)                                      # (B,)
     while True:
         optimizer.zero_grad(set_to_none=True)
         if is_peer:
             loss = naive.stage1_loss(model, x0, prompts, t, noise, args.dtype)
         else:
-            with precision(args.device, args.dtype):
+            with precision(DEVICE, args.dtype):
                 loss = flow_matching_loss(model.dit, x0, model.condition(prompts), t, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -276,7 +263,7 @@ def stage3_flags(folder: str, preset: str) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def run_stage3(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
+def run_stage3(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
     """train.py, whose optimizer steps once an epoch: from step to step all parts of an epoch are run."""
     if is_peer:
         return run_naive_stage3(args, turn)
@@ -289,11 +276,11 @@ def run_stage3(args: argparse.Namespace, turn: Turns, is_peer: bool) -> None:
         train.main(stage3_flags(folder, args.preset) + flags)
 
 
-def run_naive_stage3(args: argparse.Namespace, turn: Turns) -> None:
+def run_naive_stage3(args: BenchConfig, turn: Turns) -> None:
     model = learner(args, stage=3)
     peer, reference = naive.peer_of(model), naive.peer_of(model)
     if args.compile:
-        compile_parts(args.device, peer.lim, peer.dit, reference.lim, reference.dit)
+        compile_parts(DEVICE, peer.lim, peer.dit, reference.lim, reference.dit)
     cfg = SimpleNamespace(num_steps=args.num_steps, micro_batch=args.batch, dtype=args.dtype, shift=3.0,
                           noise_level=0.7, guidance_scale=4.5, kl_coef=0.01, clip_range=1e-4)
     params = list(peer.trainable(3).values())
@@ -316,10 +303,10 @@ SIDES = {"dit": run_dit, "dit-train": run_dit, "decode": run_decode, "sample": r
          "stage1": run_stage1, "stage3": run_stage3}
 
 
-def work(args: argparse.Namespace) -> None:
+def work(args: BenchConfig) -> None:
     """What a worker does until its input ends."""
     cut(args.preset, args.blocks, args.vlm_layers)
-    turn = Turns(args.clock)
+    turn = Turns()
     turn.wait()
     SIDES[args.what](args, turn, is_peer=args.side in ("diffusers", "naive"))
 
@@ -362,21 +349,21 @@ def alternate(sides: dict[str, Callable[[str], dict]], rounds: int) -> dict[str,
     return reports
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_peak(dtype: torch.dtype) -> float:
     """FLOP/s of square matrix products, the best of three sizes."""
     rates = []
-    for n in (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048):
-        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    for n in (4096, 8192, 16384) if DEVICE.type == "cuda" else (512, 1024, 2048):
+        a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
         for _ in range(6):
             began = time.perf_counter()
             a @ b
-            if device.type == "cuda":
+            if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             rates.append(2 * n ** 3 / (time.perf_counter() - began))
     return max(rates)
 
 
-def compare(args: argparse.Namespace, flags: list[str]) -> dict:
+def compare(args: BenchConfig, flags: list[str]) -> dict:
     """Time and count the sides, print their figures."""
     workers = {name: Worker(flags, name) for name in ("ours", args.vs) if name}
     try:
@@ -385,16 +372,13 @@ def compare(args: argparse.Namespace, flags: list[str]) -> dict:
         for worker in workers.values():
             worker.close()
     pictures = args.num_groups * args.group_size if args.what == "stage3" else args.batch
-    peak = matmul_peak(args.device, DTYPES[args.dtype])
-    figures: dict = {"matmul_peak_gflops": peak / GB}
+    peak, figures = matmul_peak(DTYPES[args.dtype]), {}
     print(f"matmul peak {peak / GB:.0f} GFLOP/s ({args.dtype})")
     # what each side does
     for name, (*timed, counted) in reports.items():
         seconds = [report["seconds"] for report in timed]
         middle, share = median(seconds), counted["flops"] / median(seconds) / peak
-        figures[name] = {"seconds": middle, "fastest": min(seconds), "slowest": max(seconds),
-                         "pictures_per_second": pictures / middle, "gflop": counted["flops"] / GB,
-                         "share_of_peak": share, "memory_gb": counted["memory"] / GB}
+        figures[name] = {"seconds": middle, "pictures_per_second": pictures / middle, "share_of_peak": share}
         print(f"{name:10} {middle:.3g} s a run ({min(seconds):.3g} - {max(seconds):.3g}), "
               f"{pictures / middle:.3g} pictures/s; {counted['flops'] / GB:.4g} GFLOP, "
               f"{share:.0%} of the peak; memory {counted['memory'] / GB:.3g} GB")
@@ -403,41 +387,37 @@ def compare(args: argparse.Namespace, flags: list[str]) -> dict:
         ours, theirs = reports.values()
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours[:-1], theirs[:-1])]
         memory = theirs[-1]["memory"] / ours[-1]["memory"]
-        figures |= {"ratio": median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
-                    "memory_ratio": memory}
+        figures |= {"ratio": median(ratios), "memory_ratio": memory}
         print(f"{args.vs} / ours: {median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}); "
               f"memory {memory:.2f}")
     return figures
 
 
-def window(args: argparse.Namespace) -> dict:
+def window(args: BenchConfig) -> list[dict]:
     """Stage III of nano with windows of stochastic steps: what a minute of training gains."""
-    rows = {}
-    print("window  seconds  held-out gain  gain a minute")
+    rows = []
     for size in (0, 3, 1):
         with tempfile.TemporaryDirectory() as folder:
             train.main(["--stage=3", "--rewards=aesthetic", f"--weights={args.weights}",
                         f"--run-dir={folder}", f"--sde-window={size}", f"--steps={args.steps}",
                         f"--eval-every={args.steps}"])
-            records = common.read_log(Path(folder, "metrics.jsonl"))
+            records = read_log(Path(folder, "metrics.jsonl"))
         seconds = sum(value for r in records for key, value in r.items() if key.startswith("time/"))
         gain = records[-1]["heldout/aesthetic"] - records[0]["heldout/aesthetic"]
-        rows[size] = {"seconds": seconds, "gain": gain, "gain_per_minute": 60 * gain / seconds}
-        print(f"{size or 'all':>6}  {seconds:7.1f}  {gain:13.3f}  {60 * gain / seconds:13.3f}")
+        rows.append({"window": size or "all", "seconds": seconds, "held-out gain": gain,
+                     "gain a minute": 60 * gain / seconds})
+    print(table(rows))
     return rows
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict | list[dict]:
     args = parse(argv)
     if args.side:
         return work(args)
     flags = sys.argv[1:] if argv is None else argv
     print(" ".join(flags), json.dumps(environment()), sep="\n", flush=True)
-    figures = window(args) if args.what == "window" else compare(args, flags)
-    if args.out:
-        write_json(args.out, {"flags": flags, **environment(), **figures})
-    return figures
+    return window(args) if args.what == "window" else compare(args, flags)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -209,7 +209,7 @@ def full_size(name: str, toy: bool, planned: list[plan.Plan]) -> Iterator[dict]:
     """Stages I to III, eager and then compiled; all runs share one model."""
     # a GPU that others use too has less than all of its memory
     limit = 8 * GB if toy else torch.cuda.mem_get_info()[0]
-    peak = bench.matmul_peak(DEVICE, torch.bfloat16)
+    peak = bench.matmul_peak(torch.bfloat16)
     with torch.device(DEVICE):
         model = plan.build(PRESETS[name])
         model.lim.init_weights()
