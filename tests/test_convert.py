@@ -85,8 +85,6 @@ def test_a_preset_loads_bit_for_bit(source: Path, tiny: ParaUni) -> None:
         assert fingerprint(getattr(model, part)) == fingerprint(getattr(tiny, part))
     assert model.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
     assert (out / "vlm" / "chat_template.jinja").read_text() == "a template"
-    written = out / "transformer" / "diffusion_pytorch_model.safetensors"
-    assert written.samefile(source / DIT_FILE)              # linked: the bytes are there once
     assert sorted(path.name for path in out.parent.iterdir()) == ["l-1024"]
 
 
@@ -207,14 +205,11 @@ def openuni_state(model: ParaUni, fine_tuned: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("fine_tuned", [False, True])
 def test_openuni_paints_with_its_own_weights_and_the_last_layer_alone(
-        source: Path, tiny: ParaUni, fine_tuned: bool, capsys: pytest.CaptureFixture) -> None:
+        source: Path, tiny: ParaUni, fine_tuned: bool) -> None:
     state = openuni_state(tiny, fine_tuned)
     torch.save(state | {"vae.x": torch.zeros(1)}, source / OPENUNI_FILE)
     out = run(source, "openuni-l-1024")
     assert (out / f"stage{2 if fine_tuned else 1}.safetensors").is_file()
-    account = capsys.readouterr().out.partition("blip3o60k.pth: ")[2].splitlines()
-    assert account[0] == f"{len(state) + 1} keys"
-    assert sum(int(line.split()[0]) for line in account[1:7]) == len(state) + 1     # none passed over
 
     model = ParaUni.from_preset("openuni-l-1024", out)
     assert torch.equal(model.queries, state["meta_queries"].float())

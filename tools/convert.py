@@ -14,18 +14,15 @@ What is written to weights/NAME:
 
 Numbers and their dtype stay as published. Every name and shape is compared with the preset's architecture,
 and what would compute something else is refused, before the folder appears under its name. The originals stay
-in weights/downloads, where a second start goes on; files that need no change are hard links to them. Without
-a network: fetch each repository elsewhere, into DIR/ITS-NAME, and give --source DIR.
+in weights/downloads, where a second start goes on. Without a network: fetch each repository elsewhere, as
+`hf download REPOSITORY --local-dir DIR/ITS-NAME`, and give --source DIR.
 """
 import argparse
 import copy
 import json
-import os
 import pickle
-import shlex
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 
 # a script in a folder: the project's root goes on the path before what is imported from there
@@ -33,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HTTPError
 from open_clip.model import CLIP
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -90,34 +86,19 @@ def fetch(repository: str, files: tuple[str, ...], source: Path | None) -> Path:
         return source / short
     folder, revision = DOWNLOADS / short, REVISIONS[repository]
     print(f"{repository} at {revision} -> {folder}")
-    try:
-        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files),
-                                          local_dir=folder)
-    except (OSError, HTTPError) as error:
-        reason = str(error).partition("\n")[0]
-        include = [f"--include={pattern}" for pattern in files]
-        command = shlex.join(["hf", "download", repository, "--revision", revision, *include,
-                              "--local-dir", f"DIR/{short}"])
-        raise Refused(f"cannot fetch {repository} ({reason}): start again, which goes on where it stopped, "
-                      f"or run `{command}` elsewhere and give --source DIR") from error
+    huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files),
+                                      local_dir=folder)
     return folder
 
 
 # ----------------------------------------------------------------------------- reading, with nothing trusted
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path} is missing or truncated ({error}): fetch it again") from error
-
 
 def tensor_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors of a folder: those that its index names, or the only one."""
     names = [f"{stem}.safetensors"]
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     # only what lies in the folder itself, whatever the index says
     return [folder / Path(name).name for name in names]
 
@@ -174,7 +155,6 @@ DECISIVE = ("image_token_id", "downsample_ratio", "vision_feature_layer",
 
 
 def convert_vlm(preset: Preset, source: Path, target: Path) -> None:
-    read_json(source / "config.json")
     published = InternVLConfig.from_pretrained(source, local_files_only=True)
     for path in DECISIVE:
         found, wanted = published.to_dict(), preset.vlm.to_dict()
@@ -183,7 +163,6 @@ def convert_vlm(preset: Preset, source: Path, target: Path) -> None:
         if found != wanted:
             raise Refused(f"{source} is not the VLM of {preset.name}: {path} is {found}, not {wanted}")
 
-    read_json(source / "tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     mark = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     if mark != preset.vlm.image_token_id:
@@ -199,41 +178,22 @@ def convert_vlm(preset: Preset, source: Path, target: Path) -> None:
     if wrong:
         raise Refused(f"{source} is of another architecture: {', '.join(wrong)}")
     vlm.save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                 "chat_template.jinja"):
-        if (source / name).is_file():
-            shutil.copy(source / name, target)
+    for path in (*source.glob("*token*.json"), *source.glob("*.jinja")):
+        shutil.copy(path, target)
 
 
 def convert_diffusers(config: DiTConfig | DCAEConfig, kind: type, source: Path, target: Path) -> None:
-    """transformer/ or vae/. Their names are ours: the file is linked, or its shards are put together."""
-    stored = read_json(source / "config.json")
-    try:
-        published = type(config).from_json(stored)
-    except (KeyError, ValueError) as error:
-        raise Refused(f"{source / 'config.json'} says what is not implemented: {error}") from error
+    """transformer/ or vae/. Their names are ours; shards are put together."""
+    published = type(config).from_json(json.loads((source / "config.json").read_text()))
     if published != config:
         raise Refused(f"{source} is of another preset: expected {config}, got {published}")
 
-    files = tensor_files(source, "diffusion_pytorch_model")
-    tensors = read_tensors(files)
+    tensors = read_tensors(tensor_files(source, "diffusion_pytorch_model"))
     with torch.device("meta"):
         check_fit(tensors, kind(config).state_dict(), source)
     target.mkdir()
     shutil.copy(source / "config.json", target)
-    path = target / "diffusion_pytorch_model.safetensors"
-    if len(files) > 1:
-        save_file(tensors, path)
-    else:
-        link(files[0], path)
-
-
-def link(source: Path, target: Path) -> None:
-    """A second name for the same bytes where the disk allows it, else a copy."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copy(source, target)
+    save_file(tensors, target / "diffusion_pytorch_model.safetensors")
 
 
 # Prefixes of names in OpenUni's checkpoints. Its pre-training leaves the DiT as it is: such a file has none.
@@ -245,28 +205,20 @@ OPENUNI_FROZEN = ("lmm.", "vae.")
 
 def convert_openuni(preset: Preset, path: Path, target: Path) -> None:
     """What OpenUni trained, as the weights of a stage: of stage 2 if the DiT is among it, else of stage 1."""
-    stored = read_pickle(path)
-    tensors, counts = {}, Counter()
-    for key, tensor in stored.items():
-        prefix = next((p for p in (*OPENUNI_NAMES, *OPENUNI_FROZEN) if key.startswith(p)), "")
-        counts[prefix] += 1
-        if prefix not in OPENUNI_FROZEN:
+    tensors = {}
+    for key, tensor in read_pickle(path).items():
+        if not key.startswith(OPENUNI_FROZEN):
+            prefix = next((prefix for prefix in OPENUNI_NAMES if key.startswith(prefix)), "")
             name = OPENUNI_NAMES.get(prefix, "") + key.removeprefix(prefix)
             tensors[name] = tensor.contiguous()
 
-    stage = 2 if counts["transformer."] else 1
+    stage = 2 if any(name.startswith("dit.") for name in tensors) else 1
     with torch.device("meta"):
         expected = {"queries": torch.empty(preset.num_queries, preset.vlm_width)}
         expected |= {f"lim.{name}": tensor for name, tensor in LIM(preset.lim).state_dict().items()}
         if stage == 2:
             expected |= {f"dit.{name}": tensor for name, tensor in DiT(preset.dit).state_dict().items()}
     check_fit(tensors, expected, path)
-
-    print(f"{path.name}: {len(stored)} keys")
-    for prefix, ours in OPENUNI_NAMES.items():
-        print(f"  {counts[prefix]:4} {prefix:13} -> {ours}")
-    for prefix in OPENUNI_FROZEN:
-        print(f"  {counts[prefix]:4} {prefix:13} left out: frozen, its own repository has it")
     metadata = {"stage": str(stage), "preset": preset.name, "norm": str(preset.lim.norm),
                 "layers": ",".join(map(str, preset.layers)), "source": path.name}
     save_file(tensors, target / f"stage{stage}.safetensors", metadata)
@@ -358,11 +310,11 @@ def open_clip_config(config: CLIPConfig) -> dict:
 
 def convert_clip(source: Path, target: Path) -> None:
     # transformers' class has the defaults that older files omit
-    model_cfg = open_clip_config(CLIPConfig(**read_json(source / "config.json")))
+    model_cfg = open_clip_config(CLIPConfig(**json.loads((source / "config.json").read_text())))
     tensors = open_clip_tensors(read_tensors(tensor_files(source, "model")))
     with torch.device("meta"):
         check_fit(tensors, CLIP(**model_cfg).state_dict(), source)
-    picture = read_json(source / "preprocessor_config.json")
+    picture = json.loads((source / "preprocessor_config.json").read_text())
     preprocess_cfg = {"mean": picture["image_mean"], "std": picture["image_std"]}
     target.mkdir()
     save_file(tensors, target / "model.safetensors")
@@ -374,10 +326,7 @@ def convert_rewards(source: Path | None, target: Path) -> None:
     convert_clip(fetch("yuvalkirstain/PickScore_v1", TRANSFORMERS, source), target / "pickscore")
     path = (source or DOWNLOADS) / LAION_HEAD
     if not source and not path.is_file():
-        try:
-            torch.hub.download_url_to_file(LAION_URL, str(path), hash_prefix=LAION_SHA256)
-        except OSError as error:
-            raise Refused(f"cannot fetch {LAION_URL} ({error}): start again") from error
+        torch.hub.download_url_to_file(LAION_URL, str(path), hash_prefix=LAION_SHA256)
     head = read_pickle(path)
     with torch.device("meta"):
         check_fit(head, AestheticHead(768).state_dict(), path)
