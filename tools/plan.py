@@ -1,7 +1,7 @@
 """What training needs: parameters, FLOPs and memory of every stage of a preset, without a GPU or a weight.
 
     python tools/plan.py                                      the full-size presets, as tables in markdown
-    python tools/plan.py --presets l-1024 --devices 32 --out plan.md
+    python tools/plan.py --presets l-1024 --devices 32 > plan.md
 
 How. A model of fake tensors, which have a shape and a dtype and no memory, runs the stages' own functions
 forward and backward in the precision of a GPU: frozen VLM in bf16, the rest in fp32, matrix products in bf16.
@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import knob, parse_config, precision, run
 from dit import flow_matching_loss
+from evaluation import table
 from grpo import GRPOConfig, Perturbation, chunk_kv, encode_conditions, velocity
 from ldam import perturbed_layers
 from meter import Meter
@@ -48,7 +49,6 @@ STAGES = {1: "align", 2: "fine-tune", 3: "reinforce"}
 class PlanConfig:
     presets: tuple[str, ...] = knob(("b-512", "l-512", "l-1024"), "which presets")
     devices: int = knob(8, "devices that share the work")
-    out: str = knob("", "file for the tables; none: print them")
 
 
 # ----------------------------------------------------------------------------- counting
@@ -218,12 +218,6 @@ def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
 
 # ----------------------------------------------------------------------------- tables
 
-def table(rows: list[list[str]]) -> str:
-    """Markdown; the first row is the head."""
-    line = ["---"] + ["--:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (rows[0], line, *rows[1:]))
-
-
 def gb(size: float) -> str:
     return f"{size / GB:.1f}"
 
@@ -240,23 +234,27 @@ def fits(p: Plan, limit_gb: int, devices: int) -> str:
 
 def report(plans: dict[str, list[Plan]], devices: int) -> str:
     """The tables of some presets."""
-    costs = [["preset, stage", "trained", "frozen", "TFLOPs an image", "images a step", "PFLOPs a step"]]
-    memory = [["GB on a device", "frozen weights", "what is trained, with its states",
-               "activations of 1 / 8 images", "the same, checkpointing", "total of 1",
-               f"total of 1, --fsdp on {devices}"]]
-    fit = [[f"largest micro-batch, {devices} devices", *(f"{limit} GB" for limit in DEVICES_GB)]]
+    costs, memory, fit = [], [], []
     for name, stages in plans.items():
         for p in stages:
             label = f"{name}, {p.stage} {STAGES[p.stage]}"
-            costs.append([label, f"{p.trained / 1e6:,.0f} M", f"{p.frozen / 1e6:,.0f} M",
-                          f"{p.flops_image / 1e12:,.1f}", f"{p.images:,}",
-                          f"{p.flops_image * p.images / 1e15:,.2f}"])
-            memory.append([label, gb(p.frozen_bytes), gb(p.trained_bytes),
-                           f"{gb(p.activations(1))} / {gb(p.activations(8))}",
-                           f"{gb(p.activations(1, True))} / {gb(p.activations(8, True))}",
-                           gb(p.memory(1)), gb(p.memory(1, shards=devices))])
-            fit.append([label, *(fits(p, limit, devices) for limit in DEVICES_GB)])
-    return "\n\n".join(table(rows) for rows in (costs, memory, fit)) + "\n"
+            costs.append({"preset, stage": label,
+                          "trained": f"{p.trained / 1e6:,.0f} M",
+                          "frozen": f"{p.frozen / 1e6:,.0f} M",
+                          "TFLOPs an image": f"{p.flops_image / 1e12:,.1f}",
+                          "images a step": f"{p.images:,}",
+                          "PFLOPs a step": f"{p.flops_image * p.images / 1e15:,.2f}"})
+            memory.append({"GB on a device": label,
+                           "frozen weights": gb(p.frozen_bytes),
+                           "what is trained, with its states": gb(p.trained_bytes),
+                           "activations of 1 / 8 images": f"{gb(p.activations(1))} / {gb(p.activations(8))}",
+                           "the same, checkpointing":
+                               f"{gb(p.activations(1, True))} / {gb(p.activations(8, True))}",
+                           "total of 1": gb(p.memory(1)),
+                           f"total of 1, --fsdp on {devices}": gb(p.memory(1, shards=devices))})
+            fit.append({f"largest micro-batch, {devices} devices": label,
+                        **{f"{limit} GB": fits(p, limit, devices) for limit in DEVICES_GB}})
+    return "\n\n".join(map(table, (costs, memory, fit)))
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[Plan]]:
@@ -266,11 +264,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Plan]]:
         with FakeTensorMode():
             model = build(PRESETS[name])
             plans[name] = [plan(model, recipe(model.preset, stage), cfg.devices) for stage in STAGES]
-    text = report(plans, cfg.devices)
-    if cfg.out:
-        Path(cfg.out).write_text(text)
-    else:
-        print(text)
+    print(report(plans, cfg.devices))
     return plans
 
 
