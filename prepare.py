@@ -5,7 +5,7 @@
 
 --data names, with commas between,
   tar shards    x.jpg and x.txt of one name, or x.json with the text under caption, prompt or text
-  folders       the same as files, in all folders below; tar shards there are read too
+  folders       the same as files, in all folders below
   JSON lists    OpenUni's [{"image": path, "annotation": path of a caption file}], or "caption": text
 
 A source is cut into shards of --per-shard files. A shard appears by one rename: a killed run goes on with the
@@ -23,7 +23,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -39,7 +38,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import Refused, atomic, derive_seed, knob, parse_config, precision, run, setup_dist, write_json
+from common import (Refused, atomic, derive_seed, knob, parse_config, precision, read_lines, run, setup_dist,
+                    write_json)
 from data import read_picture, stamp_of
 from model import PRESETS, read_tensors, weights_folder
 from vae import DCAE
@@ -95,15 +95,8 @@ def find_sources(words: Iterable[str]) -> list[Path]:
         found = [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True))
         if not found:
             raise Refused(f"--data {word} matches nothing: * ? [] ** do, {{0..9}} does not, commas separate")
-        for path in map(Path, found):
-            sources += [path, *sorted(filter(is_shard, path.rglob("*.tar")))]
+        sources += map(Path, found)
     return list(dict.fromkeys(sources))
-
-
-def is_shard(path: Path) -> bool:
-    """Whether what is in a folder is a source of its own; links and hidden files are none."""
-    is_tar = path.suffix == ".tar" and not path.name.startswith(".")
-    return is_tar and path.is_file() and not path.is_symlink()
 
 
 def read_source(source: Path) -> Iterator[Sample | LeftOut]:
@@ -126,33 +119,26 @@ def read_tar(path: Path) -> Iterator[Sample | LeftOut]:
     places: list[Place] = []
     end = 0
     try:
-        with open(path, "rb") as file:
-            while end < os.path.getsize(path):
-                file.seek(end)
-                # "r:" is a plain tar, which cannot inflate
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
-                        # a negative one would be read for ever
-                        if member.size < 0:
-                            raise ValueError("a file of negative size")
-                        end = tar.offset
-                        name = f"{path}/{member.name}"
-                        if member.name.startswith("/") or ".." in member.name.split("/"):
-                            yield LeftOut(name, "bad", "its path leaves the tar")
-                        elif member.isfile() and not member.issparse():
-                            places.append(Place(name, str(path), member.offset_data, member.size))
-                        elif not member.isdir():
-                            yield LeftOut(name, "bad", "a link or special file")
-                # zeros end a tar; anything else is a header that is cut or damaged
+        # "r:" is a plain tar, which cannot inflate
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                # a negative one would be read for ever
+                if member.size < 0:
+                    raise ValueError("a file of negative size")
                 end = tar.offset
-                file.seek(end)
-                while file.read(512) == bytes(512):
-                    end += 512
-                if end == tar.offset:
-                    raise ValueError("cut off or damaged")
-                # another tar may follow, joined by cat, with the same names
-                yield from pair(places)
-                places = []
+                name = f"{path}/{member.name}"
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    yield LeftOut(name, "bad", "its path leaves the tar")
+                elif member.isfile() and not member.issparse():
+                    places.append(Place(name, str(path), member.offset_data, member.size))
+                elif not member.isdir():
+                    yield LeftOut(name, "bad", "a link or special file")
+            # zeros end a tar; anything else is a header that is damaged, or another tar that was joined to it
+            end = tar.offset
+            tar.fileobj.seek(end)
+            rest = tar.fileobj.read(2 ** 20)
+            if not rest or any(rest):
+                raise ValueError("cut off, damaged or joined")
     except Exception as error:
         yield LeftOut(str(path), "bad", f"{error}: whatever is behind byte {end:,} is lost")
     yield from pair(places)
@@ -168,7 +154,7 @@ def read_folder(folder: Path) -> Iterator[Sample | LeftOut]:
         for name in folders:
             if os.path.islink(f"{path}/{name}"):
                 yield LeftOut(f"{path}/{name}", "bad", "a linked folder: name its target in --data")
-        names = [f"{path}/{name}" for name in sorted(files) if not is_shard(Path(path, name))]
+        names = [f"{path}/{name}" for name in sorted(files)]
         yield from pair(Place(name, name, root=root) for name in names)
     for error in errors:
         yield LeftOut(error.filename, "bad", str(error))
@@ -198,14 +184,9 @@ def pair(places: Iterable[Place]) -> Iterator[Sample | LeftOut]:
 def read_list(path: Path) -> Iterator[Sample | LeftOut]:
     """The samples of a JSON list, or of JSON lines; paths are relative to its folder."""
     root = os.path.realpath(path.parent)
-    decoder = json.JSONDecoder()
-    between = re.compile(r"[\s,\[\]]*")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        # one entry at a time: the text of millions of them fits into memory, their objects would not
-        at = between.match(text).end()
-        while at < len(text):
-            entry, end = decoder.raw_decode(text, at)
+        text = "\n".join(read_lines(path))
+        for entry in json.loads(text) if text.startswith("[") else map(json.loads, text.split("\n")):
             fields = entry if isinstance(entry, dict) else {}
             image, annotation = fields.get("image"), fields.get("annotation")
             caption = caption_in(fields)
@@ -216,8 +197,8 @@ def read_list(path: Path) -> Iterator[Sample | LeftOut]:
                 name = str(path.parent / image)
                 yield Sample(Place(name, name, root=root), caption)
             else:
-                yield LeftOut(f"{path}: {text[at:end]:.200}", "bad", "no image, or no annotation or caption")
-            at = between.match(text, end).end()
+                reason = "no image, or no annotation or caption"
+                yield LeftOut(f"{path}: {json.dumps(entry):.200}", "bad", reason)
     except Exception as error:
         yield LeftOut(str(path), "bad", f"{error}: the entries from there on are lost")
 
@@ -299,18 +280,6 @@ class Pictures(Dataset):
         return np.array(picture), caption                                               # (S, S, 3)
 
 
-def read_ahead(pictures: Pictures, batch_size: int, workers: int) -> Iterator[list]:
-    """Batches, read by worker processes. They stay numpy arrays, which come through pipes: tensors would come
-    through /dev/shm, of which a container has little."""
-    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=list,
-                        timeout=PATIENCE if workers else 0)
-    try:
-        yield from loader
-    except RuntimeError as error:
-        raise Refused(f"no pictures came from the workers ({error}): is a file system stuck, or memory short "
-                      "(a container's --shm-size)? --workers 0 reads without them") from error
-
-
 # ----------------------------------------------------------------------------- shards
 
 def load_vae(preset: str, weights: str) -> DCAE:
@@ -337,7 +306,10 @@ def make_shard(cfg: PrepareConfig, vae: DCAE, pictures: Pictures,
     latents = [torch.empty(0, *PRESETS[cfg.preset].latent_shape, dtype=torch.bfloat16)]
     captions: list[bytes] = []
     left_out: list[LeftOut] = []
-    for batch in read_ahead(pictures, cfg.micro_batch, cfg.workers):
+    # what the workers send are arrays, through pipes: a container has little of /dev/shm, where tensors go
+    loader = DataLoader(pictures, cfg.micro_batch, num_workers=cfg.workers, collate_fn=list,
+                        timeout=PATIENCE if cfg.workers else 0)
+    for batch in loader:
         good = [item for item in batch if not isinstance(item, LeftOut)]
         rest = [item for item in batch if isinstance(item, LeftOut)]
         if good:
@@ -379,8 +351,7 @@ def shard_path(out: str, source: int, part: int) -> Path:
 def read_facts(path: Path) -> dict:
     """What a shard says about itself."""
     with safe_open(path, "pt") as shard:
-        facts = json.loads(shard.metadata()["facts"])
-        return {**facts, "samples": shard.get_slice("latents").get_shape()[0]}
+        return json.loads(shard.metadata()["facts"])
 
 
 def finish(out: str, sources: int, stamp: dict) -> None:
@@ -434,10 +405,11 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             pictures = Pictures(files, PRESETS[cfg.preset].image_size, (cfg.seed, "crop", number, part))
             tensors, left_out = make_shard(cfg, vae, pictures, counts)
-            facts = json.dumps({"made_of": made_of, "last": last, "left_out": left_out})
+            samples = len(tensors["latents"])
+            facts = {"made_of": made_of, "last": last, "left_out": left_out, "samples": samples}
             with atomic(path) as temporary:
-                save_file(tensors, temporary, {"facts": facts})
-            print(f"{path}: {len(tensors['latents']):,} of {len(files):,} from {source}", flush=True)
+                save_file(tensors, temporary, {"facts": json.dumps(facts)})
+            print(f"{path}: {samples:,} of {len(files):,} from {source}", flush=True)
     finish(cfg.out, len(sources), stamp)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

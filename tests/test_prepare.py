@@ -112,14 +112,11 @@ def test_a_tar_with_everything_in_it(tmp_path: Path) -> None:
     assert {left_out[f"{name}.png"] for name in ("link", "hard", "pipe")} == {"a link or special file"}
 
 
-def test_joined_tars_are_read_to_the_end(tmp_path: Path) -> None:
-    """The same names may come in each of them."""
-    first = write_tar(tmp_path / "1.part", pairs(0, 1)).read_bytes()
-    files = {"00000.bmp": picture(kind="BMP"), "00000.json": b'{"text": "2"}'}
-    second = write_tar(tmp_path / "2.part", files).read_bytes()
-    (tmp_path / "joined.tar").write_bytes(first + bytes(512 * 3) + second)
+def test_of_joined_tars_only_the_first_is_read_and_the_rest_is_named(tmp_path: Path) -> None:
+    parts = [write_tar(tmp_path / f"{n}.part", pairs(n)).read_bytes() for n in range(2)]
+    (tmp_path / "joined.tar").write_bytes(b"".join(parts))
     captions, left_out = read(tmp_path / "out", tmp_path / "joined.tar")
-    assert captions == ["caption 0", "caption 1", "2"] and not left_out
+    assert captions == ["caption 0"] and "joined" in left_out["joined.tar"]
 
 
 @pytest.mark.parametrize("cut, count", [(512 * 10 + 100, 2), (512 * 4, 1), (100, 0)])
@@ -167,8 +164,8 @@ def test_a_folder_with_everything_in_it(tmp_path: Path) -> None:
     write_files(folder, {"out.txt": b"x", "within.txt": b"within", "pipe.txt": b"x"})
     os.mkfifo(folder / "pipe.png")
     captions, left_out = read(tmp_path / "out", folder)
-    assert sorted(captions) == ["caption 0", "caption 2", "deep", "within"]
-    assert left_out.keys() == {"list.parquet", "._x.tar", "y.tar.gz", "linked", "out.png", "z.tar",
+    assert sorted(captions) == ["caption 0", "deep", "within"]
+    assert left_out.keys() == {"list.parquet", "x.tar", "._x.tar", "y.tar.gz", "linked", "out.png", "z.tar",
                                "pipe.png"}
     # what the user names is no surprise, a link or not
     assert sorted(read(tmp_path / "out2", folder / "linked", folder / "z.tar")[0]) == [
@@ -195,11 +192,12 @@ def test_a_list_with_everything_in_it(lines: bool, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "left-out.jsonl").read_text().count("\n") == 9
 
 
-def test_of_a_damaged_list_the_first_part_is_read(tmp_path: Path) -> None:
+def test_a_damaged_list_is_named_and_of_lines_the_first_part_is_read(tmp_path: Path) -> None:
     entry = '{"image": "00000.png", "caption": "x"}'
-    write_files(tmp_path, {**pairs(0), "list.json": f"[{entry}, {entry}, {{...".encode(), "b.json": b"\xff"})
-    captions, left_out = read(tmp_path / "out", tmp_path / "list.json", tmp_path / "b.json")
-    assert captions == ["x", "x"] and left_out.keys() == {"list.json", "b.json"}
+    write_files(tmp_path, {**pairs(0), "list.json": f"[{entry}, {entry}, {{...".encode(), "b.json": b"\xff",
+                           "c.jsonl": f"{entry}\n{{...".encode()})
+    captions, left_out = read(tmp_path / "out", tmp_path / "*.json*")
+    assert captions == ["x"] and left_out.keys() == {"list.json", "b.json", "c.jsonl"}
 
 
 @pytest.mark.parametrize("error", [SyntaxError, MemoryError, struct.error, Image.DecompressionBombError])
@@ -298,8 +296,8 @@ def test_workers_change_nothing_and_send_no_tensors(corpus: list[Path], tmp_path
     run(tmp_path / "none", corpus[2])
     run(tmp_path / "two", corpus[2], workers=2)
     assert contents(tmp_path / "none") == contents(tmp_path / "two")
-    files = list(prepare.read_source(corpus[0]))[:2]
-    (square, caption), _ = next(prepare.read_ahead(prepare.Pictures(files, 8, ("key",)), 2, workers=1))
+    files = list(prepare.read_source(corpus[0]))
+    square, caption = prepare.Pictures(files, 8, ("key",))[0]
     assert type(square) is np.ndarray and caption == b"caption 0"
 
 
@@ -343,5 +341,5 @@ def test_waiting_for_workers_has_an_end(how: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(prepare, "read_picture", harms[how])
     monkeypatch.setattr(prepare, "PATIENCE", 1)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
-    with pytest.raises(Refused, match="--shm-size.*--workers 0"):
+    with pytest.raises(RuntimeError, match="DataLoader"):
         run(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0)), workers=1)
