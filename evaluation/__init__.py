@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -231,6 +231,15 @@ def fetched(path: str, url: str, cfg: EvalConfig, dist: Dist) -> Path:
     # the others wait until it is there
     any_rank(False, dist)
     return Path(path) if path else copy
+
+
+def load_judge(kind: type, source: str, device: torch.device) -> tuple[nn.Module, str]:
+    """A published model of transformers, from a folder or the hub, and its name in the records."""
+    model, report = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True,
+                                         dtype=torch.float32)
+    if report["missing_keys"]:
+        raise Refused(f"{source} lacks weights: {sorted(report['missing_keys'])[:3]}")
+    return model.eval().to(device), f"{source} sha256:{fingerprint(model)[:16]}"
 
 
 def judge_files(dist: Dist, jobs: list[tuple[Path, dict, Callable[[], dict]]]) -> bool:

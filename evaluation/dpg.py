@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
-from common import Dist, Refused, derive_seed, fingerprint, knob
+from common import Dist, Refused, derive_seed, knob
 from data import read_picture
-from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, finish, judge_files,
+from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, finish, judge_files, load_judge,
                         mean_and_error, read_csv, read_judged, spread, start, table, title_of)
 
 QUESTIONS_URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -122,14 +122,8 @@ class Answerer:
     """A model of transformers that answers questions about a picture in words, as BLIP does."""
 
     def __init__(self, source: str, device: torch.device) -> None:
-        self.model, report = AutoModelForVisualQuestionAnswering.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, dtype=torch.float32)
-        if report["missing_keys"] or not self.model.can_generate():
-            raise Refused(f"{source} lacks weights, or picks its answers from a list: missing "
-                          f"{sorted(report['missing_keys'])[:3]}")
-        self.model.eval().to(device)
+        self.model, self.name = load_judge(AutoModelForVisualQuestionAnswering, source, device)
         self.processor = AutoProcessor.from_pretrained(source)
-        self.name = f"{source} sha256:{fingerprint(self.model)[:16]}"
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, questions: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines
 from data import read_picture
-from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, finish, judge_files,
+from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, finish, judge_files, load_judge,
                         mean_and_error, read_json, read_judged, spread, table, title_of, write_lines)
 from model import weights_folder
 from rewards import load_clip
@@ -58,8 +58,6 @@ class GenevalConfig(DrawConfig):
     detections: str = knob("", "ready detections, a JSON file or a folder of them, in place of --detector")
     detector: str = knob("facebook/mask2former-swin-small-coco-instance",
                          "Mask2Former: a folder, or a repository of the hub")
-    clip: str = knob("auto", "folder of the CLIP that names colours; auto: that of the published CLIP score, "
-                             "which `tools/convert.py rewards` writes")
     score: bool = knob(True, "score the pictures; --no-score only draws them")
 
 
@@ -172,14 +170,9 @@ class Detector:
     """Mask2Former of transformers for COCO's classes, with the post-processing of mmdet."""
 
     def __init__(self, source: str, device: torch.device) -> None:
-        self.model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, dtype=torch.float32)
+        self.model, self.name = load_judge(Mask2FormerForUniversalSegmentation, source, device)
         labels = self.model.config.id2label
         self.classes = [RENAMED.get(labels[i], labels[i]) for i in sorted(labels)]
-        if report["missing_keys"]:
-            raise Refused(f"{source} lacks weights: {sorted(report['missing_keys'])[:3]}")
-        self.model.eval().to(device)
-        self.name = f"{source} sha256:{fingerprint(self.model)[:16]}"
 
     def prepare(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """The picture as the network sees it, (1, 3, P, P), padded right and below; h, w without padding."""
@@ -335,8 +328,9 @@ def read_layout(folder: Path) -> list[Prompt]:
 
 def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Prompt]) -> bool:
     """Detections of this process's share of the prompts. False if a signal stopped it."""
-    clip = weights_folder("rewards", "auto") / "clip" if cfg.clip == "auto" else Path(cfg.clip)
-    detector, namer = Detector(cfg.detector, dist.device), ColorNamer(clip, dist.device)
+    # the CLIP that names colours is that of the published CLIP score
+    namer = ColorNamer(weights_folder("rewards", "auto") / "clip", dist.device)
+    detector = Detector(cfg.detector, dist.device)
     asked = {clause["class"] for prompt in prompts for clause in prompt.request["include"]}
     if not asked <= set(detector.classes):
         raise Refused(f"{cfg.detector} does not know {sorted(asked - set(detector.classes))[:3]}")
