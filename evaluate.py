@@ -32,7 +32,7 @@ from common import Dist, Refused, derive_seed, knob, run
 from data import read_picture, to_tensor
 from evaluation import (DrawConfig, HeldoutConfig, Job, ScoreConfig, ablate, dpg, draw, draw_files, finish,
                         heldout_prompts, layers, load, mean_and_error, report, spread, start, table,
-                        understand, write_lines)
+                        title_of, understand, write_lines)
 from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, task_scores
 from grpo import open_rewards, score_heldout
 from model import PRESETS, ParaUni, weights_folder
@@ -67,7 +67,7 @@ def nano_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
                                             for i, j in keys])
     whole = len(keys) == len(prompts) * PER_PROMPT and cfg.per_prompt == PER_PROMPT
     part = f"{len(keys)} pictures of {len(prompts)} x {PER_PROMPT}"
-    name = "nano GenEval" if whole else f"part of nano GenEval, not the benchmark ({part})"
+    name = title_of("nano GenEval", [] if whole else [part])
     scores = task_scores(verdicts, [prompt.task for prompt in prompts])
     return finish(cfg, "geneval", {"name": name, "benchmark": whole, **scores},
                   f"{name}\n{table(scores['tasks'])}\npictures {folder / 'images'}")
@@ -92,12 +92,6 @@ def paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> lis
     return rows
 
 
-def nulls(scores: dict[str, list[float]]) -> dict[str, list[float | None]]:
-    """JSON has no NaN and no infinity."""
-    return {name: [value if math.isfinite(value) else None for value in values]
-            for name, values in scores.items()}
-
-
 @dataclass(frozen=True)
 class RewardsConfig(ScoreConfig):
     stage_file: str = knob("", "the weights after training, as runs/stage3/stage3.safetensors; must be given")
@@ -120,10 +114,11 @@ def rewards(argv: list[str] | None = None) -> dict:
         prompts = heldout_prompts(cfg, model)
         scorers = open_rewards(cfg, model, prompts[0])
         scores.append(score_heldout(model, scorers, prompts, as_in_training, dist))
-    before, after = scores
-    rows = paired(before, after)
-    result = {"baseline": baseline, "rewards": rows, "prompts": prompts, "before": nulls(before),
-              "after": nulls(after)}
+    rows = paired(*scores)
+    # of each prompt too; JSON has no NaN and no infinity
+    before, after = ({name: [value if math.isfinite(value) else None for value in values]
+                      for name, values in of_file.items()} for of_file in scores)
+    result = {"baseline": baseline, "rewards": rows, "prompts": prompts, "before": before, "after": after}
     return finish(cfg, "rewards", result, f"before {baseline}\nafter  {cfg.stage_file}\n{table(rows)}")
 
 
@@ -165,8 +160,6 @@ class ReconstructConfig(DrawConfig):
                                     "empty: those of --stage-file, read at their last layer")
     images: str = knob("", "folder of pictures; empty: held-out pictures of the nano world")
     count: int = knob(200, "pictures")
-    reward_weights: str = knob("auto", "folder with clip/, for CLIP similarity; "
-                                       "auto: nano's own, or weights/rewards")
     out: str = knob("runs/reconstruct", "folder for table and pictures")
 
 
@@ -196,9 +189,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     shown = {"original": originals, **kept}
     save_sheet(path, torch.cat([images[:columns] for images in shown.values()]), columns, titles=list(shown))
 
-    folder = Path(cfg.reward_weights)
-    if cfg.reward_weights == "auto":
-        folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
+    folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
     clip, _, picture = load_clip(folder / "clip")
     clip.eval()
     marks = {name: {"psnr": psnr(images, originals).tolist(),
@@ -212,8 +203,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
             mean, error = mean_and_error([value for value in values if math.isfinite(value)])
             ends.append({"pictures": name, "measure": measure, "mean": mean, "s.e.": error})
     last_layer = cfg.last_layer_file or "the same weights, read at the last layer"
-    result = {"prompt": KEEP, "last_layer": last_layer, "table": rows, "ends": ends,
-              "pictures": {name: nulls(scores) for name, scores in marks.items()}}
+    result = {"last_layer": last_layer, "table": rows, "ends": ends}
     return finish(cfg, "reconstruct", result, f"before: {last_layer}; after: all layers\n{table(rows)}\n\n"
                                               f"{table(ends)}\npictures {path}")
 

@@ -65,7 +65,7 @@ def test_verdicts_are_the_judges_and_a_part_is_not_the_benchmark(tmp_path: Path,
     assert all(r["right"] == (derive_seed(-1, "geneval", r["prompt"], r["sample"]) % 2 == 0) for r in records)
     assert {r["right"] for r in records} == {True, False}
     assert [len(batch) for batch in painter.batches] == [7, 7, 7, 3]
-    assert "not the benchmark (24 pictures of 600 x 4)" in result["name"] and not result["benchmark"]
+    assert "not the benchmark: 24 pictures of 600 x 4" in result["name"] and not result["benchmark"]
     assert json.loads((tmp_path / "geneval.json").read_text())["overall"] == result["overall"]
 
 
