@@ -18,7 +18,6 @@ Letters: B pictures, N queries, E condition width, C h w latent.
 import hashlib
 import itertools
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -54,6 +53,7 @@ class Row(NamedTuple):
     family: str                     # "layers" or "ldam"
     paper: float | None = None      # GenEval, overall, of the paper's Table 3
     at_nano: bool = False           # at the thresholds at which LDAM fires on nano
+    own: list[str] = []             # what it adds to the flags of stage 3
 
 
 ROWS = {
@@ -64,12 +64,13 @@ ROWS = {
     "every-other": Row("every other layer", "layers", 0.86),
     "no-norm": Row("no LayerNorm", "layers", 0.73),
     "last": Row("last layer only", "layers"),
-    "no-ldam": Row("no LDAM", "ldam"),
+    "no-ldam": Row("no LDAM", "ldam", own=["--no-ldam"]),
     "ldam": Row("LDAM, the paper's thresholds", "ldam", 0.87),
     "ldam-epoch": Row("LDAM, nano thresholds, noise for an epoch", "ldam", at_nano=True),
-    "ldam-keep": Row("LDAM, nano thresholds, noise kept", "ldam", at_nano=True),
-    "no-grad-norm": Row("LDAM, nano thresholds, no gradient-norm gate", "ldam", 0.86, at_nano=True),
-    "no-reward": Row("LDAM, nano thresholds, no reward gate", "ldam", 0.86, at_nano=True)}
+    "ldam-keep": Row("LDAM, nano thresholds, noise kept", "ldam", None, True, ["--ldam-mode=keep"]),
+    "no-grad-norm": Row("LDAM, nano thresholds, no gradient-norm gate", "ldam", 0.86, True,
+                        ["--no-ldam-use-grad-norm"]),
+    "no-reward": Row("LDAM, nano thresholds, no reward gate", "ldam", 0.86, True, ["--no-ldam-use-reward"])}
 PAPER_NOTE = ("Table 3's \"Ours\", 0.87, stands beside all layers, here without stage 3, and beside LDAM: "
               "the paper does not say which of them it is.")
 # claim, the row that is better by it, the other row
@@ -88,9 +89,8 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Flags of `evaluate.py ablate`. The defaults are sized for about two hours of one CPU core."""
-    weights: str = knob("auto", "where the rows about layers start; auto: weights/nano; or a folder like it")
-    init: str = knob("auto", "stage 2 weights where the rows about LDAM start; auto: those in --weights")
+    """The defaults are sized for about two hours of one CPU core."""
+    weights: str = knob("auto", "where all rows start; auto: weights/nano; or a folder like it")
     rows: tuple[str, ...] = knob(tuple(ROWS), "rows to train; the table shows every finished one")
     seeds: int = knob(3, "runs of each row, with seeds 0, 1, 2 ...; at least 2")
     stage1_steps: int = knob(120, "steps of stage 1, rows about layers")
@@ -147,19 +147,12 @@ def layer_flags(name: str, L: int) -> list[str]:
     return flags(layers=",".join(map(str, fused[name]))) if name in fused else []
 
 
-def ldam_flags(name: str, spike: float, patience: int) -> list[str]:
-    """What a row about LDAM adds to stage 3."""
-    own = {"no-ldam": ["--no-ldam"], "ldam-keep": flags(ldam_mode="keep"),
-           "no-grad-norm": ["--no-ldam-use-grad-norm"], "no-reward": ["--no-ldam-use-reward"]}.get(name, [])
-    return own + (flags(ldam_spike=spike, ldam_patience=patience) if ROWS[name].at_nano else [])
-
-
 def make_plan(cfg: AblateConfig, name: str, seed: int, spike: float, patience: int) -> dict:
     """All that a run depends on: the train.py flags of its stages, in order, and the weights."""
     folder, parts = run_folder(cfg, name, seed), weights_folder("nano", cfg.weights)
     shared = flags(seed=seed, weights=cfg.weights, resume="auto", keep=1)
     if ROWS[name].family == "layers":
-        init, before, stages = [], "none", []
+        before, stages = "none", []
         for n, steps in ((1, cfg.stage1_steps), (2, cfg.stage2_steps)):
             own = flags(steps=steps, warmup=max(1, steps // 10), batch_size=32, micro_batch=32, dtype="bf16",
                         save_every=50)
@@ -167,18 +160,19 @@ def make_plan(cfg: AblateConfig, name: str, seed: int, spike: float, patience: i
             before = folder / f"stage{n}" / f"stage{n}.safetensors"
         stages[0] += layer_flags(name, PRESETS["nano"].vlm_layers)
     else:
-        init = [parts / "stage2.safetensors" if cfg.init == "auto" else Path(cfg.init)]
         own = flags(steps=cfg.stage3_steps, num_groups=3, group_size=8, micro_batch=24, num_steps=4,
                     num_eval=24, eval_steps=DRAWING.num_steps, eval_every=10_000, save_every=10)
-        stages = [flags(stage=3, init=init[0], run_dir=folder / "stage3") + shared + own]
-        stages[0] += ldam_flags(name, spike, patience)
-    return {"stages": stages, "weights": cfg.weights, "sha256": weights_digest(parts, init)}
+        start = flags(stage=3, init=parts / "stage2.safetensors", run_dir=folder / "stage3")
+        stages = [start + shared + own + ROWS[name].own]
+        if ROWS[name].at_nano:
+            stages[0] += flags(ldam_spike=spike, ldam_patience=patience)
+    return {"stages": stages, "weights": cfg.weights, "sha256": weights_digest(parts)}
 
 
-def weights_digest(parts: Path, files: list[Path]) -> str:
+def weights_digest(parts: Path) -> str:
     """Of the weights that a run starts from and is scored by: others must not share its table."""
     total = hashlib.sha256()
-    for path in [*sorted(parts.rglob("*.safetensors")), *files]:
+    for path in sorted(parts.rglob("*.safetensors")):
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
@@ -187,23 +181,20 @@ def weights_digest(parts: Path, files: list[Path]) -> str:
 
 def run_row(folder: Path, plan: dict) -> bool:
     """Train what the plan says, from where it was left, and score it. False if a signal stopped it."""
-    began = time.perf_counter()
     for stage in plan["stages"]:
         number, run_dir = (stage[stage.index(flag) + 1] for flag in ("--stage", "--run-dir"))
         weights = Path(run_dir) / f"stage{number}.safetensors"
         if not weights.is_file() and not train.main(stage):
             return False
-    scores = score_run(plan["weights"], weights)
-    seconds = round(time.perf_counter() - began)
-    write_json(folder / "row.json", {"scores": scores, "weights": str(weights), "seconds": seconds})
+    write_json(folder / "row.json", {"scores": score_run(plan["weights"], weights)})
     for checkpoints in folder.glob("stage*/checkpoints"):
         shutil.rmtree(checkpoints)
     return True
 
 
 def score_run(parts: str, weights: Path) -> dict:
-    """What one trained model is worth: the judge's score in six tasks, the rewards of the same pictures, and
-    the loss on held-out pictures."""
+    """What one trained model is worth: the judge's score, the rewards of the same pictures, and the loss on
+    held-out pictures."""
     device = setup_dist().device
     cfg = resolve(DRAWING, device)
     model = ParaUni.from_preset("nano", parts, weights, device=device)
@@ -211,8 +202,8 @@ def score_run(parts: str, weights: Path) -> dict:
     prompts = [benchmark[i] for i in spread(NUM_PROMPTS, len(benchmark))]
     texts = [prompt.text for prompt in prompts]
     images = draw_all(cfg, model, texts)                                        # (B, 3, H, W)
-    tasks = world.task_scores(world.judge(images, prompts), prompts)
-    scores = {"judge": tasks.pop("overall"), "loss": heldout_loss(model, NUM_LOSS), "tasks": tasks}
+    judge = world.task_scores(world.judge(images, prompts), prompts)["overall"]
+    scores = {"judge": judge, "loss": heldout_loss(model, NUM_LOSS)}
     for name in REWARDS:
         reward = build_reward(name, device, weights_folder("nano", "auto"))
         scores[name] = reward(images, texts).mean().item()

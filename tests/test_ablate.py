@@ -76,7 +76,7 @@ def test_a_run_is_trained_scored_and_not_trained_again(parts: Path, tmp_path: Pa
     folder, plan = tmp_path / "no-middle-seed0", ablate.make_plan(cfg, "no-middle", 0, 0.0, 0)
     assert ablate.run_row(folder, plan)
     scores = json.loads((folder / "row.json").read_text())["scores"]
-    assert set(scores) == {*ablate.MEASURES, "tasks"} and 0 <= scores["judge"] <= 1
+    assert set(scores) == {*ablate.MEASURES} and 0 <= scores["judge"] <= 1
     # stage 2 goes on with the layers of stage 1
     model = tiny_model()
     model.load_stage(folder / "stage2" / "stage2.safetensors", 2)
@@ -109,7 +109,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         finished(folder.parent, folder.name.split("-")[0], int(folder.name[-1]), 0.5)
         return True
     monkeypatch.setattr(ablate, "run_row", run_row)
-    monkeypatch.setattr(ablate, "weights_digest", lambda parts, files: "")
+    monkeypatch.setattr(ablate, "weights_digest", lambda parts: "")
     return names
 
 
@@ -180,8 +180,8 @@ def finished(folder: Path, name: str, seed: int, judge: float, loss: float = 0.5
     """What a run leaves."""
     run = folder / f"{name}-seed{seed}"
     run.mkdir(parents=True, exist_ok=True)
-    scores = {"judge": judge, "clip": 0.4, "pickscore": 0.4, "aesthetic": 5.0, "loss": loss, "tasks": {}}
-    (run / "row.json").write_text(json.dumps({"scores": scores, "seconds": 1}))
+    scores = {"judge": judge, "clip": 0.4, "pickscore": 0.4, "aesthetic": 5.0, "loss": loss}
+    (run / "row.json").write_text(json.dumps({"scores": scores}))
     if ROWS[name].family == "ldam":
         rewards = [reward + 0.01 * seed * fired for reward in rewards]
         write_log(run / "stage3", NORMS, rewards, fired, phases=3)
