@@ -38,7 +38,6 @@ Scores = dict[str, dict[str, Tensor]]       # variant -> reward -> one score a p
 
 @dataclass(frozen=True)
 class LayersConfig(ScoreConfig):
-    """Flags of `evaluate.py layers`."""
     last_file: str = knob("", "weights trained on the last layer only, for Figure 4, as "
                               "runs/ablate/last-seed0/stage2/stage2.safetensors; empty: without")
     runs: tuple[str, ...] = knob((), "stage 3 run folders whose curves are drawn")
@@ -89,8 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def without_region(region: str, num_layers: int) -> list[int]:
-    removed = region_layers(region, num_layers)
-    return [i for i in range(1, num_layers + 1) if i not in removed]
+    return sorted({*range(1, num_layers + 1)} - {*region_layers(region, num_layers)})
 
 
 def draw_all(cfg: DrawConfig, model: ParaUni, prompts: list[str], layers: list[int] | None = None) -> Tensor:

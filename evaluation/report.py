@@ -11,7 +11,7 @@ import html
 import io
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,42 +45,32 @@ td, th { border: 1px solid #ccc; padding: 3px 8px; text-align: left; overflow-wr
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Flags of `evaluate.py report`."""
     folders: tuple[str, ...] = knob((), "run folders, which are compared, and folders of results", words=True)
     out: str = knob("report.html", "the file to write")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A folder of train.py: its log and its flags."""
-    folder: Path
-    records: list[dict]
-    config: dict
-
-
 def main(argv: list[str] | None = None) -> dict:
-    """Write the report. Returns its "path", the number of "runs", and "left_out": what could not be read."""
+    """Write the report. Returns "left_out": what could not be read."""
     cfg = parse_config(ReportConfig, argv, description=__doc__.splitlines()[0])
     folders = [Path(folder) for folder in cfg.folders]
     if not folders or not all(folder.is_dir() for folder in folders):
         raise Refused(f"expected folders of runs or results, got {' '.join(cfg.folders) or 'none'}")
-    runs = [Run(folder, read_log(folder / "metrics.jsonl"), read_json(folder / "config.json"))
-            for folder in folders if (folder / "metrics.jsonl").is_file()]
+    logs = {folder: read_log(folder / "metrics.jsonl") for folder in folders
+            if (folder / "metrics.jsonl").is_file()}
     left_out: list[str] = []
     parts = [f"<h1>ParaUni: {text(cfg.folders)}</h1>"]
-    if runs:
-        parts += ["<h2>Curves</h2>", charts(runs)]
+    if logs:
+        parts += ["<h2>Curves</h2>", charts(logs)]
     for folder in folders:
-        parts.append(f"<h2>{text(folder)}</h2>")
-        is_run = (folder / "metrics.jsonl").is_file()
-        parts += contents(files_to_show(folder, is_run), left_out)
-    if runs:
-        parts += ["<h2>Configuration</h2>", config_table(runs)]
+        files = files_to_show(folder, is_run=folder in logs)
+        parts += [f"<h2>{text(folder)}</h2>", *contents(files, left_out)]
+    if logs:
+        parts += ["<h2>Configuration</h2>", config_table(logs)]
     parts += [f"<p>Left out: {text(reason)}</p>" for reason in left_out]
     with atomic(cfg.out) as temporary:
         temporary.write_text(PAGE % "\n".join(parts), encoding="utf-8")
     print(*(f"left out: {reason}" for reason in left_out), f"written to {cfg.out}", sep="\n")
-    return {"path": cfg.out, "runs": len(runs), "left_out": left_out}
+    return {"left_out": left_out}
 
 
 def text(value: object) -> str:
@@ -155,18 +145,18 @@ def contents(files: list[Path], left_out: list[str]) -> list[str]:
 
 # ----------------------------------------------------------------------------- runs
 
-def charts(runs: list[Run]) -> str:
+def charts(logs: dict[Path, list[dict]]) -> str:
     """A chart for each number in the logs that changes, all runs in it."""
-    names = {name for run in runs for record in run.records for name in record}
-    order = [name for start in CHARTS for name in sorted(names) if name.startswith(start)]
+    records = [record for log in logs.values() for record in log]
+    names = sorted({name for record in records for name in record})
     parts, constant = [], []
-    for name in order:
-        if len({record[name] for run in runs for record in run.records if name in record} - {None}) < 2:
+    for name in [name for start in CHARTS for name in names if name.startswith(start)]:
+        if len({record.get(name) for record in records} - {None}) < 2:
             constant.append(name)
             continue
         figure, (axis,) = panels(1, 4.2, 2.4)
-        for run, color in zip(runs, itertools.cycle(COLORS)):
-            draw_curve(axis, run.records, name, color, run.folder.name)
+        for (folder, log), color in zip(logs.items(), itertools.cycle(COLORS)):
+            draw_curve(axis, log, name, color, folder.name)
         if not parts:
             axis.legend(fontsize=8)
         parts.append(embed(figure.savefig, name))
@@ -175,9 +165,10 @@ def charts(runs: list[Run]) -> str:
             f"<section class='charts'>{''.join(parts)}</section>")
 
 
-def config_table(runs: list[Run]) -> str:
+def config_table(folders: Iterable[Path]) -> str:
     """Every flag of every run; those that differ come first."""
-    names = dict.fromkeys(name for run in runs for name in run.config)
-    rows = [{"flag": name, **{str(run.folder): run.config.get(name) for run in runs}} for name in names]
+    configs = {str(folder): read_json(folder / "config.json") for folder in folders}
+    names = dict.fromkeys(name for config in configs.values() for name in config)
+    rows = [{"flag": name, **{run: config.get(name) for run, config in configs.items()}} for name in names]
     differs = [row for row in rows if len({json.dumps(value) for value in list(row.values())[1:]}) > 1]
     return (table(differs) if differs else "") + table([row for row in rows if row not in differs])
