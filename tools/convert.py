@@ -29,12 +29,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import huggingface_hub
+import open_clip
 import torch
 from open_clip.model import CLIP
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, InternVLConfig, PreTrainedConfig
+from transformers import AutoTokenizer, InternVLConfig
 
 from common import ROOT, Refused, run, write_json
 from dit import DiT, DiTConfig
@@ -93,20 +94,16 @@ def fetch(repository: str, files: tuple[str, ...], source: Path | None) -> Path:
 
 # ----------------------------------------------------------------------------- reading, with nothing trusted
 
-def tensor_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors of a folder: those that its index names, or the only one."""
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of a folder, mapped into memory and not read yet: of the only file, or of those that its
+    index names."""
     names = [f"{stem}.safetensors"]
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    # only what lies in the folder itself, whatever the index says
-    return [folder / Path(name).name for name in names]
-
-
-def read_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of some safetensors files, mapped into memory and not read yet."""
     tensors = {}
-    for path in files:
+    # only what lies in the folder itself, whatever the index says
+    for path in [folder / Path(name).name for name in names]:
         try:
             tensors |= load_file(path)
         except (OSError, SafetensorError) as error:
@@ -115,7 +112,7 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise Refused(f"{name} in {files[0].parent} is {tensor.dtype}: quantised files are not read")
+            raise Refused(f"{name} in {folder} is {tensor.dtype}: quantised files are not read")
     return tensors
 
 
@@ -170,7 +167,7 @@ def convert_vlm(preset: Preset, source: Path, target: Path) -> None:
                       f"not {preset.vlm.image_token_id}")
 
     # transformers reads the names of its older versions too, and saves one file under one set of names
-    tensors = read_tensors(tensor_files(source, "model"))
+    tensors = read_tensors(source, "model")
     vlm, report = preset.vlm_class.from_pretrained(
         source, config=copy.deepcopy(preset.vlm), dtype=next(iter(tensors.values())).dtype,
         local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -188,7 +185,7 @@ def convert_diffusers(config: DiTConfig | DCAEConfig, kind: type, source: Path, 
     if published != config:
         raise Refused(f"{source} is of another preset: expected {config}, got {published}")
 
-    tensors = read_tensors(tensor_files(source, "diffusion_pytorch_model"))
+    tensors = read_tensors(source, "diffusion_pytorch_model")
     with torch.device("meta"):
         check_fit(tensors, kind(config).state_dict(), source)
     target.mkdir()
@@ -279,51 +276,22 @@ def open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def open_clip_config(config: CLIPConfig) -> dict:
-    """What open_clip's config says of the model that a CLIPModel's config describes."""
-    text, vision = config.text_config, config.vision_config
-    # OpenAI's have quick_gelu; LAION's and PickScore have gelu
-    activations = {text.hidden_act, vision.hidden_act}
-    if activations not in ({"gelu"}, {"quick_gelu"}):
-        raise Refused(f"expected gelu, or quick_gelu, in both towers of a CLIP, its config has {activations}")
-    # older files say 2, and transformers then pools a text at its highest id, as open_clip does
-    if text.eos_token_id not in (2, text.vocab_size - 1):
-        raise Refused(f"expected texts to be pooled at their highest id, {text.vocab_size - 1}; the CLIP's "
-                      f"eos_token_id is {text.eos_token_id}")
-
-    def tower(c: PreTrainedConfig) -> dict:
-        return {"width": c.hidden_size,
-                "layers": c.num_hidden_layers,
-                "mlp_ratio": c.intermediate_size / c.hidden_size,
-                "norm_kwargs": {"eps": c.layer_norm_eps}}
-    vision_cfg = {"image_size": vision.image_size,
-                  "patch_size": vision.patch_size,
-                  "head_width": vision.hidden_size // vision.num_attention_heads}
-    text_cfg = {"context_length": text.max_position_embeddings,
-                "vocab_size": text.vocab_size,
-                "heads": text.num_attention_heads}
-    return {"embed_dim": config.projection_dim,
-            "quick_gelu": activations == {"quick_gelu"},
-            "vision_cfg": tower(vision) | vision_cfg,
-            "text_cfg": tower(text) | text_cfg}
-
-
-def convert_clip(source: Path, target: Path) -> None:
-    # transformers' class has the defaults that older files omit
-    model_cfg = open_clip_config(CLIPConfig(**json.loads((source / "config.json").read_text())))
-    tensors = open_clip_tensors(read_tensors(tensor_files(source, "model")))
+def convert_clip(name: str, source: Path, target: Path) -> None:
+    """A CLIPModel of transformers as open_clip's model of that name."""
+    model_cfg = open_clip.get_model_config(name)
+    tensors = open_clip_tensors(read_tensors(source, "model"))
     with torch.device("meta"):
         check_fit(tensors, CLIP(**model_cfg).state_dict(), source)
-    picture = json.loads((source / "preprocessor_config.json").read_text())
-    preprocess_cfg = {"mean": picture["image_mean"], "std": picture["image_std"]}
     target.mkdir()
     save_file(tensors, target / "model.safetensors")
-    write_json(target / "open_clip_config.json", {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    write_json(target / "open_clip_config.json", {"model_cfg": model_cfg})
 
 
 def convert_rewards(source: Path | None, target: Path) -> None:
-    convert_clip(fetch("openai/clip-vit-large-patch14", TRANSFORMERS, source), target / "clip")
-    convert_clip(fetch("yuvalkirstain/PickScore_v1", TRANSFORMERS, source), target / "pickscore")
+    folder = fetch("openai/clip-vit-large-patch14", TRANSFORMERS, source)
+    convert_clip("ViT-L-14-quickgelu", folder, target / "clip")
+    folder = fetch("yuvalkirstain/PickScore_v1", TRANSFORMERS, source)
+    convert_clip("ViT-H-14", folder, target / "pickscore")
     path = (source or DOWNLOADS) / LAION_HEAD
     if not source and not path.is_file():
         torch.hub.download_url_to_file(LAION_URL, str(path), hash_prefix=LAION_SHA256)
@@ -333,8 +301,6 @@ def convert_rewards(source: Path | None, target: Path) -> None:
     (target / "aesthetic").mkdir()
     save_file(head, target / "aesthetic" / "aesthetic.safetensors")
 
-
-# ----------------------------------------------------------------------------- the command
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
