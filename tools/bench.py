@@ -1,10 +1,5 @@
 """Speed and memory, alone or beside another side: diffusers, a naive loop, another checkout of this project.
-
-    python tools/bench.py --what sample                     pictures/s, share of the matmul peak, memory
-    python tools/bench.py --what stage3 --vs naive          both, taking turns, and the ratio
-    python tools/bench.py --what dit --vs diffusers --preset l-1024 --blocks 4 --batch 2 --dtype bf16
-    python tools/bench.py --what stage3 --vs ../before      the same of another checkout
-    python tools/bench.py --what window --weights auto
+Commands: docs/speed.md.
 
 --what  dit        a forward pass of the DiT, the condition's keys and values included
         dit-train  forward and backward pass

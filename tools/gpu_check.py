@@ -15,7 +15,6 @@ and nothing compiled: it proves the script.
 import argparse
 import copy
 import gc
-import importlib.util
 import json
 import resource
 import subprocess
@@ -42,15 +41,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import bench
 import plan
 import train
+from bench import DEVICE, GB
 from common import compile_parts, environment, read_log, write_json
 from data import Batch
 from dit import DiT
+from evaluation import table
 from lim import LIM
 from model import PRESETS, ParaUni
 from vae import DCAE
 
-GB = 1e9
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # part -> seconds that it may take; the first ones matter most
 LIMITS = {"exact": 90, "nano": 90, "b-512": 120, "dit compiled": 60, "dit": 60, "dit-train compiled": 60,
           "dit-train": 60, "l-1024": 180, "sample": 90, "decode": 60}
@@ -256,8 +255,6 @@ def one_step(name: str, mode: str, p: plan.Plan, limit: float, peak: float, toy:
     return rows
 
 
-# ----------------------------------------------------------------------------- beside diffusers
-
 def beside_diffusers(name: str, toy: bool) -> Iterator[dict]:
     """bench.py's comparisons; a second word of the name says that both sides are compiled."""
     what, _, compiled = name.partition(" ")
@@ -318,15 +315,14 @@ def finish(name: str, process: subprocess.Popen, folder: Path, limit: float) -> 
 
 
 def report(results: dict[str, dict]) -> str:
-    lines = ["| part | figure | value | bar | |", "|---|---|--:|---|---|"]
+    rows = []
     for name, result in results.items():
-        for r in result["rows"]:
+        unfinished = [] if result["status"] == "ok" else [row("NOT FINISHED", result["status"])]
+        for r in result["rows"] + unfinished:
             value = f"{r['value']:.4g}" if isinstance(r["value"], float) else r["value"]
             verdict = ("ok" if r["ok"] else "MISSED") if r["bar"] else ""
-            lines.append(f"| {name} | {r['figure']} | {value} | {r['bar']} | {verdict} |")
-        if result["status"] != "ok":
-            lines.append(f"| {name} | | {result['status']} | | NOT FINISHED |")
-    return "\n".join(lines) + "\n"
+            rows.append({"part": name, **r, "value": value, "ok": verdict})
+    return table(rows)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
@@ -351,8 +347,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         planning = {name: start(f"plan {name}", folder, args.toy) for name in names if name in FULL_SIZE}
 
         def run_part(name: str) -> dict:
-            if name.partition(" ")[0] in BESIDE_DIFFUSERS and not importlib.util.find_spec("diffusers"):
-                return {"status": "skipped: diffusers is not installed", "seconds": 0.0, "rows": []}
             if name in planning:
                 finish(f"plan {name}", planning[name], folder, deadline - time.perf_counter())
             left = deadline - time.perf_counter()
