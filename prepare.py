@@ -87,18 +87,6 @@ class LeftOut(NamedTuple):
     reason: str
 
 
-def find_sources(words: Iterable[str]) -> list[Path]:
-    """The tars, folders and lists that --data names, each once."""
-    sources = []
-    for word in words:
-        # a name may hold what means something else in a glob
-        found = [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True))
-        if not found:
-            raise Refused(f"--data {word} matches nothing: * ? [] ** do, {{0..9}} does not, commas separate")
-        sources += map(Path, found)
-    return list(dict.fromkeys(sources))
-
-
 def read_source(source: Path) -> Iterator[Sample | LeftOut]:
     """All files of a source: the samples they make, or why they make none."""
     ending = source.suffix.lower()
@@ -383,7 +371,14 @@ def finish(out: str, sources: int, stamp: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(PrepareConfig, argv, description=__doc__.splitlines()[0])
     dist = setup_dist()
-    sources = find_sources(cfg.data)
+    sources = []
+    for word in cfg.data:
+        # a name may hold what means something else in a glob
+        found = [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True))
+        if not found:
+            raise Refused(f"--data {word} matches nothing: * ? [] ** do, {{0..9}} does not, commas separate")
+        sources += map(Path, found)
+    sources = list(dict.fromkeys(sources))
     vae = load_vae(cfg.preset, cfg.weights)
     stamp = stamp_of(vae, PRESETS[cfg.preset])
     vae.to(dist.device)
