@@ -41,8 +41,6 @@ from pictures import save_sheet
 from rewards import embed_images, load_clip
 
 
-# ----------------------------------------------------------------------------- geneval
-
 def geneval(argv: list[str] | None = None) -> dict:
     """GenEval, six tasks: pictures of its prompts through a detector; for nano, through the exact judge."""
     cfg, dist = start(GenevalConfig, argv, geneval.__doc__)
@@ -121,8 +119,6 @@ def rewards(argv: list[str] | None = None) -> dict:
     result = {"baseline": baseline, "rewards": rows, "prompts": prompts, "before": before, "after": after}
     return finish(cfg, "rewards", result, f"before {baseline}\nafter  {cfg.stage_file}\n{table(rows)}")
 
-
-# ----------------------------------------------------------------------------- compare
 
 @dataclass(frozen=True)
 class CompareConfig(HeldoutConfig):
@@ -257,8 +253,6 @@ def clip_similarity(clip: CLIP, picture: dict, a: Tensor, b: Tensor) -> Tensor:
     a, b = (embed_images(clip.visual, images, picture) for images in (a, b))        # (B, E) each
     return (a * b).sum(-1)                                                          # (B,)
 
-
-# ----------------------------------------------------------------------------- entry
 
 COMMANDS = {"geneval": geneval, "dpg": dpg.main, "rewards": rewards, "reconstruct": reconstruct,
             "compare": compare, "understand": understand.main, "layers": layers.main, "ablate": ablate.main,

@@ -116,8 +116,6 @@ def dpg_scores(items: list[Item], answers: dict[str, list[dict]]) -> dict:
     return {"score": mean, "error": error, "prompts": scores, "rows": rows}
 
 
-# ----------------------------------------------------------------------------- the judge
-
 class Answerer:
     """A model of transformers that answers questions about a picture in words, as BLIP does."""
 
@@ -134,8 +132,6 @@ class Answerer:
         texts = self.processor.batch_decode(out, skip_special_tokens=True)
         return [text.strip().rstrip(".").lower() for text in texts]
 
-
-# ----------------------------------------------------------------------------- the command
 
 def main(argv: list[str] | None = None) -> dict:
     """Draw, ask, score, each unless it is there. {} if it was stopped, and on all ranks but the first."""

@@ -143,8 +143,6 @@ def contents(files: list[Path], left_out: list[str]) -> list[str]:
     return parts
 
 
-# ----------------------------------------------------------------------------- runs
-
 def charts(logs: dict[Path, list[dict]]) -> str:
     """A chart for each number in the logs that changes, all runs in it."""
     records = [record for log in logs.values() for record in log]

@@ -301,8 +301,6 @@ BENCHMARKS = {"nano": (read_nano, by_group(same_word)),
               "textvqa": (read_textvqa, by_group(vqa_accuracy))}
 
 
-# ----------------------------------------------------------------------------- the command
-
 @dataclass(frozen=True)
 class UnderstandConfig(EvalConfig):
     benchmark: str = knob("nano", "whose questions, and whose metric", choices=BENCHMARKS)
