@@ -11,7 +11,6 @@ import train
 from common import Refused, parse_config
 from evaluation import ablate, read_csv
 from evaluation.ablate import ROWS, AblateConfig
-from evaluation.layers import stage3_log
 from grpo import GRPOConfig
 from helpers import save_stages, tiny_model
 from ldam import LDAM
@@ -36,7 +35,7 @@ def test_rows_about_layers_fuse_what_they_say() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_flags_that_train_takes(name: str, parts: Path, tmp_path: Path) -> None:
     cfg = AblateConfig(weights=str(parts), out=str(tmp_path))
-    plan = ablate.make_plan(cfg, name, 1, 1.5, 3)
+    plan = ablate.make_plan(cfg, name, 1)
     configs = {"1": train.TrainConfig, "2": train.TrainConfig, "3": GRPOConfig}
     stages = [parse_config(configs[flags[1]], flags) for flags in plan["stages"]]
     assert [stage.stage for stage in stages] == ([3] if ROWS[name].family == "ldam" else [1, 2])
@@ -45,7 +44,7 @@ def test_every_row_is_flags_that_train_takes(name: str, parts: Path, tmp_path: P
         assert stages[0].norm == (name != "no-norm") and stages[1].init.endswith("stage1/stage1.safetensors")
         return
     last = stages[-1]
-    assert (last.ldam_spike, last.ldam_patience) == ((1.5, 3) if ROWS[name].at_nano else (100.0, 5))
+    assert last.ldam_patience == 5 and last.ldam_spike == (100 if name in ("no-ldam", "ldam") else 1.3)
     assert last.ldam == (name != "no-ldam") and (last.ldam_mode == "keep") == (name == "ldam-keep")
     assert last.ldam_use_grad_norm == (name != "no-grad-norm")
     assert last.ldam_use_reward == (name != "no-reward")
@@ -73,7 +72,7 @@ def test_a_run_is_trained_scored_and_not_trained_again(parts: Path, tmp_path: Pa
     monkeypatch.setattr(ablate, "NUM_LOSS", 4)
     monkeypatch.setattr(ablate, "DRAWING", replace(ablate.DRAWING, num_steps=2, guidance_scale=1.0))
     cfg = AblateConfig(weights=str(parts), out=str(tmp_path), stage1_steps=2, stage2_steps=2)
-    folder, plan = tmp_path / "no-middle-seed0", ablate.make_plan(cfg, "no-middle", 0, 0.0, 0)
+    folder, plan = tmp_path / "no-middle-seed0", ablate.make_plan(cfg, "no-middle", 0)
     assert ablate.run_row(folder, plan)
     scores = json.loads((folder / "row.json").read_text())["scores"]
     assert set(scores) == {*ablate.MEASURES} and 0 <= scores["judge"] <= 1
@@ -124,7 +123,7 @@ def test_what_was_stopped_goes_on_and_other_flags_are_refused(tmp_path: Path, st
     assert len(started) == 5
 
 
-# ----------------------------------------------------------------------------- when LDAM fires
+# ----------------------------------------------------------------------------- the table
 
 #         epoch  1    2    3    4    5    6    7    8
 NORMS, FALLS = [1.0, 1.0, 2.5, 1.0, 1.0, 1.0, 1.0, 1.0], [0.9, 0.8, 0.7, 0.9, 0.6, 0.5, 0.4, 0.3]
@@ -147,34 +146,6 @@ def write_log(folder: Path, norms: list[float], rewards: list[float], fired: int
     return folder
 
 
-def test_replay_fires_where_algorithm_1_does(tmp_path: Path) -> None:
-    log = stage3_log(write_log(tmp_path, NORMS, FALLS, phases=2))
-
-    def replay(spike: float, patience: int) -> list[int]:
-        return [record["epoch"] for record in ablate.replay(log, spike, patience)]
-    assert replay(100, 5) == []
-    assert replay(2, 2) == [3, 11]                              # the jump and the second decline: epoch 3
-    assert replay(2, 3) == [5, 13] and replay(2, 5) == [7, 15]
-    assert replay(2.5, 2) == [3, 11] and replay(3, 1) == []     # the largest jump is 2.5, which counts
-    assert replay(2, 6) == []                                   # only in the phase's last epoch: no use
-    log[2]["grad_norm"] = None                                  # the jump was not finite: nobody saw it
-    assert replay(2, 2) == [11]
-
-
-def test_the_strictest_thresholds_at_which_every_run_fires(tmp_path: Path) -> None:
-    one = stage3_log(write_log(tmp_path / "a", NORMS, FALLS))
-    two = stage3_log(write_log(tmp_path / "b", [1, 1, 1.6, 1, 1, 1, 1, 1], FALLS))
-    assert ablate.find_thresholds([one]) == (2.0, 5) and ablate.find_thresholds([one, two]) == (1.5, 5)
-    # it must fire in half of all phases: in one of two, not in one of three
-    quiet = [record | {"phase": "pickscore", "epoch": record["epoch"] + 8, "grad_norm": 1.0}
-             for record in one]
-    assert ablate.find_thresholds([one + quiet]) == (2.0, 5)
-    third = [record | {"phase": "aesthetic", "epoch": record["epoch"] + 8} for record in quiet]
-    assert ablate.find_thresholds([one + quiet + third])[1] == 1
-
-
-# ----------------------------------------------------------------------------- the table
-
 def finished(folder: Path, name: str, seed: int, judge: float, loss: float = 0.5, fired: int = 0,
              rewards: list[float] = FALLS) -> None:
     """What a run leaves."""
@@ -196,7 +167,7 @@ def test_table_claims_and_what_ldam_did(tmp_path: Path, capsys: pytest.CaptureFi
         finished(tmp_path, "no-ldam", seed, 0.2)
         finished(tmp_path, "ldam-epoch", seed, [0.21, 0.22, 0.23][seed], fired=1,
                  rewards=[reward + 0.1 for reward in FALLS])
-    result = ablate.summarise(AblateConfig(out=str(tmp_path)), 2.0, 5)
+    result = ablate.summarise(AblateConfig(out=str(tmp_path)))
     table = {row["row"]: row for row in read_csv(tmp_path / "ablate.csv")}
     norm, drop = table[ROWS["no-norm"].title], np.array([0.30, 0.312, 0.32]) - np.array([0.50, 0.51, 0.52])
     assert float(norm["judge difference"]) == pytest.approx(drop.mean(), rel=1e-4)
@@ -219,8 +190,3 @@ def test_table_claims_and_what_ldam_did(tmp_path: Path, capsys: pytest.CaptureFi
     assert ablate.PAPER_NOTE in capsys.readouterr().out
     for name in ("ablate", "supplement"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_thresholds_are_asked_for_where_they_cannot_be_found(tmp_path: Path, parts: Path) -> None:
-    with pytest.raises(Refused, match="row ldam: add it to --rows"):
-        ablate.main(["--out", str(tmp_path), "--weights", str(parts), "--rows", "ldam-keep"])
