@@ -1,11 +1,9 @@
 """Does the vision-language model still see? Its answers to questions about pictures (paper's supplement,
 Table 3).
 
-    nano       one word                    share of right answers by kind of question
-    POPE, MME  yes or no                   accuracy, F1; accuracy of questions and of pictures
-    MMBench    a letter                    circular accuracy
-    MMMU       a letter, a word, a number  accuracy
-    TextVQA    words                       soft agreement with ten annotators
+    nano       one word    share of right answers by kind of question
+    POPE       yes or no   accuracy, F1
+    MMBench    a letter    circular accuracy
 
 A benchmark is a reader, from its published file to Questions, and a metric, from Questions and answers to
 rows of the table. Metrics are those of each benchmark's own code; where one differs it says so. Each picture
@@ -13,20 +11,17 @@ is shown as one square tile, as the model sees it everywhere here: InternVL's ow
 into up to 12.
 
 The VLM is frozen in all stages: --reference asks the untouched one the same, and compares weights too. Left
-out of the paper's table: SEED and RealWorldQA, whose questions are of MMMU's kinds, and MM-Vet, which a
-language model outside grades.
+out of the paper's table, as frozen weights answer what the published InternVL3 answers: MME, MMMU, TextVQA,
+SEED, RealWorldQA and MM-Vet.
 
 Letters: B pictures, H W pixels.
 """
-import ast
 import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -36,7 +31,7 @@ from tqdm import tqdm
 
 from common import Refused, StopSignal, fingerprint, knob, precision, read_lines
 from data import BadPicture, read_picture, to_tensor
-from evaluation import (EvalConfig, finish, load, mean_and_error, read_csv, read_json, same_settings, start,
+from evaluation import (EvalConfig, finish, load, mean_and_error, read_csv, same_settings, start,
                         table, write_lines)
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
@@ -63,13 +58,6 @@ def multiple_choice(question: str, choices: list[str], hint: str = "") -> str:
     return (f"{hint}\n" if hint else "") + f"{question}\n{options}{LETTER}"
 
 
-def as_list(value: str | list) -> list[str]:
-    """A list that some files have as a list, others as Python's way to write it."""
-    value = ast.literal_eval(value) if isinstance(value, str) else value
-    assert isinstance(value, list), f"expected a list, got {value!r}"
-    return [str(item) for item in value]
-
-
 def read_nano(count: int, seed: int) -> list[Question]:
     """Each about a picture of its own; the first two words of a question are its kind."""
     images, pairs = world.question_set(count, seed % 2 ** 32)                       # (count, 3, H, W)
@@ -84,23 +72,6 @@ def read_pope(path: Path) -> list[Question]:
         assert entry["label"] in ("yes", "no"), f"expected the label yes or no, got {entry['label']!r}"
         questions.append(Question(str(entry["question_id"]), "all", Path(entry["image"]),
                                   entry["text"] + WORD, [entry["label"]]))
-    return questions
-
-
-def read_mme(path: Path) -> list[Question]:
-    """A folder of task folders: beside each picture (or in questions_answers_YN/, the picture in images/) a
-    text file of two lines, question, tab, Yes or No."""
-    questions = []
-    for file in sorted(path.rglob("*.txt")):
-        task = file.relative_to(path).parts[0]
-        places = [folder / (file.stem + end) for folder in (file.parent, file.parent.parent / "images")
-                  for end in (".png", ".jpg", ".jpeg")]
-        pictures = [place.resolve() for place in places if place.is_file()]
-        assert pictures, f"no picture {file.stem}.png or .jpg beside {file}"
-        for i, line in enumerate(read_lines(file), start=1):
-            text, _, answer = line.rpartition("\t")
-            assert answer in ("Yes", "No"), f"line {i} of {file}: expected a question, a tab, Yes or No"
-            questions.append(Question(f"{task}/{file.stem}/{i}", task, pictures[0], text, [answer.lower()]))
     return questions
 
 
@@ -126,47 +97,11 @@ def read_mmbench(path: Path) -> list[Question]:
     return questions
 
 
-def read_mmmu(path: Path) -> list[Question]:
-    """JSON lines with the published fields: id, question, options, answer, image_1 (file name or base64). Of
-    several pictures only the first is shown."""
-    questions = []
-    for entry in map(json.loads, read_lines(path)):
-        # validation_Accounting_1
-        subject = entry.get("subject") or "_".join(entry["id"].split("_")[1:-1]) or "all"
-        image = entry["image_1"]
-        image = Path(image) if len(image) < 256 else base64.b64decode(image, validate=True)
-        choices = as_list(entry.get("options") or [])
-        text = re.sub(r"<image \d>", "", entry["question"]).strip()
-        text = multiple_choice(text, choices) if choices else text + WORD
-        answers = entry["answer"]
-        answers = as_list(answers) if isinstance(answers, list) or answers.startswith("[") else [answers]
-        questions.append(Question(entry["id"], subject, image, text, answers, choices))
-    return questions
-
-
-def read_textvqa(path: Path) -> list[Question]:
-    """JSON: data of question_id, image_id (the picture's name without .jpg), question, ten answers."""
-    return [Question(str(entry["question_id"]), "all", Path(f"{entry['image_id']}.jpg"),
-                     entry["question"] + WORD, as_list(entry["answers"]))
-            for entry in read_json(path)["data"]]
-
-
-# ----------------------------------------------------------------------------- what an answer says
-
-def first_words(answer: str) -> list[str]:
-    """The words of the first sentence."""
-    return re.findall(r"[a-z]+", answer.lower().split(".")[0])
-
-
-def yes_or_no(answer: str) -> str:
-    """"yes" or "no" if the first sentence says exactly one of them, else ""."""
-    found = {"yes", "no"} & set(first_words(answer))
-    return found.pop() if len(found) == 1 else ""
-
+# ----------------------------------------------------------------------------- metrics
 
 def choice_letter(answer: str, choices: list[str]) -> str:
     """The letter of the chosen option: at the start, in brackets or at the end; else that of the only option
-    whose text is there; else "" (the official MMMU scorer guesses at random there)."""
+    whose text is there; else ""."""
     letters = LETTERS[:len(choices)]
     for pattern in (rf"^([{letters}])(?![A-Za-z'])", rf"\(([{letters}])\)", rf"\b([{letters}])[.):]",
                     rf"\b([{letters}])$"):
@@ -175,52 +110,6 @@ def choice_letter(answer: str, choices: list[str]) -> str:
             return match[1]
     named = [letter for letter, choice in zip(LETTERS, choices) if choice.strip().lower() in answer.lower()]
     return named[0] if len(named) == 1 else ""
-
-
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
-DIGITS = {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
-
-
-def plain(text: str) -> str:
-    """Lower case without articles, apostrophes and punctuation; digits for number words (VQA's form)."""
-    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower().replace("'", ""))
-    words = re.sub(r"[^\w\s.:%$-]|(?<!\d)\.|\.(?!\d)", " ", text).split()
-    return " ".join(DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
-
-
-# ----------------------------------------------------------------------------- marks of single questions
-
-def same_word(question: Question, answer: str) -> float:
-    return float(answer == question.answers[0])
-
-
-def choice_or_open(question: Question, answer: str) -> float:
-    """MMMU: the right letter; without options, the last thing said contains a right text as
-    words, or a right number, to two decimals."""
-    if question.choices:
-        return float(choice_letter(answer, question.choices) == question.answers[0])
-    last = re.split(r"\b(?:is|are|equals?|answer:)\b|=|\n", answer.strip().rstrip("."))[-1]
-    numbers = [round(float(found), 2) for found in re.findall(r"-?\d+(?:\.\d+)?", last.replace(",", ""))]
-    for right in map(plain, question.answers):
-        if re.fullmatch(r"-?\d+(?:\.\d+)?", right):
-            found = round(float(right), 2) in numbers
-        else:
-            found = re.search(rf"(?<!\w){re.escape(right)}(?!\w)", plain(last))
-        if found:
-            return 1.0
-    return 0.0
-
-
-def vqa_accuracy(question: Question, answer: str) -> float:
-    """TextVQA: over each choice of all but one of the annotators, min(1, agreeing / 3), mean. Differs:
-    apostrophes are dropped on both sides, in place of the official table of contractions."""
-    agree = [plain(annotator) == plain(answer) for annotator in question.answers]
-    return fmean(min(1.0, (sum(agree) - own) / 3) for own in agree)
-
-
-# ----------------------------------------------------------------------------- metrics
-
-Metric = Callable[[list[Question], list[str]], list[dict]]
 
 
 def row_of(name: str, value: float, n: int, error: float | None = None) -> dict:
@@ -242,15 +131,16 @@ def grouped(questions: list[Question], marks: list[float]) -> list[dict]:
     return [*(mean_row(name, groups[name]) for name in sorted(groups)), mean_row("all", marks)]
 
 
-def by_group(mark: Callable[[Question, str], float]) -> Metric:
-    """The metric that is a mean of marks."""
-    return lambda questions, answers: grouped(questions, list(map(mark, questions, answers)))
+def score_nano(questions: list[Question], answers: list[str]) -> list[dict]:
+    return grouped(questions, [float(question.answers[0] == answer)
+                               for question, answer in zip(questions, answers)])
 
 
 def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
     """Accuracy, precision and recall of yes, F1, share of yes. As official, a first sentence without "no" and
     "not" is a yes."""
-    said_yes = [not {"no", "not"} & set(first_words(answer)) for answer in answers]
+    first = [answer.lower().split(".")[0] for answer in answers]
+    said_yes = [not {"no", "not"} & set(re.findall(r"[a-z]+", sentence)) for sentence in first]
     is_yes = [question.answers[0] == "yes" for question in questions]
     hits, n = sum(a and b for a, b in zip(said_yes, is_yes)), len(answers)
     precision, recall = (hits / sum(side) if sum(side) else 0.0 for side in (said_yes, is_yes))
@@ -258,27 +148,6 @@ def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
     return [mean_row("accuracy", [float(a == b) for a, b in zip(said_yes, is_yes)]),
             row_of("precision", precision, n), row_of("recall", recall, n), row_of("F1", f1, n),
             mean_row("share of yes", [float(yes) for yes in said_yes])]
-
-
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-
-
-def score_mme(questions: list[Question], answers: list[str]) -> list[dict]:
-    """Each task: 100 (share of right answers + share of pictures with both right); perception and cognition
-    are sums over tasks."""
-    tasks: dict[str, dict[str, list[bool]]] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        pictures = tasks.setdefault(question.group, {})
-        marks = pictures.setdefault(question.name.rpartition("/")[0], [])
-        marks.append(yes_or_no(answer) == question.answers[0])
-    rows = []
-    for task, pictures in sorted(tasks.items()):
-        every = [right for pair in pictures.values() for right in pair]
-        rows.append(row_of(task, 100 * (fmean(every) + fmean(map(all, pictures.values()))), len(every)))
-    cognition = [row for row in rows if row["name"].lower() in COGNITION]
-    perception = [row for row in rows if row not in cognition]
-    return rows + [row_of(title, sum(row["value"] for row in part), sum(row["n"] for row in part))
-                   for title, part in (("perception", perception), ("cognition", cognition)) if part]
 
 
 def score_mmbench(questions: list[Question], answers: list[str]) -> list[dict]:
@@ -293,18 +162,14 @@ def score_mmbench(questions: list[Question], answers: list[str]) -> list[dict]:
     return [*rows, mean_row("first turn", [float(turns[base][0]) for base in first])]
 
 
-BENCHMARKS = {"nano": (read_nano, by_group(same_word)),
-              "pope": (read_pope, score_pope),
-              "mme": (read_mme, score_mme),
-              "mmbench": (read_mmbench, score_mmbench),
-              "mmmu": (read_mmmu, by_group(choice_or_open)),
-              "textvqa": (read_textvqa, by_group(vqa_accuracy))}
+BENCHMARKS = {"nano": (read_nano, score_nano), "pope": (read_pope, score_pope),
+              "mmbench": (read_mmbench, score_mmbench)}
 
 
 @dataclass(frozen=True)
 class UnderstandConfig(EvalConfig):
     benchmark: str = knob("nano", "whose questions, and whose metric", choices=BENCHMARKS)
-    questions: str = knob("", "the benchmark's question file (MME: its folder)")
+    questions: str = knob("", "the benchmark's question file")
     images: str = knob("", "folder of its pictures; not needed where they are in the question file")
     count: int = knob(2000, "questions about the nano world, each about a picture of its own")
     limit: int = knob(0, "the first so many questions of --questions; 0: all of them")
