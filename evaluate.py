@@ -50,12 +50,13 @@ def geneval(argv: list[str] | None = None) -> dict:
 
 
 def nano_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
-    """Held-out prompts of the nano world through its exact judge. {} if it was stopped."""
+    """Held-out prompts of the nano world through its exact judge. {} on all ranks but the first."""
     prompts, folder = world.benchmark_prompts(), Path(cfg.out)
     keys = [(i, j) for i in spread(cfg.limit, len(prompts)) for j in range(cfg.per_prompt)]
     jobs = [Job(folder / f"images/{i:05}/samples/{j:05}.png", prompts[i].text,
                 [derive_seed(cfg.seed, "geneval", i, j)]) for i, j in keys]
-    if not draw_files(cfg, dist, jobs) or not dist.lead:
+    draw_files(cfg, dist, jobs)
+    if not dist.lead:
         return {}
 
     images = torch.stack([to_tensor(read_picture(job.path)) for job in jobs])       # (B, 3, H, W)

@@ -1,9 +1,9 @@
 """What the commands of evaluate.py share: flags, tables, files, pictures, work that goes on.
 
 A command is `main(argv) -> dict`. It prints a table and writes it, with its settings, as JSON into --out.
-What is slow is written piece by piece, beside a settings.json with all that it depends on: the same command
-goes on from there, one with other settings is refused. An error (s.e.) is a sample standard deviation /
-sqrt(n), over prompts or over questions.
+What is slow is written piece by piece, beside a settings.json with all that it depends on: killed or not, the
+same command goes on from there, one with other settings is refused. An error (s.e.) is a sample standard
+deviation / sqrt(n), over prompts or over questions.
 
 Letters: B pictures, H W pixels.
 """
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import (Dist, Refused, StopSignal, atomic, config_dict, environment, fingerprint, knob,
-                    mean_over_ranks, parse_config, precision, resolve, setup_dist, write_json)
+from common import (Dist, Refused, atomic, config_dict, environment, fingerprint, knob, mean_over_ranks,
+                    parse_config, precision, resolve, setup_dist, write_json)
 from data import nano_prompts
 from grpo import open_prompts
 from model import PRESETS, ParaUni
@@ -167,9 +167,9 @@ def write_lines(path: Path, records: list[dict]) -> None:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def any_rank(flag: bool, dist: Dist) -> bool:
-    """True if any process says so. All must ask: they wait for each other here."""
-    return mean_over_ranks(float(flag), dist) > 0
+def wait(dist: Dist) -> None:
+    """Until all processes are here."""
+    mean_over_ranks(0.0, dist)
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -198,27 +198,22 @@ class Job(NamedTuple):
     seeds: list[int]
 
 
-def draw_files(cfg: DrawConfig, dist: Dist, jobs: list[Job]) -> bool:
-    """Draw this process's share of the files that are not there yet. False if a signal stopped it."""
+def draw_files(cfg: DrawConfig, dist: Dist, jobs: list[Job]) -> None:
+    """Draw this process's share of the files that are not there yet, and wait for the others'."""
     model = load(cfg, dist.device)
     same_settings(Path(cfg.out), drawing_settings(cfg, model))
     todo = [job for job in jobs[dist.rank::dist.world_size] if not job.path.is_file()]
     per_file = len(jobs[0].seeds)
     per_batch = max(1, cfg.batch_size // per_file)
-    with StopSignal() as stop, tqdm(total=len(todo), unit="file", disable=not dist.lead) as bar:
-        while todo and not stop.stop:
-            part, todo = todo[:per_batch], todo[per_batch:]
-            prompts = [job.text for job in part for _ in job.seeds]
-            seeds = [seed for job in part for seed in job.seeds]
-            images = draw(cfg, model, prompts, seeds)                               # (B, 3, H, W)
-            for job, group in zip(part, images.split(per_file)):
-                # four in a square: top left, top right, bottom left, bottom right
-                save_picture(job.path, make_grid(group, nrow=2, padding=0))
-            bar.update(len(part))
-    if any_rank(bool(todo), dist):
-        print(f"stopped with {len(todo)} files to go; the same command goes on from here")
-        return False
-    return True
+    for first in tqdm(range(0, len(todo), per_batch), unit="batch", disable=not dist.lead):
+        part = todo[first:first + per_batch]
+        prompts = [job.text for job in part for _ in job.seeds]
+        seeds = [seed for job in part for seed in job.seeds]
+        images = draw(cfg, model, prompts, seeds)                                   # (B, 3, H, W)
+        for job, group in zip(part, images.split(per_file)):
+            # four in a square: top left, top right, bottom left, bottom right
+            save_picture(job.path, make_grid(group, nrow=2, padding=0))
+    wait(dist)
 
 
 # ----------------------------------------------------------------------------- published benchmarks
@@ -229,7 +224,7 @@ def fetched(path: str, url: str, cfg: EvalConfig, dist: Dist) -> Path:
     if not path and not copy.is_file() and dist.lead:
         torch.hub.download_url_to_file(url, str(copy))
     # the others wait until it is there
-    any_rank(False, dist)
+    wait(dist)
     return Path(path) if path else copy
 
 
@@ -242,20 +237,16 @@ def load_judge(kind: type, source: str, device: torch.device) -> tuple[nn.Module
     return model.eval().to(device), f"{source} sha256:{fingerprint(model)[:16]}"
 
 
-def judge_files(dist: Dist, jobs: list[tuple[Path, dict, Callable[[], dict]]]) -> bool:
-    """Write this process's share of a judge's files. False if a signal stopped it.
+def judge_files(dist: Dist, jobs: list[tuple[Path, dict, Callable[[], dict]]]) -> None:
+    """Write this process's share of a judge's files, and wait for the others'.
 
     jobs  (file, what it is made of: the judge's name, digests ..., what asks the judge about its items)
     """
-    with StopSignal() as stop:
-        for path, made_of, ask in tqdm(jobs[dist.rank::dist.world_size], disable=not dist.lead):
-            if stop.stop:
-                print("stopped; the same command goes on from here")
-                return False
-            # a file that is there, and made of just the same, stays
-            if not path.is_file() or not made_of.items() <= read_json(path).items():
-                write_json(path, {**made_of, "items": ask()})
-    return True
+    for path, made_of, ask in tqdm(jobs[dist.rank::dist.world_size], disable=not dist.lead):
+        # a file that is there, and made of just the same, stays
+        if not path.is_file() or not made_of.items() <= read_json(path).items():
+            write_json(path, {**made_of, "items": ask()})
+    wait(dist)
 
 
 def read_judged(path: Path) -> tuple[str, dict]:

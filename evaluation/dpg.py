@@ -26,7 +26,7 @@ from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from common import Dist, Refused, derive_seed, knob
 from data import read_picture
-from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, finish, judge_files, load_judge,
+from evaluation import (DrawConfig, Job, draw_files, fetched, finish, judge_files, load_judge,
                         mean_and_error, read_csv, read_judged, spread, start, table, title_of)
 
 QUESTIONS_URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -134,7 +134,7 @@ class Answerer:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Draw, ask, score, each unless it is there. {} if it was stopped, and on all ranks but the first."""
+    """Draw, ask, score, each unless it is there. {} with --no-score, and on all ranks but the first."""
     cfg, dist = start(DpgConfig, argv, __doc__.split("\n")[0])
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
     items = read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist))
@@ -142,14 +142,14 @@ def main(argv: list[str] | None = None) -> dict:
     if not cfg.images:
         jobs = [Job(folder / f"{item.name}.png", item.text,
                     [derive_seed(cfg.seed, "dpg", item.name, k) for k in range(4)]) for item in items]
-        if not draw_files(cfg, dist, jobs):
-            return {}
+        draw_files(cfg, dist, jobs)
     if not cfg.answers:
         items = [item for item in items if (folder / f"{item.name}.png").is_file()]
         if not items:
             raise Refused(f"expected grids called ITEM_ID.png in {folder}, found none")
-    stopped = not cfg.score or not cfg.answers and not ask_all(cfg, dist, folder, items)
-    if any_rank(stopped, dist) or not dist.lead:
+    if cfg.score and not cfg.answers:
+        ask_all(cfg, dist, folder, items)
+    if not cfg.score or not dist.lead:
         return {}
 
     judge, answers = read_judged(Path(cfg.answers or out / "answers"))
@@ -164,8 +164,8 @@ def main(argv: list[str] | None = None) -> dict:
     return finish(cfg, "dpg", result, f"{title}\njudge {judge}\n{table(scores['rows'])}")
 
 
-def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[Item]) -> bool:
-    """Answers about this process's share of the grids. False if a signal stopped it."""
+def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[Item]) -> None:
+    """Answers about all grids, shared by the processes."""
     vqa = Answerer(cfg.vqa, dist.device)
     jobs = []
     for item in items:
@@ -174,7 +174,7 @@ def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[Item]) -> bool
         made_of = {"judge": vqa.name, "sha256": sha256(grid.read_bytes()).hexdigest(), "questions": questions}
         ask = partial(ask_about, vqa, grid, item.name, questions)
         jobs.append((Path(cfg.out) / "answers" / f"{item.name}.json", made_of, ask))
-    return judge_files(dist, jobs)
+    judge_files(dist, jobs)
 
 
 def ask_about(vqa: Answerer, grid: Path, item: str, questions: dict[str, str]) -> dict[str, list[dict]]:

@@ -33,7 +33,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines
 from data import read_picture
-from evaluation import (DrawConfig, Job, any_rank, draw_files, fetched, finish, judge_files, load_judge,
+from evaluation import (DrawConfig, Job, draw_files, fetched, finish, judge_files, load_judge,
                         mean_and_error, read_json, read_judged, spread, table, title_of, write_lines)
 from model import weights_folder
 from rewards import load_clip
@@ -268,16 +268,16 @@ class Prompt(NamedTuple):
 
 
 def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
-    """Draw, detect, judge, each unless it is there. {} if it was stopped, and on all ranks but the first."""
+    """Draw, detect, judge, each unless it is there. {} with --no-score, and on all ranks but the first."""
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
     if not cfg.images:
         path = fetched(cfg.metadata, PROMPTS_URL, cfg, dist)
         requests = [json.loads(line) for line in read_lines(path)]
-        if not draw_files(cfg, dist, drawing_jobs(cfg, dist, requests, folder)):
-            return {}
+        draw_files(cfg, dist, drawing_jobs(cfg, dist, requests, folder))
     prompts = read_layout(folder)
-    stopped = not cfg.score or not cfg.detections and not detect_all(cfg, dist, folder, prompts)
-    if any_rank(stopped, dist) or not dist.lead:
+    if cfg.score and not cfg.detections:
+        detect_all(cfg, dist, folder, prompts)
+    if not cfg.score or not dist.lead:
         return {}
 
     detector, found = read_judged(Path(cfg.detections or out / "detections"))
@@ -326,8 +326,8 @@ def read_layout(folder: Path) -> list[Prompt]:
     return prompts
 
 
-def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Prompt]) -> bool:
-    """Detections of this process's share of the prompts. False if a signal stopped it."""
+def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Prompt]) -> None:
+    """Detections of all prompts, shared by the processes."""
     # the CLIP that names colours is that of the published CLIP score
     namer = ColorNamer(weights_folder("rewards", "auto") / "clip", dist.device)
     detector = Detector(cfg.detector, dist.device)
@@ -340,7 +340,7 @@ def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Promp
         made_of = {"judge": detector.name, "clip": namer.name, "request": prompt.request, "sha256": digests}
         ask = partial(look, detector, namer, folder, prompt)
         jobs.append((Path(cfg.out) / "detections" / f"{prompt.folder}.json", made_of, ask))
-    return judge_files(dist, jobs)
+    judge_files(dist, jobs)
 
 
 def look(detector: Detector, namer: ColorNamer, folder: Path, prompt: Prompt) -> dict[str, list[dict]]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from common import Refused, StopSignal, derive_seed, fingerprint, knob, precision, read_log, write_json
+from common import Refused, derive_seed, fingerprint, knob, precision, read_log, write_json
 from evaluation import (DrawConfig, ScoreConfig, draw, drawing_settings, finish, heldout_prompts, load,
                         mean_and_error, read_json, same_settings, start, table, write_csv)
 from evaluation.claims import COLORS, claim, draw_curve, panels
@@ -47,7 +47,7 @@ class LayersConfig(ScoreConfig):
 
 def main(argv: list[str] | None = None) -> dict:
     """The paper's analyses of layers. Returns the rows of claims.csv, figure2.csv and figure5.csv under these
-    names, {} if it was stopped."""
+    names."""
     cfg, dist = start(LayersConfig, argv, __doc__.splitlines()[0])
     folder = Path(cfg.out)
     # what is missing shows before the first picture, not after the last one
@@ -66,9 +66,6 @@ def main(argv: list[str] | None = None) -> dict:
     variants |= {f"layer {i}": [i] for i in range(1, L + 1)}
     variants |= {f"no {region}": without_region(region, L) for region in REGIONS}
     scores = score_variants(cfg, model, prompts, variants)
-    if len(scores) < len(variants):
-        return {}
-
     single, claims = figure2(scores, L, folder)
     claims += figure4({name: similarities(one, prompts, cfg) for name, one in models.items()}, folder)
     removed, regions_claims = figure5(scores, folder)
@@ -100,23 +97,17 @@ def draw_all(cfg: DrawConfig, model: ParaUni, prompts: list[str], layers: list[i
 
 def score_variants(cfg: LayersConfig, model: ParaUni, prompts: list[str],
                    variants: dict[str, list[int]]) -> Scores:
-    """Every reward of every prompt's picture under every variant. What variants.json has is not drawn again;
-    where a signal stops it, variants are missing."""
+    """Rewards of every prompt's picture under every variant. What variants.json has is not drawn again."""
     scorers = open_rewards(cfg, model, prompts[0])
     digests = {name: fingerprint(scorer)[:16] for name, scorer in scorers.items()}
     same_settings(Path(cfg.out), {**drawing_settings(cfg, model), "prompts": derive_seed(*prompts),
                                   "limit": len(prompts), "rewards": digests})
     path = Path(cfg.out) / "variants.json"
     scores = read_json(path) if path.is_file() else {}
-    todo = [name for name in variants if name not in scores]
-    with StopSignal() as signal:
-        for name in tqdm(todo, unit="variant"):
-            if signal.stop:
-                print("stopped; the same command goes on from here")
-                break
-            images = draw_all(cfg, model, prompts, variants[name])              # (B, 3, H, W)
-            scores[name] = {reward: scorer(images, prompts).tolist() for reward, scorer in scorers.items()}
-            write_json(path, scores)
+    for name in tqdm([name for name in variants if name not in scores], unit="variant"):
+        images = draw_all(cfg, model, prompts, variants[name])                  # (B, 3, H, W)
+        scores[name] = {reward: scorer(images, prompts).tolist() for reward, scorer in scorers.items()}
+        write_json(path, scores)
     return {name: {reward: torch.tensor(values, dtype=torch.float64) for reward, values in by_reward.items()}
             for name, by_reward in scores.items()}
 

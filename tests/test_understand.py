@@ -3,8 +3,6 @@ numbers; nano's questions, and a benchmark that is cut short and goes on."""
 import base64
 import io
 import json
-import os
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,7 +113,7 @@ class Seer(nn.Module):
 
     def answer(self, images: Tensor, questions: list[str]) -> list[str]:
         if len(self.asked) == self.stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyboardInterrupt
         assert images.shape[1:] == (3, 14, 14)
         self.asked.append(len(questions))
         return ["Yes" if level > 0.5 else "No" for level in images[:, 0, 7, 7].tolist()]
@@ -137,7 +135,8 @@ def test_a_benchmark_is_asked_scored_and_gone_on_with(tmp_path: Path, pope: list
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     seer = Seer(stop_at=1)
     monkeypatch.setattr(understand, "load", lambda *args: seer)
-    assert evaluate.main(pope) == {}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(pope)
     seer.stop_at = -1
     result = evaluate.main(pope)
     assert seer.asked == [2, 2, 1]
