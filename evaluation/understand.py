@@ -112,14 +112,9 @@ def choice_letter(answer: str, choices: list[str]) -> str:
     return named[0] if len(named) == 1 else ""
 
 
-def row_of(name: str, value: float, n: int, error: float | None = None) -> dict:
-    """What is no mean over questions has no error."""
-    return {"name": name, "value": value, "s.e.": error, "n": n}
-
-
 def mean_row(name: str, marks: list[float]) -> dict:
     mean, error = mean_and_error(marks)
-    return row_of(name, mean, len(marks), error)
+    return {"name": name, "value": mean, "s.e.": error, "n": len(marks)}
 
 
 def grouped(questions: list[Question], marks: list[float]) -> list[dict]:
@@ -145,8 +140,10 @@ def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
     hits, n = sum(a and b for a, b in zip(said_yes, is_yes)), len(answers)
     precision, recall = (hits / sum(side) if sum(side) else 0.0 for side in (said_yes, is_yes))
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    # what is no mean over questions has no error
+    ratios = {"precision": precision, "recall": recall, "F1": f1}
     return [mean_row("accuracy", [float(a == b) for a, b in zip(said_yes, is_yes)]),
-            row_of("precision", precision, n), row_of("recall", recall, n), row_of("F1", f1, n),
+            *({"name": name, "value": value, "s.e.": None, "n": n} for name, value in ratios.items()),
             mean_row("share of yes", [float(yes) for yes in said_yes])]
 
 

@@ -53,7 +53,8 @@ from vae import DCAE
 RIVALS = {"dit": "diffusers", "dit-train": "diffusers", "decode": "diffusers", "sample": "diffusers",
           "stage1": "naive", "stage3": "naive", "window": ""}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 MARK = "bench:"                         # in front of a worker's answers: training prints too
 GB = 1e9
 
@@ -83,20 +84,17 @@ def parse(argv: list[str] | None) -> BenchConfig:
     is_checkout = args.what != "window" and Path(args.vs, "train.py").is_file()
     if args.vs and args.vs != RIVALS[args.what] and not is_checkout:
         raise Refused(f"--what {args.what} takes --vs {RIVALS[args.what]}, or a checkout")
-    return replace(args, dtype="bf16" if DEVICE.type == "cuda" else "fp32") if args.dtype == "auto" else args
+    return replace(args, dtype="bf16" if CUDA else "fp32") if args.dtype == "auto" else args
 
 
 # ----------------------------------------------------------------------------- a worker
 
 class Turns:
     """Called after every run, also as a hook: reports it, and waits until it is this side's turn again."""
-
-    def __init__(self) -> None:
-        self.cuda = DEVICE.type == "cuda"
-        self.meter = None
+    meter = None
 
     def __call__(self, *of_the_hook: object) -> None:
-        if self.cuda:
+        if CUDA:
             torch.cuda.synchronize()
         if not self.counts:
             return self.start(counts=True)
@@ -104,19 +102,19 @@ class Turns:
         if self.meter:
             self.meter.__exit__(None, None, None)
             report |= {"flops": self.meter.flops, "memory": self.meter.peak}
-        if self.cuda:
+        if CUDA:
             report["memory"] = torch.cuda.max_memory_allocated() - self.before
         print(MARK + json.dumps(report), flush=True)
         self.wait()
 
     def wait(self) -> None:
         # a GPU's memory is the other side's meanwhile; one run that does not count takes it back
-        if self.cuda:
+        if CUDA:
             torch.cuda.empty_cache()
         self.command = sys.stdin.readline().strip()
         if not self.command:                                            # the other end is closed
             sys.exit()
-        self.start(counts=not self.cuda)
+        self.start(counts=not CUDA)
 
     def start(self, counts: bool) -> None:
         self.counts = counts
@@ -124,7 +122,7 @@ class Turns:
             torch.compiler.set_stance("force_eager")
             self.meter = Meter()
             self.meter.__enter__()
-        if self.cuda:
+        if CUDA:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         self.began = time.perf_counter()
@@ -328,10 +326,6 @@ class Worker:
         self.errors.seek(0)
         raise RuntimeError(f"a worker ended:\n{self.errors.read()[-2000:]}")
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
 
 def alternate(sides: dict[str, Callable[[str], dict]], rounds: int) -> dict[str, list[dict]]:
     """The reports of every side: its timed runs, and last the one that was counted."""
@@ -347,12 +341,12 @@ def alternate(sides: dict[str, Callable[[str], dict]], rounds: int) -> dict[str,
 def matmul_peak(dtype: torch.dtype) -> float:
     """FLOP/s of square matrix products, the best of three sizes."""
     rates = []
-    for n in (4096, 8192, 16384) if DEVICE.type == "cuda" else (512, 1024, 2048):
+    for n in (4096, 8192, 16384) if CUDA else (512, 1024, 2048):
         a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
         for _ in range(6):
             began = time.perf_counter()
             a @ b
-            if DEVICE.type == "cuda":
+            if CUDA:
                 torch.cuda.synchronize()
             rates.append(2 * n ** 3 / (time.perf_counter() - began))
     return max(rates)
@@ -365,7 +359,8 @@ def compare(args: BenchConfig, flags: list[str]) -> dict:
         reports = alternate({name: worker.ask for name, worker in workers.items()}, args.rounds)
     finally:
         for worker in workers.values():
-            worker.close()
+            # closes its input, by which it ends
+            worker.process.communicate()
     pictures = args.num_groups * args.group_size if args.what == "stage3" else args.batch
     peak, figures = matmul_peak(DTYPES[args.dtype]), {}
     print(f"matmul peak {peak / GB:.0f} GFLOP/s ({args.dtype})")
