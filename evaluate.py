@@ -24,7 +24,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -160,6 +159,7 @@ class ReconstructConfig(DrawConfig):
     out: str = knob("runs/reconstruct", "folder for table and pictures")
 
 
+@torch.no_grad()
 def reconstruct(argv: list[str] | None = None) -> dict:
     """PSNR, SSIM and CLIP similarity of pictures kept "as they are": last layer against all layers.
 
@@ -178,7 +178,9 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     else:
         last_model, last_layer = model, [model.preset.vlm_layers]
     prompts = [KEEP] * len(originals)
-    kept = {"autoencoder": through_autoencoder(cfg, model, originals),
+    decoded = [model.decode(model.vae.encode(part.to(model.device) * 2 - 1)).cpu()
+               for part in originals.split(cfg.batch_size)]                         # of (b, 3, H, W)
+    kept = {"autoencoder": torch.cat(decoded),
             "all layers": draw(cfg, model, prompts, seeds, originals),
             "last layer": draw(cfg, last_model, prompts, seeds, originals, last_layer),
             "another": originals.roll(1, 0)}                                        # (B, 3, H, W) each
@@ -188,10 +190,11 @@ def reconstruct(argv: list[str] | None = None) -> dict:
 
     folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
     clip, _, picture = load_clip(folder / "clip")
-    clip.eval()
+    visual = clip.eval().visual
+    seen = embed_images(visual, originals, picture)                                 # (B, E)
     marks = {name: {"psnr": psnr(images, originals).tolist(),
                     "ssim": ssim(images, originals).tolist(),
-                    "clip": clip_similarity(clip, picture, images, originals).tolist()}
+                    "clip": (embed_images(visual, images, picture) * seen).sum(-1).tolist()}
              for name, images in kept.items()}
     rows = paired(marks["last layer"], marks["all layers"])
     ends = []
@@ -219,12 +222,6 @@ def pictures_to_keep(cfg: ReconstructConfig, model: ParaUni) -> Tensor:
                         for path in paths])
 
 
-@torch.no_grad()
-def through_autoencoder(cfg: ReconstructConfig, model: ParaUni, originals: Tensor) -> Tensor:
-    return torch.cat([model.decode(model.vae.encode(part.to(model.device) * 2 - 1)).cpu()
-                      for part in originals.split(cfg.batch_size)])                 # (B, 3, H, W)
-
-
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio, dB, of pairs of pictures (B, 3, H, W) in [0, 1], (B,) fp64."""
     return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10()         # (B,)
@@ -246,13 +243,6 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
     similar = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
     similar = similar / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))   # (B, 3, H - 6, W - 6)
     return similar.mean((1, 2, 3))                                                  # (B,)
-
-
-@torch.no_grad()
-def clip_similarity(clip: CLIP, picture: dict, a: Tensor, b: Tensor) -> Tensor:
-    """The cosine of the CLIP embeddings of pairs of pictures (B, 3, H, W) in [0, 1], (B,)."""
-    a, b = (embed_images(clip.visual, images, picture) for images in (a, b))        # (B, E) each
-    return (a * b).sum(-1)                                                          # (B,)
 
 
 COMMANDS = {"geneval": geneval, "dpg": dpg.main, "rewards": rewards, "reconstruct": reconstruct,

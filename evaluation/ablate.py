@@ -75,12 +75,8 @@ PAPER_NOTE = ("Table 3's \"Ours\", 0.87, stands beside all layers, here without 
               "the paper does not say which of them it is.")
 # claim, the row that is better by it, the other row
 COMPARED = (
-    ("Without the shallow layers it is worse", "all", "no-shallow"),
-    ("Without the middle layers it is worse", "all", "no-middle"),
-    ("Without the deep layers it is worse", "all", "no-deep"),
-    ("With every other layer it is worse", "all", "every-other"),
-    ("Without LayerNorm it is worse", "all", "no-norm"),
-    ("The last layer alone is worse than all", "all", "last"),
+    *((f"It is worse with {row.title}", "all", name) for name, row in ROWS.items()
+      if row.family == "layers" and name != "all"),
     ("LDAM helps", "ldam-epoch", "no-ldam"),
     ("LDAM helps, its noise kept", "ldam-keep", "no-ldam"),
     ("LDAM needs the gradient-norm gate", "ldam-epoch", "no-grad-norm"),

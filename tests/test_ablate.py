@@ -176,10 +176,10 @@ def test_table_claims_and_what_ldam_did(tmp_path: Path, capsys: pytest.CaptureFi
     assert table[ROWS["ldam-epoch"].title]["firings"] == "3"
     claims = {(row["claim"], row["measure"]): row for row in result["claims"]}
     for text, measure, verdict in (
-            ("Without LayerNorm it is worse", "judge", "supported"),
-            ("Without LayerNorm it is worse", "loss", "supported"),             # a larger loss is worse
-            ("The last layer alone is worse than all", "judge", "undecided"),
-            ("The last layer alone is worse than all", "loss", "contradicted"),
+            ("It is worse with no LayerNorm", "judge", "supported"),
+            ("It is worse with no LayerNorm", "loss", "supported"),             # a larger loss is worse
+            ("It is worse with last layer only", "judge", "undecided"),
+            ("It is worse with last layer only", "loss", "contradicted"),
             ("LDAM helps", "judge", "undecided"),                       # 0.02 +- 0.0058: 3.5 errors, not 4.3
             ("With LDAM pickscore is higher throughout (supplement Figure 1)", "pickscore in training",
              "supported")):

@@ -75,7 +75,6 @@ class BenchConfig:
     compile: bool = knob(False, "torch.compile, on both sides, as train.py does it")
     rounds: int = knob(5, "runs of each side that count")
     steps: int = knob(24, "--what window: updates for each window")
-    weights: str = knob("auto", "--what window: what training starts from")
     side: str = knob("", "given to workers: which side one is")
 
 
@@ -388,9 +387,8 @@ def window(args: BenchConfig) -> list[dict]:
     rows = []
     for size in (0, 3, 1):
         with tempfile.TemporaryDirectory() as folder:
-            train.main(["--stage=3", "--rewards=aesthetic", f"--weights={args.weights}",
-                        f"--run-dir={folder}", f"--sde-window={size}", f"--steps={args.steps}",
-                        f"--eval-every={args.steps}"])
+            train.main(["--stage=3", "--rewards=aesthetic", f"--run-dir={folder}", f"--sde-window={size}",
+                        f"--steps={args.steps}", f"--eval-every={args.steps}"])
             records = read_log(Path(folder, "metrics.jsonl"))
         seconds = sum(value for r in records for key, value in r.items() if key.startswith("time/"))
         gain = records[-1]["heldout/aesthetic"] - records[0]["heldout/aesthetic"]
