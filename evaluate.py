@@ -92,7 +92,7 @@ def paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> lis
 
 @dataclass(frozen=True)
 class RewardsConfig(ScoreConfig):
-    stage_file: str = knob("", "the weights after training, as runs/stage3/stage3.safetensors; must be given")
+    stage_file: str = knob("runs/stage3/stage3.safetensors", "the weights after training")
     baseline: str = knob("", "the weights before; empty: stage2.safetensors in --weights")
     out: str = knob("runs/rewards", "folder for the table")
 
@@ -100,8 +100,6 @@ class RewardsConfig(ScoreConfig):
 def rewards(argv: list[str] | None = None) -> dict:
     """Rewards of held-out prompts before and after training, from the same noise, one picture a prompt."""
     cfg, dist = start(RewardsConfig, argv, rewards.__doc__)
-    if not cfg.stage_file:
-        raise Refused("name the weights after training with --stage-file")
     baseline = cfg.baseline or str(weights_folder(cfg.preset, cfg.weights) / "stage2.safetensors")
     as_in_training = SimpleNamespace(seed=cfg.seed, micro_batch=cfg.batch_size, dtype=cfg.dtype,
                                      eval_steps=cfg.num_steps, eval_guidance_scale=cfg.guidance_scale)
@@ -122,7 +120,7 @@ def rewards(argv: list[str] | None = None) -> dict:
 
 @dataclass(frozen=True)
 class CompareConfig(HeldoutConfig):
-    other: str = knob("", "the other stage file; must be given")
+    other: str = knob("runs/stage3/stage3.safetensors", "the other stage file")
     limit: int = knob(8, "the first so many prompts; 0: all of them")
     out: str = knob("runs/compare", "folder for compare.png")
 
@@ -130,8 +128,6 @@ class CompareConfig(HeldoutConfig):
 def compare(argv: list[str] | None = None) -> dict:
     """Pictures of two stage files, a row each: same prompts, same noise (paper Figures 3 and 10)."""
     cfg, dist = start(CompareConfig, argv, compare.__doc__)
-    if not cfg.other:
-        raise Refused("name the stage file to compare with: --other FILE")
     files, rows = (cfg.stage_file, cfg.other), []
     for file in files:
         model = load(cfg, dist.device, file)

@@ -156,10 +156,8 @@ def make_plan(cfg: AblateConfig, name: str, seed: int) -> dict:
 
 def weights_digest(parts: Path) -> str:
     """Of the weights that a run starts from and is scored by: others must not share its table."""
-    total = hashlib.sha256()
-    for path in sorted(parts.rglob("*.safetensors")):
-        total.update(path.read_bytes())
-    return total.hexdigest()[:16]
+    files = [path.read_bytes() for path in sorted(parts.rglob("*.safetensors"))]
+    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------- one run
@@ -228,11 +226,9 @@ def summarise(cfg: AblateConfig) -> dict:
     compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
     compared += [(f"With LDAM {reward} is higher throughout (supplement Figure {number})", "ldam-epoch",
                   "no-ldam", f"{reward} in training") for reward, number in SUPPLEMENT.items()]
-    claims = []
-    for text, better, worse, measure in compared:
-        values = advantage(runs, better, worse, measure)
-        if len(values) > 1:
-            claims.append(claim(text, measure, values, "seeds"))
+    found = [(text, measure, advantage(runs, better, worse, measure))
+             for text, better, worse, measure in compared]
+    claims = [claim(text, measure, values, "seeds") for text, measure, values in found if len(values) > 1]
     if claims:
         write_csv(folder / "claims.csv", claims)
 

@@ -100,10 +100,8 @@ def dpg_scores(items: list[Item], answers: dict[str, list[dict]]) -> dict:
     """
     scores: dict[str, float] = {}
     marks: dict[str, list[float]] = {}
-    for item in items:
-        tiles = answers.get(item.name)
-        if tiles is None:
-            continue
+    for item in [item for item in items if item.name in answers]:
+        tiles = answers[item.name]
         scores[item.name] = fmean(fmean(tile_scores(item, tile).values()) for tile in tiles)
         for p in item.propositions:
             for level in {p.category, p.category.split("-")[0].strip()}:

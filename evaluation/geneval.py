@@ -96,9 +96,8 @@ def position(a: dict, b: dict) -> set[str]:
 def need_color(objects: list[dict], request: dict) -> list[dict]:
     """The objects whose colour decides: the best `count` of each class that a colour is asked of."""
     seen = keep(objects, request["tag"])
-    groups = [seen.get(clause["class"], [])[:clause["count"]]
-              for clause in request["include"] if "color" in clause]
-    return [thing for group in groups for thing in group]
+    return [thing for clause in request["include"] if "color" in clause
+            for thing in seen.get(clause["class"], [])[:clause["count"]]]
 
 
 def holds(clause: dict, best: list[dict], groups: list[list[dict]]) -> bool:

@@ -218,10 +218,9 @@ def read_questions(cfg: UnderstandConfig) -> list[Question]:
 def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder: Path) -> list[str]:
     """The answers to all questions, in order, written as they come."""
     asked = repr([(question.name, question.text, question.answers) for question in questions])
-    names = ("benchmark", "seed", "dtype")
     same_settings(folder, {"weights": f"sha256:{fingerprint(model.vlm)[:16]}",
                            "questions": f"sha256:{hashlib.sha256(asked.encode()).hexdigest()[:16]}",
-                           **{name: getattr(cfg, name) for name in names}})
+                           "benchmark": cfg.benchmark, "seed": cfg.seed, "dtype": cfg.dtype})
     path = folder / "answers.jsonl"
     records = [json.loads(line) for line in read_lines(path)] if path.is_file() else []
     for first in tqdm(range(len(records), len(questions), cfg.batch_size), unit="batch"):

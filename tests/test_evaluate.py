@@ -223,8 +223,6 @@ def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture) -
     (["--limit", "3", "geneval"], "expected the first word"),
     (["reconstruct", "--preset", "l-1024"], "name a folder with --images"),
     (["compare", "--preset", "l-1024", "--other", "x"], "name a file with --prompts"),
-    (["rewards"], "weights after training with --stage-file"),
-    (["compare"], "name the stage file to compare with"),
 ])
 def test_mistakes_are_one_sentence(argv: list[str], sentence: str, tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,13 +82,11 @@ LAION_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0
 
 def fetch(repository: str, files: tuple[str, ...], source: Path | None) -> Path:
     """The folder with a repository's files: in --source, or in weights/downloads, where it is fetched to."""
-    short = repository.partition("/")[2]
-    if source:
-        return source / short
-    folder, revision = DOWNLOADS / short, REVISIONS[repository]
-    print(f"{repository} at {revision} -> {folder}")
-    huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files),
-                                      local_dir=folder)
+    folder, revision = (source or DOWNLOADS) / repository.partition("/")[2], REVISIONS[repository]
+    if not source:
+        print(f"{repository} at {revision} -> {folder}")
+        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files),
+                                          local_dir=folder)
     return folder
 
 
@@ -288,10 +286,9 @@ def convert_clip(name: str, source: Path, target: Path) -> None:
 
 
 def convert_rewards(source: Path | None, target: Path) -> None:
-    folder = fetch("openai/clip-vit-large-patch14", TRANSFORMERS, source)
-    convert_clip("ViT-L-14-quickgelu", folder, target / "clip")
-    folder = fetch("yuvalkirstain/PickScore_v1", TRANSFORMERS, source)
-    convert_clip("ViT-H-14", folder, target / "pickscore")
+    for folder, repository, name in (("clip", "openai/clip-vit-large-patch14", "ViT-L-14-quickgelu"),
+                                     ("pickscore", "yuvalkirstain/PickScore_v1", "ViT-H-14")):
+        convert_clip(name, fetch(repository, TRANSFORMERS, source), target / folder)
     path = (source or DOWNLOADS) / LAION_HEAD
     if not source and not path.is_file():
         torch.hub.download_url_to_file(LAION_URL, str(path), hash_prefix=LAION_SHA256)

@@ -326,7 +326,6 @@ def report(results: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", default="gpu_check", help="the report: this name with .json and with .md")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
     parser.add_argument("--parts", default="", help="only these, as exact,nano")
     parser.add_argument("--toy", action="store_true", help="small, on a CPU")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)           # in a part's process
@@ -337,7 +336,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     if DEVICE.type == "cpu" and not args.toy:
         parser.error("there is no CUDA device here; --toy runs on a CPU")
     names = args.parts.split(",") if args.parts else TOY_PARTS if args.toy else list(LIMITS)
-    deadline = time.perf_counter() + 60 * args.minutes
+    deadline = time.perf_counter() + 8 * 60
 
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
