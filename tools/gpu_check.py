@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -194,18 +194,18 @@ def nano(toy: bool) -> Iterator[dict]:
                   high=2e-4 if variant == "--dtype=fp32" else None)
 
 
-def full_size(name: str, toy: bool) -> Iterator[dict]:
-    """Stages I to III, eager and then compiled; all runs share one model."""
-    # what plan.py says of each, where an epoch of stage III is one group of 8 pictures
-    planned = []
+def plans(name: str, toy: bool) -> Iterator[dict]:
+    """What plan.py says of a preset's stages, where an epoch is one group of 8 pictures."""
     with FakeTensorMode():
         model = plan.build(PRESETS[name])
         for stage in plan.STAGES:
             cfg = plan.recipe(model.preset, stage)
             cfg = replace(cfg, num_groups=1, group_size=2 if toy else 8) if stage == 3 else cfg
-            planned.append(plan.plan(model, cfg, devices=1))
-    # that needed no GPU and was done beside the first parts; now it is this part's turn
-    sys.stdin.read()
+            yield asdict(plan.plan(model, cfg, devices=1))
+
+
+def full_size(name: str, toy: bool, planned: list[plan.Plan]) -> Iterator[dict]:
+    """Stages I to III, eager and then compiled; all runs share one model."""
     # a GPU that others use too has less than all of its memory
     limit = 8 * GB if toy else torch.cuda.mem_get_info()[0]
     peak = bench.matmul_peak(torch.bfloat16)
@@ -277,8 +277,11 @@ def work(name: str, folder: Path, toy: bool) -> None:
         PRESETS["b-512"] = replace(PRESETS["nano"], name="b-512")
         bench.cut("b-512", blocks=1, vlm_layers=2)
         torch.compiler.set_stance("force_eager")
-    if name in FULL_SIZE:
-        rows = full_size(name, toy)
+    if name.startswith("plan "):
+        rows = plans(name.removeprefix("plan "), toy)
+    elif name in FULL_SIZE:
+        planned = json.loads((folder / f"plan {name}.json").read_text())
+        rows = full_size(name, toy, [plan.Plan(**p) for p in planned])
     elif name in ("exact", "nano"):
         rows = exact(toy) if name == "exact" else nano(toy)
     else:
@@ -292,12 +295,11 @@ def work(name: str, folder: Path, toy: bool) -> None:
 def start(name: str, folder: Path, toy: bool) -> subprocess.Popen:
     command = [sys.executable, __file__, "--part", name, "--folder", str(folder), *["--toy"] * toy]
     with open(folder / f"{name}.err", "w") as errors:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors)
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
 
 
 def finish(name: str, process: subprocess.Popen, folder: Path, limit: float) -> dict:
-    """Wait for a part, whose turn it is: its status, and the rows that it has written."""
-    process.stdin.close()
+    """Wait for a part: its status, and the rows that it has written."""
     began = time.perf_counter()
     try:
         status = "ok" if process.wait(max(1.0, limit)) == 0 else "failed"
@@ -340,13 +342,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
-        # these plan first, on the CPU, and wait for their turn
-        started = {name: start(name, folder, args.toy) for name in names if name in FULL_SIZE}
+        # plans need no GPU: they are made beside the first parts
+        planning = {name: start(f"plan {name}", folder, args.toy) for name in names if name in FULL_SIZE}
 
         def run_part(name: str) -> dict:
+            if name in planning:
+                finish(f"plan {name}", planning[name], folder, deadline - time.perf_counter())
             left = deadline - time.perf_counter()
             limit = left if args.toy else min(left, LIMITS[name])
-            return finish(name, started.get(name) or start(name, folder, args.toy), folder, limit)
+            return finish(name, start(name, folder, args.toy), folder, limit)
 
         results = {}
         with ThreadPoolExecutor(2 if args.toy else 1) as pool:
