@@ -358,8 +358,9 @@ def compare(args: BenchConfig, flags: list[str]) -> dict:
         reports = alternate({name: worker.ask for name, worker in workers.items()}, args.rounds)
     finally:
         for worker in workers.values():
-            # closes its input, by which it ends
-            worker.process.communicate()
+            # it ends with its input
+            worker.process.stdin.close()
+            worker.process.wait()
     pictures = args.num_groups * args.group_size if args.what == "stage3" else args.batch
     peak, figures = matmul_peak(DTYPES[args.dtype]), {}
     print(f"matmul peak {peak / GB:.0f} GFLOP/s ({args.dtype})")
