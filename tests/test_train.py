@@ -20,7 +20,7 @@ from common import Dist, Refused, generator, read_log
 from data import NanoLatents, stamp_of
 from dit import randn
 from grpo import GRPOConfig, nano_prompts, score_heldout
-from helpers import TINY, TINY_VISION, assert_same_run, leaves, log_of, newest, tiny_model
+from helpers import TINY, TINY_VISION, assert_equal, assert_same_run, log_of, newest, tiny_model
 from model import PRESETS, ParaUni, internvl
 from train import TrainConfig, batch_loss, draw_times
 
@@ -244,9 +244,7 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
     # from right after it fired, through the next phase
     run(3, "again", *flags, "--resume", str(tmp_path / "whole" / "checkpoints" / f"{fired[0]:08}.pt"))
     assert log_of(tmp_path / "again") == log_of(tmp_path / "whole")[fired[0]:]
-    a, b = leaves(newest(tmp_path / "whole")), leaves(newest(tmp_path / "again"))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(leaf, b[path]) for path, leaf in a.items() if isinstance(leaf, Tensor))
+    assert_equal(newest(tmp_path / "whole"), newest(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("layers, changed", [("present", [4]), ("all", [2, 3, 4])])
@@ -272,7 +270,7 @@ def test_an_epoch_without_a_usable_reward_changes_nothing_and_is_counted(run: Ca
     checkpoints = tmp_path / "run" / "checkpoints"
     before, after, later = (torch.load(checkpoints / f"{epoch:08}.pt") for epoch in (1, 2, 3))
     for kind in ("trained", "ema"):
-        assert all(torch.equal(before[kind][name], after[kind][name]) for name in before[kind])
+        assert_equal(before[kind], after[kind])
     assert not torch.equal(after["trained"]["queries"], later["trained"]["queries"])
 
 
@@ -294,8 +292,8 @@ def test_a_reward_that_raises_costs_its_group_or_its_figure(run: Callable, whole
     run(3, "looks", at={call: "fail" for call in (5, 6, 7, 8, 9, 12, 13, 14, 15, 16)})
     looks = [line["heldout/bright"] for line in log_of(tmp_path / "looks") if "heldout/bright" in line]
     assert looks == [log_of(whole)[0]["heldout/bright"], None, None]
-    a, b = (load_file(folder / "stage3.safetensors") for folder in (whole, tmp_path / "looks"))
-    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items()), "nothing trained is lost"
+    # nothing trained is lost
+    assert_equal(*(load_file(folder / "stage3.safetensors") for folder in (whole, tmp_path / "looks")))
 
 
 def test_equal_rewards_have_no_spread_and_teach_nothing_but_the_kl(run: Callable, tmp_path: Path) -> None:
