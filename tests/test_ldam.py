@@ -74,13 +74,6 @@ def fired_epochs(ldam: LDAM, series: Series) -> list[int]:
     return [n for n, epoch in enumerate(series, 1) if ldam.update(*epoch) is not None]
 
 
-def test_a_saturated_reward_opens_the_gate_and_rest_grows_with_the_epoch() -> None:
-    """By hand: the reward stands still from epoch 2 on, the norm jumps in every second epoch."""
-    ldam = LDAM()
-    assert fired_epochs(ldam, [(0.001, 0.5), (1.0, 0.5)] * 20) == [6, 13, 27]
-    assert ldam.last["n_cool"] == 27 - 13
-
-
 def test_which_signals_trigger() -> None:
     # the norm jumps in epoch 2, the reward declines for the fifth time in epoch 7
     series = [(0.001, 0.9)] + [(1.0, 0.8 - 0.1 * n) for n in range(3)] + [(1.0, 0.9), (1.0, 0.5), (1.0, 0.4)]
@@ -101,6 +94,7 @@ def test_gamma_is_bounded_and_the_log_says_so() -> None:
     narrow, wide = LDAM(patience=1), LDAM(patience=1, gamma_max=9.0)
     assert [narrow.update(*epoch) for epoch in series] == [None, 1.0]
     assert narrow.last["gamma_raw"] == pytest.approx(5.0) and narrow.last["bounded"] == 1
+    assert narrow.last["n_cool"] == 2
     assert [wide.update(*epoch) for epoch in series][1] == pytest.approx(5.0) and wide.last["bounded"] == 0
 
 
@@ -129,8 +123,6 @@ def test_numbers_that_would_spoil_the_window_are_refused_and_leave_no_trace(epoc
 
 
 def test_regions_part_every_depth_without_gap_or_overlap() -> None:
-    assert [region_layers(name, 28) for name in REGIONS] == [
-        list(range(1, 12)), list(range(12, 24)), list(range(24, 29))]
     for depth in range(3, 101):
         parts = [region_layers(region, depth) for region in REGIONS]
         assert all(parts) and sum(parts, []) == list(range(1, depth + 1)), depth

@@ -57,13 +57,6 @@ def test_the_connector_is_the_siglip_encoder_with_the_same_names(scale: float) -
     x = scale * draw(3, 4, 16)
     want = reference(inputs_embeds=x, attention_mask=None).last_hidden_state
     torch.testing.assert_close(lim.connector(x), want, rtol=0, atol=1e-5)
-
-
-def test_the_default_has_the_published_number_of_parameters() -> None:
-    with torch.device("meta"):
-        lim = LIM(LIMConfig())
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in lim.named_children()}
-    assert count == {"connector": 221_910_528, "projector": 3_541_248, "agglayer_norm": 2 * 2304}
     assert lim.agglayer_norm.eps == 1e-5
 
 
