@@ -111,20 +111,12 @@ def test_verdicts_are_those_of_a_second_writing_of_the_rules(task: str) -> None:
     assert 0.02 * total < right < 0.98 * total              # the made-up pictures are no walk-over
 
 
-def boxed(name: str, x: float, y: float, score: float = 0.95, **more: str) -> dict:
-    return {"class": name, "score": score, "box": [x - 10, y - 10, x + 10, y + 10], **more}
+def boxed(name: str, x: float, y: float) -> dict:
+    return {"class": name, "score": 0.95, "box": [x - 10, y - 10, x + 10, y + 10]}
 
 
-def test_the_thresholds_by_hand() -> None:
-    dog = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
-    assert geneval.verdict([boxed("dog", 0, 0, 0.301)], dog)
-    assert not geneval.verdict([boxed("dog", 0, 0, 0.3)], dog)
-    two = {"tag": "counting", "include": [{"class": "dog", "count": 2}],
-           "exclude": [{"class": "dog", "count": 3}]}
-    assert geneval.verdict([boxed("dog", 0, 0, 0.91), boxed("dog", 9, 9, 0.91)], two)
-    assert not geneval.verdict([boxed("dog", 0, 0, 0.91), boxed("dog", 9, 9, 0.9)], two)
-    assert not geneval.verdict([boxed("dog", 0, 0, 0.91)] * 3, two)
-    assert len(geneval.keep([boxed("dog", i, 0) for i in range(40)], "colors")["dog"]) == 16
+def test_at_most_16_of_a_class_are_seen() -> None:
+    assert len(geneval.keep([boxed("dog", 0, 0)] * 40, "colors")["dog"]) == 16
 
 
 def test_positions_by_hand() -> None:
