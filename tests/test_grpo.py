@@ -349,13 +349,9 @@ def bright(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def random_latents(B: int) -> Tensor:
-    return torch.randn(B, *TINY.latent_shape, generator=generator("latents"))
-
-
 def test_a_reward_that_raises_costs_its_group_only(policy: ParaUni) -> None:
     """And all of it, though it is one picture that is too much for it."""
-    latents = random_latents(6)
+    latents = torch.randn(6, *TINY.latent_shape, generator=generator("latents"))
     picture = policy.decode(latents)[3]
 
     def touchy(images: Tensor, prompts: list[str]) -> Tensor:

@@ -25,7 +25,6 @@ from model import PRESETS, ParaUni, internvl
 from train import TrainConfig, batch_loss, draw_times
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
-ROOT = Path(train.__file__).parent
 SHORT = ("--steps", "5", "--batch-size", "4", "--micro-batch", "4", "--warmup", "1", "--log-every", "2",
          "--lr", "1e-3")
 REINFORCE = ("--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-steps", "3", "--warmup", "0",
