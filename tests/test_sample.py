@@ -8,7 +8,7 @@ from PIL import Image
 
 import sample
 from common import Refused
-from helpers import moved, save_parts, tiny_model
+from helpers import moved, tiny_model
 from model import ParaUni
 from train import TrainConfig
 
@@ -16,24 +16,15 @@ pytestmark = pytest.mark.usefixtures("tiny_preset")
 RANDOM = ["--weights", "random", "--num-steps", "1"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's weights, and a stage file that draws differently."""
-    folder = save_parts(tiny_model(), tmp_path_factory.mktemp("weights"))
-    for name, amount in (("stage2", 0.0), ("other", 0.3)):
-        moved(tiny_model(), amount).save_stage(folder / f"{name}.safetensors", TrainConfig(stage=2))
-    return folder
-
-
 def pixels(path: Path) -> np.ndarray:
     return np.array(Image.open(path)).astype(int)
 
 
-def test_pictures_are_those_of_generate_enlarged(tmp_path: Path, folder: Path,
+def test_pictures_are_those_of_generate_enlarged(tmp_path: Path, tiny_weights: Path,
                                                  capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "list.txt").write_text("\ufefftwo moons\r\n\r\n", encoding="utf-8")
     flags = ["--prompts", str(tmp_path / "list.txt"), "--out", str(tmp_path / "new/pictures"), "--seed", "-1",
-             "--weights", str(folder), "--num-steps", "2"]
+             "--weights", str(tiny_weights), "--num-steps", "2"]
     paths = sample.main(["A red heart, left of a star.", *flags])
     assert [path.name for path in paths] == ["000-a-red-heart-left-of-a-star.png", "001-two-moons.png",
                                              "grid.png"]
@@ -54,12 +45,13 @@ def test_several_pictures_a_prompt_in_any_batch(tmp_path: Path, monkeypatch: pyt
     assert np.abs(pixels(once[1]) - pixels(paths[3])).max() <= 1
 
 
-def test_stage_file_and_guidance_reach_the_picture(tmp_path: Path, folder: Path) -> None:
+def test_stage_file_and_guidance_reach_the_picture(tmp_path: Path, tiny_weights: Path) -> None:
     def picture(*flags: str) -> bytes:
-        flags = ["--weights", str(folder), "--num-steps", "2", "--out", str(tmp_path), *flags]
+        flags = ["--weights", str(tiny_weights), "--num-steps", "2", "--out", str(tmp_path), *flags]
         return pixels(sample.main(["a ring", *flags])[0]).tobytes()
-    other = ["--stage-file", str(folder / "other.safetensors")]
-    assert picture() == picture("--stage-file", str(folder / "stage2.safetensors"))
+    moved(tiny_model(), 0.3).save_stage(tmp_path / "other.safetensors", TrainConfig(stage=2))
+    other = ["--stage-file", str(tmp_path / "other.safetensors")]
+    assert picture() == picture("--stage-file", str(tiny_weights / "stage2.safetensors"))
     assert len({picture(), picture(*other), picture(*other, "--guidance-scale", "1")}) == 3
 
 

@@ -35,14 +35,10 @@ def values(name: str, questions: list[Question], answers: list[str]) -> dict[str
     return {row["name"]: row["value"] for row in BENCHMARKS[name][1](questions, answers)}
 
 
-def base64_picture(pixels: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
 PIXELS = np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8)
-PICTURE = base64_picture(PIXELS)
+FILE = io.BytesIO()
+Image.fromarray(PIXELS).save(FILE, "PNG")
+PICTURE = base64.b64encode(FILE.getvalue()).decode()
 
 
 # ----------------------------------------------------------------------------- formats and metrics
@@ -161,7 +157,7 @@ def test_answers_are_compared_with_those_of_the_untouched_model(pope: list[str],
 def test_pictures_of_questions_may_be_bytes() -> None:
     seer = Seer()
     seer.preset = SimpleNamespace(vlm=SimpleNamespace(vision_config=SimpleNamespace(image_size=[30, 30])))
-    content = base64.b64decode(PICTURE)
+    content = FILE.getvalue()
     got = understand.tile(Question("q", "all", content, "", []), "", seer)
     assert torch.equal(got, torch.from_numpy(PIXELS).permute(2, 0, 1) / 255)
     with pytest.raises(Refused, match="question q: "):
