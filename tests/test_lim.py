@@ -2,10 +2,9 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from lim import LIM, LIMConfig
+from naive import siglip_connector
 
 SMALL = LIMConfig(vlm_layers=5, width=16, num_layers=2, num_heads=4, mlp_width=24, caption_channels=10)
 
@@ -50,13 +49,8 @@ def test_forward_is_the_loop_over_layers_and_prompts() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_the_connector_is_the_siglip_encoder_with_the_same_names(scale: float) -> None:
     """Small inputs tell the eps of its LayerNorms."""
-    lim = random_lim()
-    reference = SiglipEncoder(SiglipVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                                 num_attention_heads=4)).eval()
-    reference.load_state_dict(lim.connector.state_dict(), strict=True)
-    x = scale * draw(3, 4, 16)
-    want = reference(inputs_embeds=x, attention_mask=None).last_hidden_state
-    torch.testing.assert_close(lim.connector(x), want, rtol=0, atol=1e-5)
+    lim, x = random_lim(), scale * draw(3, 4, 16)
+    torch.testing.assert_close(lim.connector(x), siglip_connector(lim)(x), rtol=0, atol=1e-5)
     assert lim.agglayer_norm.eps == 1e-5
 
 
