@@ -64,9 +64,10 @@ def test_scores_are_those_of_a_second_writing_of_the_rule(tmp_path: Path) -> Non
     rng = np.random.default_rng(3)
     rows = made_up_questions(tmp_path / "q.csv", rng, 300)
     answers: dict[str, list] = {}
+    said = ["yes"] * 15 + ["no"] * 3 + ["yes please", "Yes"]
     for row in rows:
         for tile in answers.setdefault(row["item_id"], [{} for _ in range(4)]):
-            tile[row["proposition_id"]] = str(rng.choice(["yes", "no", "yes please"], p=[0.75, 0.2, 0.05]))
+            tile[row["proposition_id"]] = str(rng.choice(said))
     got = dpg.dpg_scores(dpg.read_items(tmp_path / "q.csv"), answers)
     prompts, categories = reference_dpg(rows, answers)
     assert got["prompts"] == pytest.approx(prompts, abs=1e-12) and got["prompts"].keys() == prompts.keys()
@@ -78,22 +79,6 @@ def test_scores_are_those_of_a_second_writing_of_the_rule(tmp_path: Path) -> Non
 def question_file(path: Path, *rows: str) -> Path:
     path.write_bytes("\r\n".join(("\ufeff" + ",".join(COLUMNS), *rows, "")).encode())
     return path
-
-
-def test_dependencies_by_hand(tmp_path: Path) -> None:
-    path = question_file(tmp_path / "q.csv", "a,t\u2028u,k,1,0,e,w,entity - whole (dog),dog?",
-                         'a,t,k,2,1,a,c,"attribute - color (dog, red)",red?',
-                         'a,t,k,3,"2, left",r,s,"relation - spatial (dog, left)",left?',
-                         "a,t,k,4,9,e,w,entity - whole (tv),tv?")
-    item, = dpg.read_items(path)
-    assert item.text == "t\u2028u"
-    tile = {"1": "no", "2": "yes", "3": "yes", "4": "yes"}
-    # what is no proposition of the prompt, "left" and 9, decides nothing
-    assert dpg.tile_scores(item, tile) == {"1": 0, "2": 0, "3": 0, "4": 1}
-    got = dpg.dpg_scores([item], {"a": [tile | {"4": "Yes"}]})
-    share = {row["questions"]: (row["score"], row["n"]) for row in got["rows"]}
-    assert got["score"] == 0 and share["entity"] == (0, 2)
-    assert share["attribute - color"] == (100, 1)                               # without the dependency
 
 
 def test_an_item_is_no_path(tmp_path: Path) -> None:
