@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -213,7 +212,7 @@ def write_json(path: str | Path, data: Any) -> None:
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a UTF-8 file that say something, stripped. Only \\n and \\r\\n end a line; no BOM."""
     text = Path(path).read_text(encoding="utf-8-sig")
-    return [line.strip() for line in re.split(r"\r?\n", text) if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -171,6 +171,14 @@ def test_decoding_maps_to_pictures(model: ParaUni) -> None:
     torch.testing.assert_close(model.decode(latents), want)
 
 
+def test_queries_start_as_words_where_the_preset_names_them() -> None:
+    model = tiny_model()
+    model.preset = replace(TINY, query_words="left is right is")
+    model.init_trained(seed=0)
+    ids = model.tokenizer.convert_tokens_to_ids(["left", "is", "right", "is"])
+    assert torch.equal(model.queries, model.vlm.get_input_embeddings().weight[ids])
+
+
 def test_answers_are_greedy_and_do_not_depend_on_the_batch() -> None:
     model = tiny_model()
     images, questions = pictures(3), ["how many hearts?", "is the star red?", "what color is the ring?"]

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -318,7 +319,9 @@ class Worker:
 
     def ask(self, command: str) -> dict[str, float]:
         """Have one run made; returns its report."""
-        print(command, file=self.process.stdin, flush=True)
+        # one that has ended says why below
+        with suppress(BrokenPipeError):
+            print(command, file=self.process.stdin, flush=True)
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
@@ -358,8 +361,9 @@ def compare(args: BenchConfig, flags: list[str]) -> dict:
         reports = alternate({name: worker.ask for name, worker in workers.items()}, args.rounds)
     finally:
         for worker in workers.values():
-            # it ends with its input
-            worker.process.stdin.close()
+            # it ends with its input, if not before
+            with suppress(BrokenPipeError):
+                worker.process.stdin.close()
             worker.process.wait()
     pictures = args.num_groups * args.group_size if args.what == "stage3" else args.batch
     peak, figures = matmul_peak(DTYPES[args.dtype]), {}
