@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIZE = 32                                                   # pixels per side
-SHAPES = ("circle", "square", "triangle", "heart", "star", "moon", "ring")
+SHAPES = ("circle", "square", "triangle", "heart", "star", "moon", "ring", "diamond", "bar", "arrow", "tee",
+          "house")
 COLORS = {"red": (0.88, 0.13, 0.13),
           "orange": (1.00, 0.55, 0.05),
           "yellow": (0.98, 0.86, 0.08),
@@ -127,6 +128,11 @@ def from_middle(things: Sequence) -> float:
 
 # ----------------------------------------------------------------------------- drawing
 
+def box(x: Tensor, y: Tensor, width: float, height: float) -> Tensor:
+    """Distance to a box of these half widths at the origin, negative inside (in its corners too large)."""
+    return torch.maximum(x.abs() - width, y.abs() - height)
+
+
 def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     """Distance to the outline of a shape of radius 1 at the origin, negative inside; y points down."""
     rho = torch.hypot(x, y)
@@ -136,6 +142,18 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
         return (rho - 0.72).abs() - 0.27
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - 0.80
+    if shape == "diamond":
+        return 0.58 * (x.abs() / 0.72 + y.abs() / 0.98 - 1)
+    if shape == "bar":
+        return box(x, y, 0.95, 0.36)
+    if shape == "tee":
+        return torch.minimum(box(x, y + 0.58, 0.82, 0.27), box(x, y - 0.1, 0.28, 0.8))
+    if shape in ("arrow", "house"):
+        # a roof, apex up, on a stem or on walls
+        roof = 0.7 * (x.abs() - y - 0.97)
+        if shape == "arrow":
+            return torch.minimum(torch.maximum(roof, y + 0.08), box(x, y - 0.4, 0.3, 0.5))
+        return torch.minimum(torch.maximum(roof, y + 0.15), box(x, y - 0.32, 0.55, 0.5))
     if shape == "triangle":
         # apex up: two slanted sides and a base
         sides = 0.868 * x.abs() - 0.496 * (y + 0.95)

@@ -39,8 +39,8 @@ def test_a_file_without_prompts_is_refused(content: bytes | None, tmp_path: Path
 def test_prompts_are_what_they_were() -> None:
     """The default runs give the same numbers for ever."""
     nano, listed = NanoPrompts(3), FilePrompts(nano_prompts(test=True)[:37], per_step=5, seed=11)
-    assert nano.draw(0, 0) == "a sticker of a pink heart below a blue square"
-    assert nano.draw(19, 7) == "a heart left of a ring"
+    assert nano.draw(0, 0) == "a print of a red heart above a blue moon"
+    assert nano.draw(19, 7) == "an image of a square and a ring"
     assert listed.draw(0, 1) == "a tile with a triangle"
 
 
