@@ -676,24 +676,24 @@ def train_dit(folder: Path, steps: int) -> Scores:
 
 RIGHT = 8.0         # pixels from the middle that people forgive a picture of what they asked for
 ODDS = 0.5          # log-odds a pixel
+BEST = 26.0         # logit of the right thing in the middle; as in Flow-GRPO, the reward is the logit / 26
 
 
 def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) -> tuple[Tensor, ...]:
     """Ids of prompts (B, S), two pictures of each (2 B, 3, H, W), the first of which shows what is asked for,
-    the second something else in half of the cases; and the log-odds (B,) with which people choose the first.
+    the second something else in half of the cases; and what people think of each picture, (2 B,): the lead
+    that one has is the log-odds with which they choose it (Bradley and Terry).
 
     People want what they asked for, and want it in the middle.
     """
     chosen, prompts = draw_prompts(rng, scenes, count, test)
-    first, second = [scenes[j] for j in chosen], []
-    odds = np.zeros(len(prompts))
-    for b, prompt in enumerate(prompts):
-        is_wrong = rng.random() < 0.5
-        second.append(new_scene(rng, prompt, is_wrong, test))
-        nearer = world.from_middle(second[b].things) - world.from_middle(first[b].things)
-        odds[b] = ODDS * (nearer + RIGHT * is_wrong)
+    first = [scenes[j] for j in chosen]
+    is_wrong = rng.random(count) < 0.5                                                  # (B,)
+    second = [new_scene(rng, prompt, wrong, test) for prompt, wrong in zip(prompts, is_wrong)]
+    far = np.array([world.from_middle(scene.things) for scene in first + second])       # (2 B,)
+    far[count:] += RIGHT * is_wrong
     ids = clip_encoder()([prompt.text for prompt in prompts])                           # (B, S)
-    return ids, world.render(first + second), torch.tensor(odds, dtype=torch.float32)
+    return ids, world.render(first + second), torch.tensor(BEST - ODDS * far, dtype=torch.float32)
 
 
 def new_scene(rng: Rng, prompt: Prompt, is_wrong: bool, test: bool) -> Scene:
@@ -704,34 +704,31 @@ def new_scene(rng: Rng, prompt: Prompt, is_wrong: bool, test: bool) -> Scene:
             return scene
 
 
-def preference_margin(model: CLIP, vae: DCAE, ids: Tensor, images: Tensor) -> Tensor:
-    """How much higher the first picture of each pair scores, (B,), in units of the logits."""
-    noise_level = 0.3 * torch.rand(len(images))                                         # (2 B,)
-    pictures = through(vae, images, noise_level)                                        # (2 B, 3, H, W)
-    first, second = embed_pictures(model, pictures).chunk(2)                            # (B, E) each
-    text = embed_texts(model, ids)                                                      # (B, E)
-    return model.logit_scale.exp() * ((first - second) * text).sum(1)
+def preference(model: CLIP, vae: DCAE, ids: Tensor, images: Tensor) -> Tensor:
+    """The logit of every picture (2 B, 3, H, W) under its prompt (B, S), (2 B,)."""
+    pictures = through(vae, images, 0.3 * torch.rand(len(images)))                      # (2 B, 3, H, W)
+    text = embed_texts(model, ids).repeat(2, 1)                                         # (2 B, E)
+    return model.logit_scale.exp() * (embed_pictures(model, pictures) * text).sum(1)
 
 
 def train_pick(folder: Path, steps: int) -> Scores:
-    """The logits of a pair's two pictures differ by the log-odds of the choice (Bradley and Terry), which are
-    known here: told by choices alone, a model overrates what nearly all agree on."""
+    """Regression of what people think, which is known here: told by choices alone, a model overrates what
+    nearly all agree on, and each prompt has another level."""
     model, vae = load_clip(folder), load_vae(folder)
 
-    def loss_of(ids: Tensor, images: Tensor, odds: Tensor) -> Tensor:
-        margin = preference_margin(model, vae, ids, images)                             # (B,)
-        return F.smooth_l1_loss(margin, odds.to(DEVICE))
+    def loss_of(ids: Tensor, images: Tensor, worth: Tensor) -> Tensor:
+        return F.smooth_l1_loss(preference(model, vae, ids, images), worth.to(DEVICE))
 
     draw = partial(draw_pairs, scenes=pool("pick", 30000), count=48)
     train("pick", model, steps, 3e-4, draw, loss_of, 0.05)
     write_clip(folder / "pickscore", model)
-    ids, images, odds = draw_pairs(rng_of("pick score"), pool("pick test", 4000, test=True), 1000, test=True)
+    ids, images, worth = draw_pairs(rng_of("pick score"), pool("pick test", 4000, test=True), 1000, test=True)
     with torch.no_grad():
-        margin = preference_margin(model, vae, ids, images).cpu()                       # (1000,)
+        first, second = preference(model, vae, ids, images).cpu().chunk(2)              # (1000,) each
     # of the pairs that three people in four agree on
-    clear = odds.abs() > math.log(3)                                                    # (1000,)
-    agrees = (margin > 0) == (odds > 0)                                                 # (1000,)
-    return {"agrees_with_the_crowd": float(agrees[clear].float().mean())}
+    odds = worth[:1000] - worth[1000:]                                                  # (1000,)
+    agrees = (first > second) == (odds > 0)                                             # (1000,)
+    return {"agrees_with_the_crowd": float(agrees[odds.abs() > math.log(3)].float().mean())}
 
 
 def train_aes(folder: Path, steps: int) -> Scores:

@@ -247,10 +247,11 @@ def centred(thing: world.Found) -> world.Found:
 
 
 def test_people_prefer_what_they_asked_for_in_the_middle() -> None:
-    """The log-odds of a choice from the pictures alone, by the judge."""
+    """What people think of pictures from the pictures alone, by the judge."""
     draw = rng(6)
     clip, scenes = pretrain.clip_tokenizer(), pretrain.pool("pairs", 400)
-    ids, images, odds = pretrain.draw_pairs(draw, scenes, 200)
+    ids, images, worth = pretrain.draw_pairs(draw, scenes, 200)
+    odds = worth[:200] - worth[200:]
     for row, first, second, odd in zip(ids, *images.chunk(2), odds):
         words = [i for i in row.tolist() if 0 < i < len(world.vocabulary()) + 2]
         prompt = world.parse_prompt(clip.decode(words))
@@ -259,6 +260,8 @@ def test_people_prefer_what_they_asked_for_in_the_middle() -> None:
         near, far = (world.from_middle([centred(thing) for thing in things]) for things in found)
         assert right[0]
         assert abs(odd - (far - near + 8 * (not right[1])) / 2) < 0.6, (prompt, odd)
+    # the right thing in the middle is worth 26, which is a reward of 1
+    assert 15 < worth.min() < 20 and 25 < worth.max() < 26
 
 
 def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None) -> None:
