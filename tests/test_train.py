@@ -223,12 +223,12 @@ def test_a_run_goes_on_from_an_older_checkpoint_in_another_folder(run: Callable,
 def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Callable,
                                                               tmp_path: Path) -> None:
     # fires at the first decline of the reward, and acts in the epoch after it
-    flags = ("--steps", "4", "--ldam-mode", mode, "--ldam-spike", "1e-9", "--ldam-patience", "1",
+    flags = ("--steps", "8", "--ldam-mode", mode, "--ldam-spike", "1e-9", "--ldam-patience", "1",
              "--ldam-gamma0", "1e6", "--ldam-gamma-max", "0.5")
     run(3, "whole", *flags, "--save-every", "1", "--keep", "99")
     lines = read_log(tmp_path / "whole" / "metrics.jsonl")[1:]
     fired = [line["epoch"] for line in lines if line["ldam/fired"]]
-    assert {line["phase"] for line in lines if line["ldam/fired"]} == {"bright", "red"} and fired[0] < 4
+    assert {line["phase"] for line in lines if line["ldam/fired"]} == {"bright", "red"} and fired[0] < 8
     assert all(line["ldam/gamma"] == 0.5 * line["ldam/fired"] for line in lines)
     assert all(line["ratio_dev"] <= 1e-6 for line in lines)
     saved = load_file(tmp_path / "whole" / "stage3.safetensors")
