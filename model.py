@@ -67,7 +67,7 @@ class Preset:
     layers: tuple[int, ...] = ()
     # prompts, pictures and words are those of nano/world.py
     shapes_world: bool = False
-    # words that the first queries start as; the others: N(0, 1/sqrt(D)), as published
+    # words that the queries start as; none: N(0, 1/sqrt(D)), as published
     query_words: str = ""
     # stage -> flags that differ from the paper's
     recipes: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -113,7 +113,7 @@ def internvl(width: int, layers: int, heads: int, kv_heads: int, mlp_width: int,
 # VLM 2.4 M parameters, LIM with queries 0.3 M, DiT 1.8 M, DC-AE 1.0 M.
 NANO = Preset(
     "nano", image_size=32, num_queries=16, shapes_world=True, vlm_dtype=torch.float32,
-    query_words="left is right is above is below is",
+    query_words="left color right color above color below color one color two color how many shapes?",
     vlm=internvl(width=128, layers=8, heads=4, kv_heads=2, mlp_width=384, vocab_size=96, context=256,
                  rope_theta=100.0, image_token_id=5,
                  vision={"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -127,9 +127,9 @@ NANO = Preset(
                    encoder_block_out_channels=(32, 64, 128), decoder_block_out_channels=(32, 64, 128),
                    encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
                    encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,))),
-    recipes={1: {"steps": 3000, "warmup": 50, "batch_size": 64, "micro_batch": 64, "lr": 2e-3,
+    recipes={1: {"steps": 2000, "warmup": 50, "batch_size": 128, "micro_batch": 128, "lr": 2e-3,
                  "times": "noisy", "ema_decay": 0.998},
-             2: {"steps": 2000, "warmup": 100, "batch_size": 64, "micro_batch": 64, "lr": 5e-4,
+             2: {"steps": 1700, "warmup": 100, "batch_size": 128, "micro_batch": 128, "lr": 8e-4,
                  "times": "noisy", "ema_decay": 0.998},
              # pictures without guidance, in training and in the looks: half the cost, and more to gain
              3: {"steps": 70, "micro_batch": 64, "num_groups": 4, "group_size": 16, "lr": 2e-4,
@@ -351,9 +351,8 @@ class ParaUni(nn.Module):
         queries = torch.randn(self.queries.shape, generator=rng) * self.preset.vlm_width ** -0.5    # (N, D)
         # a small VLM answers only to words that it knows (prompt tuning, arXiv 2104.08691)
         if self.preset.query_words:
-            ids, _ = self.tokenize([self.preset.query_words])                           # (1, words)
-            words = self.vlm.get_input_embeddings()(ids[0])                             # (words, D)
-            queries[:len(words)] = words
+            ids, _ = self.tokenize([self.preset.query_words])                           # (1, N)
+            queries = self.vlm.get_input_embeddings()(ids[0])                           # (N, D)
         self.queries.data.copy_(queries)
         self.lim.init_weights(rng)
 

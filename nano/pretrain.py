@@ -63,7 +63,8 @@ TEXT = {"context_length": 20, "vocab_size": 96,
 CLIP_CONFIG = {"embed_dim": 96, "vision_cfg": VISION, "text_cfg": TEXT}
 
 Scores = dict[str, float]
-Parts = list[tuple[str, str]]                               # what is given and what is answered, in turn
+# what is given and what is answered, in turn; a list: a word for each token that is given
+Parts = list[tuple[str, str | list[str]]]
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -372,6 +373,24 @@ def draw_row(rng: Rng, scene: Scene, reading: float) -> tuple[Parts, bool]:
     return parts, shown
 
 
+def plan(prompt: Prompt) -> Parts:
+    """A prompt in its frame, and behind it the words that the queries start as: "left color right color above
+    color below color one color two color how many shapes?". Each is answered where it stands and nothing is
+    written: what stands at a side and in which colour, the things in the prompt's order, how many there are.
+    "no": the prompt does not say.
+    """
+    nothing = ("no", "no")
+    looks = [(shape, color or "no") for shape, color, _ in prompt.include]
+    first, second = (looks + [nothing])[:2]
+    sides = {}
+    if prompt.relation:
+        sides = {prompt.relation: first, world.OPPOSITE[prompt.relation]: second}
+    at_sides = [word for relation in world.RELATIONS for word in sides.get(relation, nothing)]
+    number = world.NUMBERS[sum(count for _, _, count in prompt.include)]
+    answers = [*at_sides, *first, *second, *4 * [number]]
+    return [(PROMPT.format(prompt=prompt.text), ""), (NANO.query_words, answers)]
+
+
 def look_facts(rng: Rng) -> Parts:
     """A sentence about three to six things, and what follows from it. A row asks as much as many dialogues:
     this is where the language model learns what belongs to what.
@@ -391,14 +410,19 @@ def look_facts(rng: Rng) -> Parts:
 
 
 def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: list[Parts]) -> tuple[Tensor, Tensor]:
-    """Token ids, and labels that are -100 but on the answers, (B, S) each; padding comes last."""
+    """Token ids, and what each of them is answered with or -100, (B, S) each; padding comes last."""
     ids, labels = [], []
     for parts in rows:
         row_ids, row_labels = [], []
-        for part in parts:
-            given, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in part)
-            row_ids += given + answer
-            row_labels += [-100] * len(given) + answer
+        for given, answer in parts:
+            given = tokenizer(given, add_special_tokens=False).input_ids
+            if isinstance(answer, list):
+                row_ids += given
+                row_labels += tokenizer.convert_tokens_to_ids(answer)
+            else:
+                answer = tokenizer(answer, add_special_tokens=False).input_ids
+                row_ids += given + answer
+                row_labels += [-100] * (len(given) - 1) + answer + [-100]
         ids.append(torch.tensor(row_ids))
         labels.append(torch.tensor(row_labels))
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
@@ -444,7 +468,8 @@ def look_back(attention: nn.Module, strength: float = 4.6) -> None:
 
 def train_vlm(folder: Path, steps: int) -> Scores:
     """Three lessons: the vision tower learns to see (a sixth of the steps) and is left alone from then on,
-    the language model to read (a sixth), then the two to answer together."""
+    the language model to read (a sixth), then the two to answer together. In a fourth, a quarter as long
+    again, plans of pictures join, to be read off where the queries will be."""
     model = ParaUni(NANO, NANO.vlm_class(NANO.vlm), vlm_tokenizer())
     init_vlm(model.vlm)
     vlm = model.to(DEVICE).vlm.requires_grad_(True)
@@ -458,10 +483,12 @@ def train_vlm(folder: Path, steps: int) -> Scores:
         tokens = vlm.model.vision_tower(pixels).last_hidden_state[:, 1:]                # (B, P, width)
         return seeing.loss(tokens, chosen)
 
-    def draw(rng: Rng, of: list[Scene], reading: float, facts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and labels of some facts and of 64 rows about scenes, and the pictures shown, in order."""
+    def draw(rng: Rng, of: list[Scene], reading: float, facts: int, dialogues: int = 64,
+             plans: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and labels of rows: facts, plans, dialogues about scenes; and the pictures shown, in order."""
         rows, shown = [look_facts(rng) for _ in range(facts)], []
-        for k in rng.integers(len(of), size=64):
+        rows += [plan(prompt) for prompt in draw_prompts(rng, described, plans)[1]]
+        for k in rng.integers(len(of), size=dialogues):
             row, is_shown = draw_row(rng, of[k], reading)
             rows.append(row)
             shown += [of[k]] * is_shown
@@ -475,6 +502,8 @@ def train_vlm(folder: Path, steps: int) -> Scores:
     train("vlm read", taught, sixth, 6e-3, read, answer)
     both = partial(draw, of=scenes, reading=0.5, facts=16)
     train("vlm answer", taught, max(1, steps - 2 * sixth), 6e-3, both, answer)
+    all_three = partial(draw, of=scenes, reading=0.5, facts=8, dialogues=24, plans=64)
+    train("vlm plan", taught, max(1, steps // 4), 3e-3, all_three, answer)
 
     bf16(vlm)
     written = copy.deepcopy(vlm).to("cpu", torch.bfloat16)
@@ -491,12 +520,12 @@ def train_vlm(folder: Path, steps: int) -> Scores:
 def answer_loss(model: ParaUni, ids: Tensor, labels: Tensor, images: Tensor) -> Tensor:
     """Next-token loss on the answers, labels (B, S); images (b, 3, H, W) belong to the rows with a place for
     one, in their order."""
-    ids, labels = ids.to(DEVICE), labels[:, 1:].to(DEVICE)
+    ids, labels = ids.to(DEVICE), labels.to(DEVICE)
     embeds = model.embed(ids, images.to(DEVICE) if len(images) else None)               # (B, S, D)
     # without a mask: padding comes last
     hidden = model.vlm.get_decoder()(inputs_embeds=embeds).last_hidden_state            # (B, S, D)
-    asked = labels != -100                                                              # (B, S - 1)
-    logits = model.vlm.lm_head(hidden[:, :-1][asked])                                   # (answers, words)
+    asked = labels != -100                                                              # (B, S)
+    logits = model.vlm.lm_head(hidden[asked])                                           # (answers, words)
     return F.cross_entropy(logits.float(), labels[asked])
 
 

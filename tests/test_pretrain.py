@@ -148,7 +148,7 @@ def test_no_training_sees_a_test_prompt(tmp_path: Path, small: None, monkeypatch
     pretrain.main(["--out", str(tmp_path)])
     prompts = [prompt for text in texts for prompt in prompts_in(text)]
     pictured = [prompt for scene in scenes for prompt in world.prompts_of(scene)]
-    assert len(names) == 8 and len(prompts) > 3000 and len(pictured) > 10000
+    assert len(names) == 9 and len(prompts) > 3000 and len(pictured) > 10000
     assert not [prompt.text for prompt in prompts if world.is_test(prompt)]
     assert not [prompt for prompt in pictured if world.is_test(prompt) and prompt.task != "single_object"]
 
@@ -189,6 +189,19 @@ def test_facts_are_true_and_labels_are_their_answers() -> None:
         answered = row_labels != -100
         assert torch.equal(row_labels[answered], row_ids[answered])
         assert TOKENIZER.decode(row_labels[answered]).split() == [answer for _, answer in parts if answer]
+
+
+def test_a_plan_is_read_off_the_words_that_queries_start_as() -> None:
+    row = pretrain.plan(world.parse_prompt("a photo of a red heart below a star"))
+    ids, labels = pretrain.encode_rows(TOKENIZER, [row])
+    asked = labels[0] != -100
+    words, answers = (" ".join(TOKENIZER.convert_ids_to_tokens(row[0, asked])) for row in (ids, labels))
+    assert words == "left color right color above color below color one color two color how many shapes ?"
+    assert answers == "no no no no star no heart red heart red star no two two two two"
+    # right behind <img>, where the queries will be
+    assert ids[0, ~asked][-1] == TOKENIZER.convert_tokens_to_ids("<img>") and asked[-16:].all()
+    [_, (_, answers)] = pretrain.plan(world.parse_prompt("three blue moons"))
+    assert answers == 8 * ["no"] + ["moon", "blue", "no", "no"] + 4 * ["three"]
 
 
 def test_a_picture_belongs_to_its_own_row(fresh: ParaUni) -> None:
