@@ -717,10 +717,10 @@ def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) ->
     """
     chosen, prompts = draw_prompts(rng, scenes, count, test)
     first = [scenes[j] for j in chosen]
-    is_wrong = rng.random(count) < 0.5                                                  # (B,)
+    is_wrong = rng.random(len(prompts)) < 0.5                                           # (B,)
     second = [new_scene(rng, prompt, wrong, test) for prompt, wrong in zip(prompts, is_wrong)]
     far = np.array([world.from_middle(scene.things) for scene in first + second])       # (2 B,)
-    far[count:] += RIGHT * is_wrong
+    far[len(prompts):] += RIGHT * is_wrong
     ids = clip_encoder()([prompt.text for prompt in prompts])                           # (B, S)
     return ids, world.render(first + second), torch.tensor(BEST - ODDS * far, dtype=torch.float32)
 
@@ -755,7 +755,7 @@ def train_pick(folder: Path, steps: int) -> Scores:
     with torch.no_grad():
         first, second = preference(model, vae, ids, images).cpu().chunk(2)              # (1000,) each
     # of the pairs that three people in four agree on
-    odds = worth[:1000] - worth[1000:]                                                  # (1000,)
+    odds = torch.sub(*worth.chunk(2))                                                   # (1000,)
     agrees = (first > second) == (odds > 0)                                             # (1000,)
     return {"agrees_with_the_crowd": float(agrees[odds.abs() > math.log(3)].float().mean())}
 

@@ -132,7 +132,8 @@ def test_no_training_sees_a_test_prompt(tmp_path: Path, small: None, monkeypatch
         return what
 
     def noted_rows(tokenizer: object, rows: list) -> tuple:
-        note(texts, ["".join(f"{given} {answer}" for given, answer in row) for row in rows])
+        note(texts, ["".join(f"{given} {answer}" for given, answer in row if isinstance(answer, str))
+                     for row in rows])
         return encode_rows(tokenizer, rows)
 
     def noted_pool(name: str, *given: object, **named: object) -> list:
@@ -187,17 +188,18 @@ def test_facts_are_true_and_labels_are_their_answers() -> None:
             word = given.split()[1]
             assert ((word, answer) if given.endswith("shape is") else (answer, word)) in looks
         answered = row_labels != -100
-        assert torch.equal(row_labels[answered], row_ids[answered])
+        # the word before an answer is answered with it
+        assert torch.equal(row_labels[answered], row_ids.roll(-1)[answered])
         assert TOKENIZER.decode(row_labels[answered]).split() == [answer for _, answer in parts if answer]
 
 
 def test_a_plan_is_read_off_the_words_that_queries_start_as() -> None:
-    row = pretrain.plan(world.parse_prompt("a photo of a red heart below a star"))
+    row = pretrain.plan(world.parse_prompt("a photo of a red heart below a blue star"))
     ids, labels = pretrain.encode_rows(TOKENIZER, [row])
     asked = labels[0] != -100
     words, answers = (" ".join(TOKENIZER.convert_ids_to_tokens(row[0, asked])) for row in (ids, labels))
     assert words == "left color right color above color below color one color two color how many shapes ?"
-    assert answers == "no no no no star no heart red heart red star no two two two two"
+    assert answers == "no no no no star blue heart red heart red star blue two two two two"
     # right behind <img>, where the queries will be
     assert ids[0, ~asked][-1] == TOKENIZER.convert_tokens_to_ids("<img>") and asked[-16:].all()
     [_, (_, answers)] = pretrain.plan(world.parse_prompt("three blue moons"))
@@ -274,7 +276,7 @@ def test_people_prefer_what_they_asked_for_in_the_middle() -> None:
         assert right[0]
         assert abs(odd - (far - near + 8 * (not right[1])) / 2) < 0.6, (prompt, odd)
     # the right thing in the middle is worth 26, which is a reward of 1
-    assert 15 < worth.min() < 20 and 25 < worth.max() < 26
+    assert 15 < worth.min() < 20 and 24 < worth.max() < 26
 
 
 def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None) -> None:
