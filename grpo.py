@@ -71,6 +71,7 @@ class GRPOConfig(RunConfig):
     noise_level: float = knob(0.7, "a in sigma_t = a sqrt(t / (1 - t)) of the SDE")
     guidance_scale: float = knob(4.5, "classifier-free guidance in training; 1: none, at half the cost")
     shift: float = knob(3.0, "of the time grid towards noise")
+    shared_start: bool = knob(False, "the pictures of a prompt begin with the same noise (Flow-GRPO-Fast)")
     sde_window: int = knob(0, "stochastic steps in a window that slides by one an epoch; 0: all but the last")
     # objective
     clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
@@ -314,7 +315,11 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
 
         # from noise to picture, step by step
         generators = [generator("picture", *key) for key in keys[pictures]]
-        x = randn((len(generators), *shape), generators, device)                        # (b, C, H, W)
+        starts = generators
+        # what pictures of one noise differ by is what the policy has done
+        if cfg.shared_start:
+            starts = [generator("start", *key[:3]) for key in keys[pictures]]
+        x = randn((len(starts), *shape), starts, device)                                # (b, C, H, W)
         latents[0, pictures] = x
         for k, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
             # a step that will be trained is drawn from its distribution

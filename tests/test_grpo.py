@@ -107,6 +107,13 @@ def test_the_window_slides_over_all_steps_but_the_last() -> None:
 
 # ----------------------------------------------------------------------------- rollout
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_pictures_of_a_prompt_share_their_first_latent_where_asked(policy: ParaUni, shared: bool) -> None:
+    _, _, rolled = roll(policy, replace(CFG, shared_start=shared))
+    distinct = [len(latents.flatten(1).unique(dim=0)) for latents in rolled.latents[[0, 1, -1]]]
+    assert distinct == [2 if shared else 8, 8, 8]
+
+
 @pytest.mark.parametrize("micro_batch, guidance, gamma", [
     (1, 1.0, 0.5), (2, 4.5, 0.5), (4, 4.5, 0.0), (7, 4.5, 0.5), (8, 1.0, 0.0), (8, 4.5, 0.5)])
 def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float, gamma: float) -> None:
