@@ -3,7 +3,7 @@
     python nano/pretrain.py [PART ...]
 
     vae      DC-AE, on pictures of the nano world
-    vlm      InternVL, on questions about pictures and about sentences
+    vlm      InternVL, on questions about pictures and about sentences, and on what a prompt plans
     clip     CLIP, on pictures and captions
     dit      SANA, on latents and prompts, which CLIP's text tower reads to it
     pick     the preference model: CLIP tuned on what a crowd thinks of pairs, which is known by construction
