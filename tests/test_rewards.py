@@ -17,6 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import rewards
 from common import ROOT, Refused
+from nano import world
 from rewards import AestheticHead, Reward, build_reward, preprocess
 from tools import convert
 
@@ -200,7 +201,8 @@ def test_own_tokenizer_is_pooled_at_its_end_token() -> None:
     clip, encode, _ = rewards.load_clip(ROOT / "weights" / "nano" / "clip")
     ids = encode(["a red heart", "star", "a blue star " * 9])                               # (U, S)
     end = torch.tensor([3, 1, 19])                          # a text that was cut keeps its end
-    assert ids.shape == (3, 20) and ids[range(3), end].tolist() == [73] * 3 and ids[0, 4:].sum() == 0
+    last = len(world.vocabulary()) + 2                      # behind the padding, <unk> and the words
+    assert ids.shape == (3, 20) and ids[range(3), end].tolist() == [last] * 3 and ids[0, 4:].sum() == 0
     with torch.no_grad():
         x = clip.token_embedding(ids) + clip.positional_embedding
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))                    # (U, S, width)
