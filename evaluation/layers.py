@@ -205,8 +205,7 @@ def figure4_claims(kind: str, every: Tensor, last: Tensor | None = None) -> list
     phenomena" where all layers were trained, "relatively low" similarity where only the last one was."""
     L = every.shape[-1]
     i, j = torch.triu_indices(L, L, 1)                                          # (P,) each
-    region = torch.tensor([[n in region_layers(name, L) for name in REGIONS] for n in range(1, L + 1)])
-    region = region.int().argmax(1)                                             # (L,)
+    region = torch.tensor([k for k, name in enumerate(REGIONS) for _ in region_layers(name, L)])   # (L,)
     same = region[i] == region[j]                                               # (P,)
     near = j - i == 1                                                           # (P,)
     every = every[:, i, j].double()                                             # (B, P)
@@ -236,7 +235,7 @@ def figure4_claims(kind: str, every: Tensor, last: Tensor | None = None) -> list
 # ----------------------------------------------------------------------------- Figure 5: regions removed
 
 def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
-    """Each region removed: the paired change of each reward. Returns its table and its claims."""
+    """Each region removed: the paired change of each reward. Returns its table and its caption as claims."""
     rewards = list(scores["all"])
     changes = {region: {reward: scores[f"no {region}"][reward] - scores["all"][reward] for reward in rewards}
                for region in REGIONS}
@@ -249,33 +248,29 @@ def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=f"change of {reward}", xlabel="region removed")
     figure.savefig(folder / "figure5.png")
+
+    # how far each score falls, (B,) each
     falls = {reward: {region: -changes[region][reward] for region in REGIONS} for reward in rewards}
-    return rows, figure5_claims(falls)
-
-
-def figure5_claims(falls: dict[str, dict[str, Tensor]]) -> list[dict]:
-    """The caption of Figure 5, from {reward: {region removed: how far each score falls (B,)}}."""
-    claims = []
-    for region, fall in falls["clip"].items():
-        claims.append(claim("clip is sensitive to all three regions (Figure 5)",
-                            f"fall of clip without {region}", fall.tolist(), "prompts"))
+    found = [("clip is sensitive to all three regions", f"fall of clip without {region}", fall)
+             for region, fall in falls["clip"].items()]
     for reward, most in REWARD_REGIONS.items():
         if reward not in falls:
             continue
         # "most": more than by the strongest of the others; its choice by these scores leans against the claim
         others = {region: fall for region, fall in falls[reward].items() if region != most}
         rival = max(others, key=lambda region: others[region].mean())
-        claims.append(claim(f"{reward} is most sensitive to the {most} region (Figure 5)",
-                            f"fall of {reward} without {most} - without {rival}",
-                            (falls[reward][most] - others[rival]).tolist(), "prompts"))
+        found.append((f"{reward} is most sensitive to the {most} region",
+                      f"fall of {reward} without {most} - without {rival}",
+                      falls[reward][most] - others[rival]))
     for reward in falls.keys() & {"aesthetic", "pickscore"}:
         # "little": by less than half, up or down, of what the other two regions do
         shallow, middle, deep = falls[reward].values()                          # (B,) each
         change = shallow * shallow.mean().sign()                                # (B,)
-        claims.append(claim(f"Shallow layers have little impact on {reward} (Figure 5)",
-                            f"{reward}: half the fall without another region - change without shallow",
-                            ((middle + deep) / 4 - change).tolist(), "prompts"))
-    return claims
+        found.append((f"Shallow layers have little impact on {reward}",
+                      f"{reward}: half the fall without another region - change without shallow",
+                      (middle + deep) / 4 - change))
+    return rows, [claim(f"{text} (Figure 5)", measure, values.tolist(), "prompts")
+                  for text, measure, values in found]
 
 
 # ----------------------------------------------------------------------------- Figure 9: curves of stage III
