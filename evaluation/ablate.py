@@ -226,9 +226,8 @@ def summarise(cfg: AblateConfig) -> dict:
     compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
     compared += [(f"With LDAM {reward} is higher throughout (supplement Figure {number})", "ldam-epoch",
                   "no-ldam", f"{reward} in training") for reward, number in SUPPLEMENT.items()]
-    found = [(text, measure, advantage(runs, better, worse, measure))
-             for text, better, worse, measure in compared]
-    claims = [claim(text, measure, values, "seeds") for text, measure, values in found if len(values) > 1]
+    claims = [claim(text, measure, values, "seeds") for text, better, worse, measure in compared
+              if len(values := advantage(runs, better, worse, measure)) > 1]
     if claims:
         write_csv(folder / "claims.csv", claims)
 
@@ -289,8 +288,7 @@ def advantage(runs: dict, better: str, worse: str, measure: str) -> list[float]:
     """better - worse for each seed that both have, turned so that a positive number is an advantage."""
     a, b = runs.get(better, {}), runs.get(worse, {})
     sign = -1 if measure == "loss" else 1
-    return [sign * (a[seed][measure] - b[seed][measure]) for seed in a
-            if seed in b and measure in a[seed] and measure in b[seed]]
+    return [sign * (a[seed][measure] - b[seed][measure]) for seed in a if seed in b]
 
 
 def plot_rows(runs: dict, path: Path) -> None:
