@@ -13,7 +13,6 @@ from evaluation import ablate, read_csv
 from evaluation.ablate import ROWS, AblateConfig
 from grpo import GRPOConfig
 from helpers import save_stages, tiny_model
-from ldam import LDAM
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 
@@ -129,33 +128,23 @@ def test_what_was_stopped_goes_on_and_other_flags_are_refused(tmp_path: Path, st
 NORMS, FALLS = [1.0, 1.0, 2.5, 1.0, 1.0, 1.0, 1.0, 1.0], [0.9, 0.8, 0.7, 0.9, 0.6, 0.5, 0.4, 0.3]
 
 
-def write_log(folder: Path, norms: list[float], rewards: list[float], fired: int = 0,
-              phases: int = 1) -> Path:
-    """A stage 3 log whose every phase has these gradient norms and rewards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"epoch": 0, "phase": "clip", "heldout/clip": 0.4}]
-    for phase in ("clip", "pickscore", "aesthetic")[:phases]:
-        ldam = LDAM()
-        for norm, reward in zip(norms, rewards):
-            ldam.update(norm, reward)
-            lines.append({"epoch": len(lines), "phase": phase, "grad_norm": norm, "kl": 0.0, "ldam/fired": 0,
-                          "ldam/r_s": ldam.last["r_s"], "ldam/gamma_raw": ldam.last["gamma_raw"],
-                          **{f"reward/{name}": reward for name in ablate.REWARDS}})
-    lines[1]["ldam/fired"] = fired
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
 def finished(folder: Path, name: str, seed: int, judge: float, loss: float = 0.5, fired: int = 0,
              rewards: list[float] = FALLS) -> None:
-    """What a run leaves."""
+    """What a run leaves. Every phase of a stage 3 has the same gradient norms and rewards."""
     run = folder / f"{name}-seed{seed}"
     run.mkdir(parents=True, exist_ok=True)
     scores = {"judge": judge, "clip": 0.4, "pickscore": 0.4, "aesthetic": 5.0, "loss": loss}
     (run / "row.json").write_text(json.dumps({"scores": scores}))
     if ROWS[name].family == "ldam":
-        rewards = [reward + 0.01 * seed * fired for reward in rewards]
-        write_log(run / "stage3", NORMS, rewards, fired, phases=3)
+        rewards = [value + 0.01 * seed * fired for value in rewards]
+        lines = [{"epoch": 0, "phase": "clip", "heldout/clip": 0.4}]
+        for phase in ablate.REWARDS:
+            for norm, value in zip(NORMS, rewards):
+                lines.append({"epoch": len(lines), "phase": phase, "grad_norm": norm, "ldam/fired": 0,
+                              **{f"reward/{reward}": value for reward in ablate.REWARDS}})
+        lines[1]["ldam/fired"] = fired
+        (run / "stage3").mkdir(exist_ok=True)
+        (run / "stage3" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_table_claims_and_what_ldam_did(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
