@@ -1,5 +1,6 @@
 """evaluation/report.py: what the page shows, and that nothing in it can act."""
 import base64
+import html
 import io
 import json
 import re
@@ -30,42 +31,33 @@ def make_run(folder: Path, fires: bool = False, **settings: object) -> Path:
                       "kl": 0.001 * n, "grad_norm": 3.0 if n == 5 else 1.0, "ratio_dev": 0.0,
                       "ldam/r_s": min(n, 4), "ldam/fired": int(fires and n == 7), "ldam/gamma": 0.2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = {"preset": "nano", "lr": 1e-4, "rewards": ["clip", "aesthetic"], "ldam_layers": "present",
-              "ldam_spike": 100.0, "ldam_patience": 5, **settings}
+    config = {"preset": "nano", "lr": 1e-4, "rewards": ["clip", "aesthetic"], **settings}
     (folder / "config.json").write_text(json.dumps(config))
-    for n, color in zip((0, 5, 10, 15, 20), ("red", "blue", "green", "pink", "gold")):
-        (folder / f"epoch-{n:05}.png").write_bytes(png(color=color))
+    for n in (0, 5, 10, 15, 20):
+        (folder / f"epoch-{n:05}.png").write_bytes(png())
     return folder
 
 
-def make(tmp_path: Path, *folders: Path) -> tuple[dict, str]:
-    result = report.main([*map(str, folders), "--out", str(tmp_path / "r.html")])
-    return result, (tmp_path / "r.html").read_text(encoding="utf-8")
+def make(tmp_path: Path, *folders: Path) -> str:
+    report.main([*map(str, folders), "--out", str(tmp_path / "r.html")])
+    return (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-class Elements(HTMLParser):
-    """Every start tag with its attributes, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.words = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words += data + " "
+def tags_of(page: str) -> list[tuple[str, dict]]:
+    """Every start tag with its attributes."""
+    tags: list[tuple[str, dict]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(page)
+    return tags
 
 
 def test_runs_are_shown_with_curves_pictures_layers_and_flags(tmp_path: Path) -> None:
-    _, page = make(tmp_path, make_run(tmp_path / "quiet"), make_run(tmp_path / "fires", fires=True, lr=3e-4))
-    found = Elements(page)
-    names = [attributes["alt"] for tag, attributes in found.tags if tag == "img"]
+    page = make(tmp_path, make_run(tmp_path / "quiet"), make_run(tmp_path / "fires", fires=True, lr=3e-4))
+    names = [attributes["alt"] for tag, attributes in tags_of(page) if tag == "img"]
     assert names[:4] == ["reward/clip", "kl", "grad_norm", "ldam/r_s"]
     assert names[4:] == ["epoch-00000.png", "epoch-00020.png"] * 2
-    assert "Constant, not drawn: heldout/clip, ratio_dev." in found.words
+    assert "Constant, not drawn: heldout/clip, ratio_dev." in page
     # what differs between the runs comes first
     assert re.findall(r"<tr><td>(\w+)</td>", page[page.index("Configuration"):])[:2] == ["flag", "lr"]
 
@@ -76,25 +68,23 @@ def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
         for n in (21, 22):
             file.write(json.dumps({"epoch": n, "phase": EVIL, f"reward/{EVIL}": n}) + "\n")
     (run / "<b onclick=x>.png").write_bytes(png())
-    _, page = make(tmp_path, run)
-    found = Elements(page)
-    assert not {"script", "iframe", "object", "b", "link rel=stylesheet"} & {tag for tag, _ in found.tags}
-    assert found.words.count('<script>alert("1")') >= 3                                 # there, and harmless
-    for _, attributes in found.tags:
+    page = make(tmp_path, run)
+    tags = tags_of(page)
+    assert not {"script", "iframe", "object", "b", "link rel=stylesheet"} & {tag for tag, _ in tags}
+    assert page.count(html.escape(EVIL)) >= 3                                           # there, and harmless
+    for _, attributes in tags:
         assert not any(name.startswith("on") for name in attributes)
         assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
-    policy = next(a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(a["content"] for _, a in tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and "script" not in policy
     assert "@import" not in page and "url(" not in page
 
 
 def test_wide_pictures_are_made_smaller_and_links_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    for path in run.glob("epoch-*.png"):
-        path.unlink()
     (run / "rewards.png").write_bytes(png(2000, 100, "blue"))
     (run / "link.png").symlink_to(run / "rewards.png")
-    _, page = make(tmp_path, run)
+    page = make(tmp_path, run)
     data = re.findall('alt="rewards.png" src="data:image/png;base64,([^"]+)"', page)[0]
     picture = Image.open(io.BytesIO(base64.b64decode(data)))
     assert picture.size == (1600, 80) and picture.getpixel((800, 40)) == (0, 0, 255)
