@@ -122,7 +122,6 @@ def read_tar(path: Path) -> Iterator[Sample | LeftOut]:
                 elif not member.isdir():
                     yield LeftOut(name, "bad", "a link or special file")
             # zeros end a tar; anything else is a header that is damaged, or another tar that was joined to it
-            end = tar.offset
             tar.fileobj.seek(end)
             rest = tar.fileobj.read(2 ** 20)
             if not rest or any(rest):
@@ -310,9 +309,8 @@ def make_shard(cfg: PrepareConfig, vae: DCAE, pictures: Pictures,
             write_left_out(cfg.out, left_out)
             raise Refused(f"{counts['bad']} of {counts.total()} samples are bad, more than --max-bad allows: "
                           f"see {cfg.out}/left-out.jsonl for the last of them")
-    text = bytearray(b"".join(captions))
     tensors = {"latents": torch.cat(latents),                                           # (samples, C, h, w)
-               "captions": torch.from_numpy(np.array(text)),                            # (bytes,)
+               "captions": torch.tensor(bytearray(b"".join(captions)), dtype=torch.uint8),    # (bytes,)
                "offsets": torch.tensor([0, *map(len, captions)]).cumsum(0)}             # (samples + 1,)
     return tensors, left_out
 
@@ -323,13 +321,10 @@ def write_left_out(out: str, left_out: Iterable[LeftOut]) -> None:
             file.write(json.dumps(dict(zip(LeftOut._fields, item))) + "\n")
 
 
-def cut(files: Iterator, size: int) -> Iterator[tuple[list, bool]]:
-    """Lists of `size` files, and of each whether it is the last."""
-    chunk = list(itertools.islice(files, size))
-    while following := list(itertools.islice(files, size)):
-        yield chunk, False
-        chunk = following
-    yield chunk, True
+def cut(files: Iterator, size: int) -> Iterator[tuple[list, list]]:
+    """Lists of `size` files, each with the one that follows: an empty one behind the last."""
+    lists = iter(lambda: list(itertools.islice(files, size)), [])
+    return itertools.pairwise(itertools.chain(lists, [[]]))
 
 
 def shard_path(out: str, source: int, part: int) -> Path:
@@ -388,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
         is_tar = source.suffix.lower() == ".tar"
         if is_tar and number % dist.world_size != dist.rank:
             continue
-        for part, (files, last) in enumerate(cut(read_source(source), cfg.per_shard)):
+        for part, (files, following) in enumerate(cut(read_source(source), cfg.per_shard)):
             if not is_tar and (number + part) % dist.world_size != dist.rank:
                 continue
             path = shard_path(cfg.out, number, part)
@@ -401,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
             pictures = Pictures(files, PRESETS[cfg.preset].image_size, (cfg.seed, "crop", number, part))
             tensors, left_out = make_shard(cfg, vae, pictures, counts)
             samples = len(tensors["latents"])
-            facts = {"made_of": made_of, "last": last, "left_out": left_out, "samples": samples}
+            facts = {"made_of": made_of, "last": not following, "left_out": left_out, "samples": samples}
             with atomic(path) as temporary:
                 save_file(tensors, temporary, {"facts": json.dumps(facts)})
             print(f"{path}: {samples:,} of {len(files):,} from {source}", flush=True)
