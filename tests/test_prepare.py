@@ -243,12 +243,10 @@ def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
     torch.testing.assert_close(latents, want.bfloat16(), rtol=2e-2, atol=2e-2)
 
 
-def test_a_crop_is_a_square_along_the_long_side() -> None:
-    place = prepare.Place("a.png", "")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "read_bytes", lambda place, limit: picture(200, 100))
-        pictures = prepare.Pictures([prepare.Sample(place, "x")] * 40, 50, ("key",))
-        crops = [pictures[i][0].astype(int) for i in range(40)]
+def test_a_crop_is_a_square_along_the_long_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "read_bytes", lambda place, limit: picture(200, 100))
+    pictures = prepare.Pictures([prepare.Sample(prepare.Place("a.png", ""), "x")] * 40, 50, ("key",))
+    crops = [pictures[i][0].astype(int) for i in range(40)]
     assert all(crop.shape == (50, 50, 3) for crop in crops)
     assert all(crop[0, 0, 1] < 6 and crop[-1, 0, 1] > 192 for crop in crops)            # from top to bottom
     lefts = [crop[0, 0, 0] for crop in crops]
@@ -333,7 +331,6 @@ def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_pat
 
 
 # ----------------------------------------------------------------------------- waiting
-
 
 @pytest.mark.parametrize("how", ["hang", "die"])
 def test_waiting_for_workers_has_an_end(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
