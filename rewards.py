@@ -51,13 +51,6 @@ def grey_levels(x: Tensor) -> Tensor:
     return x.round().clamp(0, 255)
 
 
-def resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Antialiased resize of (B, 3, H, W); a picture that already has the size passes untouched."""
-    if x.shape[-2:] == size:
-        return x
-    return F.interpolate(x, size, mode=mode, antialias=True)
-
-
 def preprocess(images: Tensor, size: int, mean: tuple = MEAN, std: tuple = STD,
                like_pil: bool = False) -> Tensor:
     """What the image tower sees: shortest side to size, centre crop, normalised.
@@ -71,15 +64,17 @@ def preprocess(images: Tensor, size: int, mean: tuple = MEAN, std: tuple = STD,
     # the shorter of the two becomes size
     h = int(size * max(H, W) / W)
     w = int(size * max(H, W) / H)
+    # a picture that already has the size passes untouched
+    resize = partial(F.interpolate, antialias=True)
     if like_pil:
         # PIL resizes rows, stores whole grey levels, then resizes columns: bicubic overshoot is cut twice
-        x = resize(grey_levels(images * 255), (H, w), "bicubic")                    # (B, 3, H, w)
-        x = resize(grey_levels(x), (h, w), "bicubic")                               # (B, 3, h, w)
+        x = resize(grey_levels(images * 255), (H, w), mode="bicubic")               # (B, 3, H, w)
+        x = resize(grey_levels(x), (h, w), mode="bicubic")                          # (B, 3, h, w)
         x = grey_levels(x) / 255                                                    # (B, 3, h, w)
         top = (h - size) // 2
         left = (w - size) // 2
     else:
-        x = resize(images, (h, w), "bilinear")                                      # (B, 3, h, w)
+        x = resize(images, (h, w), mode="bilinear")                                 # (B, 3, h, w)
         # at some odd margins this is one pixel off PIL's
         top = round((h - size) / 2)
         left = round((w - size) / 2)
@@ -90,9 +85,9 @@ def preprocess(images: Tensor, size: int, mean: tuple = MEAN, std: tuple = STD,
     return (x - mean) / std                                                         # (B, 3, T, T)
 
 
-def embed_images(visual: nn.Module, images: Tensor, picture: dict, batch_size: int = 64) -> Tensor:
+def embed_images(visual: nn.Module, images: Tensor, picture: dict) -> Tensor:
     """Unit embeddings (B, E) of images (B, 3, H, W); picture holds the arguments of preprocess."""
-    chunks = [visual(preprocess(chunk, **picture)) for chunk in images.split(batch_size)]
+    chunks = [visual(preprocess(chunk, **picture)) for chunk in images.split(64)]
     return F.normalize(torch.cat(chunks), dim=-1)                                   # (B, E)
 
 
@@ -144,8 +139,13 @@ class AestheticScore(nn.Module):
         super().__init__()
         clip, _, picture = load_clip(folder / "clip")
         self.visual = clip.visual
-        self.head = load_aesthetic_head(folder / "aesthetic")
         self.picture = picture | {"like_pil": True}
+        # the head's widths are read off its tensors
+        state = load_file(folder / "aesthetic" / "aesthetic.safetensors")
+        widths = [len(state[f"layers.{i}.bias"]) for i in (0, 2, 4, 6)]
+        with torch.random.fork_rng(devices=[]):
+            self.head = AestheticHead(state["layers.0.weight"].shape[1], tuple(widths))
+        self.head.load_state_dict(state)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         image = embed_images(self.visual, images, self.picture)                     # (B, E)
@@ -175,10 +175,9 @@ class Reward(nn.Module):
         # in fp32: in bf16 the pictures of a group would tie
         with torch.autocast(self.device.type, enabled=False):
             scores = self.score(images, list(prompts))                              # (B,)
-        shape = getattr(scores, "shape", None)
-        dtype = getattr(scores, "dtype", None)
-        if shape != (B,) or dtype != torch.float32:
-            raise Refused(f"reward {self.name} returned a {type(scores).__name__} {shape} {dtype}, "
+        found = getattr(scores, "shape", None), getattr(scores, "dtype", None)
+        if found != ((B,), torch.float32):
+            raise Refused(f"reward {self.name} returned a {type(scores).__name__} {found}, "
                           f"expected a float32 tensor with one number per image, ({B},)")
         return scores.to(self.device)                                               # (B,)
 
@@ -192,13 +191,9 @@ def build_reward(name: str, device: str | torch.device, weights: str | Path | No
     weights  folder laid out as the head of this file says; None: nano's
     """
     folder = ROOT / "weights" / "nano" if weights is None else Path(weights)
-    known = name in ("clip", "pickscore", "aesthetic")
-    if known and not (folder / name).is_dir():
+    if name in ("clip", "pickscore", "aesthetic") and not (folder / name).is_dir():
         raise Refused(f"no reward weights at {folder / name}: `python tools/convert.py rewards` fetches the "
                       "published ones; or name a folder with clip/, pickscore/ and aesthetic/")
-    if not known and ":" not in name:
-        raise Refused(f"unknown reward {name!r}: expected clip, pickscore, aesthetic, "
-                      "package.module:function or path/to/file.py:function")
 
     # the divisors bring the logits near 1
     if name == "clip":
@@ -207,8 +202,11 @@ def build_reward(name: str, device: str | torch.device, weights: str | Path | No
         score = ClipScore(folder / "pickscore", 26.0, like_pil=True)
     elif name == "aesthetic":
         score = AestheticScore(folder)
-    else:
+    elif ":" in name:
         score = load_function(name)
+    else:
+        raise Refused(f"unknown reward {name!r}: expected clip, pickscore, aesthetic, "
+                      "package.module:function or path/to/file.py:function")
     return Reward(name, score, device)
 
 
@@ -293,14 +291,3 @@ def text_encoder(tokenizer: Tokenizer | None, context_length: int, vocab_size: i
         rows = tokenizer.encode_batch(texts)
         return torch.tensor([row.ids for row in rows])                              # (U, S)
     return encode
-
-
-def load_aesthetic_head(folder: Path) -> AestheticHead:
-    """The head of an aesthetic/ folder, its widths read off the tensors."""
-    state = load_file(folder / "aesthetic.safetensors")
-    embed_dim = state["layers.0.weight"].shape[1]
-    widths = [len(state[f"layers.{i}.bias"]) for i in (0, 2, 4, 6)]
-    with torch.random.fork_rng(devices=[]):
-        head = AestheticHead(embed_dim, tuple(widths))
-    head.load_state_dict(state)
-    return head

@@ -54,12 +54,6 @@ def torchvision_pixels(images: Tensor) -> Tensor:
                                transforms.Normalize(rewards.MEAN, rewards.STD)])(images)    # (B, 3, T, T)
 
 
-def hf_scores(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
-    texts = tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-    with torch.no_grad():
-        return model(pixel_values=pixels, **texts).logits_per_image.diagonal()              # (B,)
-
-
 @pytest.fixture(scope="module")
 def hf_tokenizer() -> CLIPTokenizer:
     """Hugging Face's CLIP tokenizer with the published vocabulary, which open_clip brings along."""
@@ -126,12 +120,14 @@ def test_scores_match_transformers(hf: tuple[CLIPModel, Path], hf_tokenizer: CLI
                                    divisor: float) -> None:
     model, folder = hf
     reward = build_reward(name, "cpu", folder)
+    texts = hf_tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     for shape in [(T, T), (512, 600)]:
         pictures = [photo().rotate(angle).resize(shape) for angle in (0, 90, 120, 180)]
         images = to_tensor(*pictures)
         pixels = (torchvision_pixels(images) if name == "clip" else
                   hf_processor(T)(pictures, return_tensors="pt")["pixel_values"])           # (4, 3, T, T)
-        expected = hf_scores(model, hf_tokenizer, pixels, PROMPTS) / divisor
+        with torch.no_grad():
+            expected = model(pixel_values=pixels, **texts).logits_per_image.diagonal() / divisor    # (4,)
         assert expected.std() > 0.01                        # the pictures and prompts are told apart
         # a grey level in PIL's resizing may differ
         tolerance = 2e-3 if name == "pickscore" and shape != (T, T) else 1e-5
@@ -140,7 +136,7 @@ def test_scores_match_transformers(hf: tuple[CLIPModel, Path], hf_tokenizer: CLI
 
 def test_aesthetic_score_matches_transformers(hf: tuple[CLIPModel, Path], tmp_path: Path) -> None:
     model, folder = hf
-    assert sum(p.numel() for p in rewards.load_aesthetic_head(folder / "aesthetic").parameters()) == 927_969
+    assert sum(p.numel() for p in rewards.AestheticScore(folder).head.parameters()) == 927_969
     # the published head is too wide for the tiny tower
     head = randomise(AestheticHead(24, (12, 8, 6, 4)))
     (tmp_path / "clip").symlink_to(folder / "clip")
