@@ -374,9 +374,8 @@ def main(argv: list[str] | None = None) -> None:
             raise Refused(f"--data {word} matches nothing: * ? [] ** do, {{0..9}} does not, commas separate")
         sources += map(Path, found)
     sources = list(dict.fromkeys(sources))
-    vae = load_vae(cfg.preset, cfg.weights)
+    vae = load_vae(cfg.preset, cfg.weights).to(dist.device)
     stamp = stamp_of(vae, PRESETS[cfg.preset])
-    vae.to(dist.device)
     counts: Counter = Counter()
     for number, source in enumerate(sources):
         # a tar is one rank's, and no other reads its headers; folders and lists are shared out by the shard

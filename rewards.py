@@ -167,8 +167,7 @@ class Reward(nn.Module):
         B = len(images)
         # a NaN is no reason to stop: what is scored NaN is masked by the caller
         assert images.shape[1] == 3 and len(prompts) == B, f"{tuple(images.shape)}, {len(prompts)} prompts"
-        low = images.min().item()
-        high = images.max().item()
+        low, high = images.aminmax()
         assert not (low < -1e-3 or high > 1 + 1e-3), f"expected images in [0, 1], got [{low:g}, {high:g}]"
         # its own copy: what a function does to its pictures and prompts, no other reward sees
         images = images.to(self.device, torch.float32, copy=True)                   # (B, 3, H, W)
@@ -286,8 +285,4 @@ def text_encoder(tokenizer: Tokenizer | None, context_length: int, vocab_size: i
     assert end == highest < vocab_size, f"texts end with {end}, the highest id is {highest} of {vocab_size}"
     tokenizer.enable_truncation(context_length)
     tokenizer.enable_padding(length=context_length, pad_id=0)
-
-    def encode(texts: list[str]) -> Tensor:
-        rows = tokenizer.encode_batch(texts)
-        return torch.tensor([row.ids for row in rows])                              # (U, S)
-    return encode
+    return lambda texts: torch.tensor([row.ids for row in tokenizer.encode_batch(texts)])     # (U, S)

@@ -131,8 +131,7 @@ def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: Pat
     """Names and shapes are exactly those of an architecture's state dict, which may be on the meta device."""
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys())
-    common = expected.keys() & tensors.keys()
-    misshaped = sorted(name for name in common if expected[name].shape != tensors[name].shape)
+    misshaped = sorted(name for name, x in tensors.items() if x.shape != expected.get(name, x).shape)
     if missing or unknown or misshaped:
         raise Refused(f"{what} is of another architecture: {len(missing)} tensors are missing {missing[:2]}, "
                       f"{len(unknown)} unknown {unknown[:2]}, {len(misshaped)} misshaped {misshaped[:2]}")
