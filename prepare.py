@@ -89,15 +89,12 @@ class LeftOut(NamedTuple):
 
 def read_source(source: Path) -> Iterator[Sample | LeftOut]:
     """All files of a source: the samples they make, or why they make none."""
-    ending = source.suffix.lower()
     if source.is_dir():
         files = read_folder(source)
-    elif ending == ".tar":
-        files = read_tar(source)
-    elif ending in (".json", ".jsonl"):
+    elif source.suffix.lower() in (".json", ".jsonl"):
         files = read_list(source)
     else:
-        files = iter([LeftOut(str(source), "bad", "neither a folder nor .tar, .json or .jsonl")])
+        files = read_tar(source)
     yield next(files, LeftOut(str(source), "other", "no files in it"))
     yield from files
 
