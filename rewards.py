@@ -218,11 +218,8 @@ def load_function(name: str) -> ScoreFn:
     if where.endswith(".py"):
         folder = Path(where).resolve().parent
         module_name = Path(where).stem
-    try:
-        with imports_from(folder):
-            module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise Refused(f"reward {name}: cannot import {where} ({error})") from error
+    with imports_from(folder):
+        module = importlib.import_module(module_name)
     return getattr(module, function)
 
 
