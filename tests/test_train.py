@@ -211,14 +211,6 @@ def test_the_kl_refers_to_stage_2_or_to_the_beginning_of_the_phase(run: Callable
     assert zeros == [[True, False, True, False], [True, False, False, False]]
 
 
-def test_a_run_goes_on_from_an_older_checkpoint_in_another_folder(run: Callable, whole: Path,
-                                                                  tmp_path: Path) -> None:
-    run(3, "long", "--save-every", "1", "--keep", "9")
-    run(3, "again", "--resume", str(tmp_path / "long" / "checkpoints" / "00000001.pt"))
-    assert torch.equal(newest(tmp_path / "again")["trained"]["queries"], newest(whole)["trained"]["queries"])
-    assert log_of(tmp_path / "again") == log_of(whole)[1:]
-
-
 @pytest.mark.parametrize("mode", ["epoch", "keep"])
 def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Callable,
                                                               tmp_path: Path) -> None:
