@@ -107,16 +107,6 @@ def test_layers_are_the_outputs_of_the_vlms_layers_counted_from_one(model: ParaU
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_condition_does_not_depend_on_the_batch(model: ParaUni) -> None:
-    """As many prompts as layers, of different lengths, each with its picture."""
-    prompts, images = ["a heart", PROMPTS[1], "two moons", "a ring above a square"], pictures(L)
-    with torch.no_grad():
-        together = model.condition(prompts, images)
-        alone = torch.cat([model.condition([prompts[b]], images[b:b + 1]) for b in range(L)])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-    assert torch.pdist(together.flatten(1)).min() > 0.1
-
-
 def test_long_prompts_are_cut_where_that_is_asked_for(model: ParaUni) -> None:
     short, whole = model.encode_prefix([PROMPTS[1]], max_tokens=8), model.encode_prefix([PROMPTS[1]])
     assert short.mask.shape == (1, 8) and whole.mask.shape[1] > 8
