@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import AutoencoderDC
-from torch import Tensor
+from torch import Tensor, nn
 
+from naive import diffusers_vae
 from vae import DCAE, DCAEConfig, relu_attention
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
@@ -43,17 +43,16 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pair(config: DCAEConfig) -> tuple[DCAE, AutoencoderDC]:
+def pair(config: DCAEConfig) -> tuple[DCAE, nn.Module]:
     """Ours and the reference on the same tensors; norms and biases are random as well."""
     with torch.device("meta"):
-        ours, reference = DCAE(config), AutoencoderDC(**config.to_json()).eval()
+        ours = DCAE(config)
     ours.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(1)
     for parameter in ours.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
         parameter.data.normal_(std=fan_in ** -0.5, generator=generator)
-    reference.load_state_dict(ours.state_dict(), strict=True, assign=True)
-    return ours, reference
+    return ours, diffusers_vae(ours)
 
 
 def error(a: Tensor, b: Tensor) -> float:
