@@ -48,25 +48,20 @@ def test_detect_measures_what_was_drawn() -> None:
         assert f.match > 0.9 and 1.5 * t.r < f.w < 2.2 * t.r and 1.5 * t.r < f.h < 2.2 * t.r
 
 
-def test_components_against_a_plain_flood_fill() -> None:
+def test_components_are_what_paths_of_one_colour_join() -> None:
     color = torch.randint(-1, 2, (3, 12, 12), generator=torch.Generator().manual_seed(0))
     color[2] = -1
     color[2, ::4], color[2, 2::8, 0], color[2, 6::8, -1] = 1, 1, 1    # winding: rows joined at alternate ends
     color[2, 1:4, 0], color[2, 5:8, -1] = 1, 1
-    labels = world.components(color).view(3, 12, 12)
-    for b in range(3):
-        areas, left = [], {(y, x) for y in range(12) for x in range(12) if color[b, y, x] >= 0}
-        while left:
-            area, border = set(), [left.pop()]
-            while border:
-                y, x = border.pop()
-                area.add((y, x))
-                near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & left
-                border += [p for p in near if color[b][p] == color[b, y, x]]
-                left -= set(border)
-            areas.append(area)
-        for area in areas:
-            assert {int(labels[b][p]) for p in area} == {max(12 * y + x for y, x in area)}
+    pixels, color = torch.arange(144), color.flatten(1)
+    labels, y, x = world.components(color.view(3, 12, 12)), pixels // 12, pixels % 12
+    near = (y[:, None] - y).abs() + (x[:, None] - x).abs() <= 1
+    joined = near & (color[:, :, None] == color[:, None])                               # (3, 144, 144)
+    for _ in range(8):
+        # by paths of twice the length
+        joined = joined.float() @ joined.float() > 0
+    want = (joined * pixels).amax(2)
+    assert torch.equal(labels[color >= 0], want[color >= 0])
 
 
 def test_only_counting_minds_extra_things() -> None:
