@@ -1,6 +1,5 @@
 """Stage III in pieces: the objective by hand, the rollout's exactness, the gradient against naive ones,
 LDAM's noise, scoring."""
-import copy
 import math
 import threading
 from collections.abc import Callable
@@ -197,10 +196,10 @@ def test_rollout_and_gradient_are_those_of_naive_loops(policy: ParaUni, guidance
     assert_same_gradients(gradients(policy), gradients(peer))
 
 
-def naive_steps(model: ParaUni, b: int, noise: list[Tensor], rolled: Rollout,
+def naive_steps(peer: ParaUni, b: int, noise: list[Tensor], rolled: Rollout,
                 cfg: GRPOConfig) -> list[Normal]:
     """Every trained step of picture b, from the formulas; noise on layers 2 and 3."""
-    c_layers, uncond = (model.condition_layers(model.encode_prefix([prompt]))
+    c_layers, uncond = (peer.condition_layers(peer.encode_prefix([prompt]))
                         for prompt in (PROMPTS[b // 4], None))
     factor = torch.ones(TINY.vlm_layers, 1, *c_layers.shape[2:])                        # (L, 1, N, E)
     for layer, eps in zip((2, 3), noise):
@@ -209,10 +208,7 @@ def naive_steps(model: ParaUni, b: int, noise: list[Tensor], rolled: Rollout,
     steps = []
     for k in rolled.trained:
         t, t_next, x = rolled.times[k], rolled.times[k + 1], rolled.latents[k, b:b + 1]
-        v = model.dit(x, torch.tensor([t]), c)
-        if cfg.guidance_scale > 1:
-            v_uncond = model.dit(x, torch.tensor([t]), c_uncond)
-            v = v_uncond + cfg.guidance_scale * (v - v_uncond)
+        v = naive.guided(peer.dit, x, t, c, c_uncond, cfg)
         steps.append(naive.transition(x, v, t, t_next, cfg.noise_level))
     return steps
 
@@ -226,7 +222,7 @@ def test_the_gradient_is_that_of_the_objective_written_out(policy: ParaUni, guid
     reference = moved(tiny_model(), 0.02, seed=2)
     prefix, perturbation, rolled = roll(policy, cfg, gamma, reference)
     moved(policy, 0.004)
-    literal = copy.deepcopy(policy)
+    literal, peer_reference = naive.peer_of(policy), naive.peer_of(reference)
     figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, perturbation, cfg, first=True)
     assert 0 < figures["clip_frac"].mean() < 1
 
@@ -234,7 +230,7 @@ def test_the_gradient_is_that_of_the_objective_written_out(policy: ParaUni, guid
     total, kls = torch.zeros(()), []
     for b, advantage in enumerate(ADVANTAGES):
         with torch.no_grad():
-            refs = naive_steps(reference, b, noise, rolled, cfg)
+            refs = naive_steps(peer_reference, b, noise, rolled, cfg)
         for k, step, ref in zip(rolled.trained, naive_steps(literal, b, noise, rolled, cfg), refs):
             log_prob = step.log_prob(rolled.latents[k + 1, b:b + 1]).mean()
             ratio = (log_prob - rolled.log_prob[k, b]).exp()
@@ -400,14 +396,11 @@ def test_flags_that_do_not_fit_are_refused(change: dict) -> None:
         check_flags(replace(CFG, **change), world_size=2)
 
 
-@pytest.mark.parametrize("bad, words", [("a purple giraffe", "'giraffe'"),
-                                        ("a heart and " * 81 + "a star", "tokens")])
-def test_a_prompt_that_cannot_be_read_is_refused_with_its_number(policy: ParaUni, tmp_path: Path, bad: str,
-                                                                 words: str) -> None:
-    """The long one fits by itself, and not with the words around it."""
-    path = tmp_path / "prompts.txt"
-    path.write_text(f"a red heart\n\ntwo moons\n{bad}\n")
-    with pytest.raises(Refused, match=f"{path}, prompt 3: .*{words}"):
+def test_a_prompt_that_cannot_be_read_is_refused_with_its_number(policy: ParaUni, tmp_path: Path) -> None:
+    """It is too long, by the words that stand around it."""
+    path, long = tmp_path / "prompts.txt", "a heart and " * 81 + "a star"
+    path.write_text(f"a red heart\n\ntwo moons\n{long}\n")
+    with pytest.raises(Refused, match=f"{path}, prompt 3: .*tokens"):
         open_prompts(str(path), policy)
     path.write_text("a red heart\n\ntwo moons\n")
     assert open_prompts(str(path), policy) == ["a red heart", "two moons"]
