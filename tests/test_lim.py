@@ -1,4 +1,6 @@
 """LIM against plain loops, hand formulas and an independent encoder (paper Eq. 4 to 6)."""
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,9 +24,10 @@ def random_lim(config: LIMConfig = SMALL) -> LIM:
     return lim
 
 
-def value_and_gradients(lim: LIM, q: Tensor) -> tuple[Tensor, list[Tensor]]:
+def value_and_gradients(lim: LIM, q: Tensor,
+                        forward: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
     q = q.clone().requires_grad_()
-    c = lim(q)
+    c = (forward or lim)(q)
     return c.detach(), list(torch.autograd.grad((c * draw(*c.shape)).sum(), [q, *lim.parameters()]))
 
 
@@ -32,18 +35,14 @@ def value_and_gradients(lim: LIM, q: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def test_forward_is_the_loop_over_layers_and_prompts() -> None:
     lim, q = random_lim(), draw(5, 3, 4, 16)
-    c, gradients = value_and_gradients(lim, q)
-    leaf = q.clone().requires_grad_()
-    rows = []
-    for i in range(5):
-        for b in range(3):
-            features = lim.connector(leaf[i, b][None])
-            rows.append(lim.agglayer_norm(lim.projector(features))[0])
-    loop = torch.stack(rows).unflatten(0, (5, 3))
-    torch.testing.assert_close(c, loop.detach(), rtol=0, atol=1e-5)
-    want = torch.autograd.grad((loop * draw(*c.shape)).sum(), [leaf, *lim.parameters()])
-    for got, gradient in zip(gradients, want, strict=True):
-        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-4)
+
+    def loop(q: Tensor) -> Tensor:
+        features = [lim.connector(q[i, b][None]) for i in range(5) for b in range(3)]
+        rows = [lim.agglayer_norm(lim.projector(each)) for each in features]
+        return torch.cat(rows).unflatten(0, (5, 3))
+    (c, gradients), (want, want_gradients) = value_and_gradients(lim, q), value_and_gradients(lim, q, loop)
+    torch.testing.assert_close(c, want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients, want_gradients, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
