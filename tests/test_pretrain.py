@@ -17,13 +17,9 @@ from model import PRESETS, ParaUni
 from nano import check, pretrain, world
 from nano.world import Prompt
 from rewards import build_reward
-from test_world import brute_answer
+from test_world import brute_answer, rng
 
 TOKENIZER = pretrain.vlm_tokenizer()
-
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 @pytest.fixture(scope="module")
