@@ -382,21 +382,13 @@ def randn(shape: tuple[int, ...], generator: Generators, device: torch.device | 
     return torch.randn(shape, generator=generator, device=source).to(device)
 
 
-def flow_matching_loss(dit: nn.Module, x0: Tensor, c: Tensor, t: Tensor | None = None,
-                       noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+def flow_matching_loss(dit: nn.Module, x0: Tensor, c: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """The training loss: (dit(x_t, t, c) - (noise - x0))^2, mean over all elements (ParaUni Eq. 2).
 
-    x0       (B, C, H, W)   clean latents
-    c        (B/G, N, E)    conditions
-    t, noise (B,), (B, C, H, W); None draws them
+    x0, noise   (B, C, H, W)   clean latents, and what they are mixed with
+    c           (B/G, N, E)    conditions
+    t           (B,)           in (0, 1], how much of the noise
     """
-    if t is None:
-        # k / 1000, k uniform in 1 ... 1000, as ParaUni and OpenUni do
-        source = x0.device if generator is None else generator.device
-        k = torch.randint(1, 1001, (len(x0),), generator=generator, device=source)
-        t = k.to(x0.device) / 1000                                               # (B,)
-    if noise is None:
-        noise = randn(x0.shape, generator, x0.device)                            # (B, C, H, W)
     x0 = x0.float()
     s = t[:, None, None, None]                                                   # (B, 1, 1, 1)
     x_t = (1 - s) * x0 + s * noise                                               # (B, C, H, W)

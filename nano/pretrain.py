@@ -682,7 +682,8 @@ def train_dit(folder: Path, steps: int) -> Scores:
 
     def loss_of(chosen: list[int], ids: Tensor, t: Tensor) -> Tensor:
         c = read_tokens(clip, ids.to(DEVICE))                                           # (B, S, E)
-        loss = flow_matching_loss(dit, latents[chosen], c, t.to(DEVICE))
+        x0 = latents[chosen]                                                            # (B, C, h, w)
+        loss = flow_matching_loss(dit, x0, c, t.to(DEVICE), torch.randn_like(x0))
         return loss + 0.25 * seeing.loss(inside["tokens"], chosen)
 
     train("dit", taught, steps, 1e-2, draw, loss_of)

@@ -214,7 +214,7 @@ def test_init_weights_is_seeded_and_starts_at_zero_with_a_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     x, t, c = inputs()
     assert first(x, t, c).abs().max() == 0
-    flow_matching_loss(first, x, c, t).backward()
+    flow_matching_loss(first, x, c, t, torch.ones_like(x)).backward()
     assert first.proj_out.weight.grad.abs().max() > 0
 
 
@@ -228,18 +228,6 @@ def test_flow_matching_loss_is_the_formula() -> None:
     assert flow_matching_loss(dit, x0, c, t, noise).item() == pytest.approx(want.item(), rel=1e-6)
     half = flow_matching_loss(copy.deepcopy(dit).bfloat16(), x0.bfloat16(), c.bfloat16(), t, noise)
     assert half.dtype == torch.float32 and half.item() == pytest.approx(want.item(), rel=0.02)
-
-
-def test_flow_matching_loss_draws_thousandths_evenly_and_normal_noise() -> None:
-    seen, x0 = [], torch.zeros(20_000, 1, 1, 2)
-    loss = flow_matching_loss(lambda x, t, c: seen.append((x, t)) or x, x0, x0, generator=rng())
-    assert loss == flow_matching_loss(lambda x, t, c: x, x0, x0, generator=rng())
-    x, t = seen[0]
-    k = (1000 * t).round()
-    assert torch.equal(t, k / 1000) and k.min() == 1 and k.max() == 1000
-    assert (torch.bincount(((k - 1) // 100).long()) - 2000).abs().max() < 5 * math.sqrt(2000)
-    noise = x / t[:, None, None, None]
-    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
 # ---- time grids and deterministic sampling
