@@ -103,7 +103,7 @@ def need_color(objects: list[dict], request: dict) -> list[dict]:
 def holds(clause: dict, best: list[dict], groups: list[list[dict]]) -> bool:
     """Does a clause of "include" hold?
 
-    best    the best `count` objects of its class;  groups  those of the clauses before
+    best    the best `count` objects of its class;  groups  those of all clauses
     """
     count = clause["count"]
     if len(best) < count:
@@ -120,15 +120,10 @@ def verdict(objects: list[dict], request: dict) -> bool:
     """GenEval's verdict on one picture. Those of `need_color` must have a colour. Extra objects do not hurt,
     except those of classes under "exclude" (counting)."""
     seen = keep(objects, request["tag"])
-    groups: list[list[dict]] = []
-    right = True
-    for clause in request["include"]:
-        best = seen.get(clause["class"], [])[:clause["count"]]
-        right = right and holds(clause, best, groups)
-        groups.append(best)
-    for clause in request.get("exclude", []):
-        right = right and len(seen.get(clause["class"], [])) < clause["count"]
-    return right
+    wanted, unwanted = request["include"], request.get("exclude", [])
+    groups = [seen.get(clause["class"], [])[:clause["count"]] for clause in wanted]
+    return (all(holds(clause, best, groups) for clause, best in zip(wanted, groups))
+            and all(len(seen.get(clause["class"], [])) < clause["count"] for clause in unwanted))
 
 
 def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict:
