@@ -53,11 +53,6 @@ class Question(NamedTuple):
     choices: list[str] = []             # texts of A, B, ...
 
 
-def multiple_choice(question: str, choices: list[str], hint: str = "") -> str:
-    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices))
-    return (f"{hint}\n" if hint else "") + f"{question}\n{options}{LETTER}"
-
-
 def read_nano(count: int, seed: int) -> list[Question]:
     """Each about a picture of its own; the first two words of a question are its kind."""
     images, pairs = world.question_set(count, seed % 2 ** 32)                       # (count, 3, H, W)
@@ -88,10 +83,12 @@ def read_mmbench(path: Path) -> list[Question]:
         pictures[index] = pictures[image] if image in pictures else base64.b64decode(image, validate=True)
         choices = [row[letter] for letter in LETTERS if row.get(letter)]
         right = LETTERS[:len(choices)].index(row["answer"])
+        hint = f"{row['hint']}\n" if row.get("hint") else ""
         for turn in range(len(choices)):
             turned = choices[turn:] + choices[:turn]
             name = str(int(index) + turn * 10 ** 6)
-            text = multiple_choice(row["question"], turned, row.get("hint") or "")
+            options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, turned))
+            text = f"{hint}{row['question']}\n{options}{LETTER}"
             answer = LETTERS[(right - turn) % len(choices)]
             questions.append(Question(name, row["category"], pictures[index], text, [answer], turned))
     return questions
@@ -122,7 +119,6 @@ def grouped(questions: list[Question], marks: list[float]) -> list[dict]:
     groups: dict[str, list[float]] = {}
     for question, mark in zip(questions, marks, strict=True):
         groups.setdefault(question.group, []).append(mark)
-    groups.pop("all", None)
     return [*(mean_row(name, groups[name]) for name in sorted(groups)), mean_row("all", marks)]
 
 
@@ -150,13 +146,12 @@ def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
 def score_mmbench(questions: list[Question], answers: list[str]) -> list[dict]:
     """CircularEval: right in every turn of its options; `first turn` is the plain share."""
     turns: dict[int, list[bool]] = {}
-    first: dict[int, Question] = {}
     for question, answer in zip(questions, answers, strict=True):
-        base = int(question.name) % 10 ** 6
-        turns.setdefault(base, []).append(choice_letter(answer, question.choices) == question.answers[0])
-        first.setdefault(base, question)
-    rows = grouped(list(first.values()), [float(all(turns[base])) for base in first])
-    return [*rows, mean_row("first turn", [float(turns[base][0]) for base in first])]
+        right = choice_letter(answer, question.choices) == question.answers[0]
+        turns.setdefault(int(question.name) % 10 ** 6, []).append(right)
+    first = [question for question in questions if int(question.name) < 10 ** 6]
+    rows = grouped(first, [float(all(marks)) for marks in turns.values()])
+    return [*rows, mean_row("first turn", [float(marks[0]) for marks in turns.values()])]
 
 
 BENCHMARKS = {"nano": (read_nano, score_nano), "pope": (read_pope, score_pope),
