@@ -168,11 +168,10 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     model = load(cfg, dist.device)
     originals = pictures_to_keep(cfg, model)                                        # (B, 3, H, W)
     seeds = [derive_seed(cfg.seed, "reconstruct", i) for i in range(len(originals))]
-    # the model that reads its last layer: one that was trained so, or the same one
+    # the model that reads its last layer: the same one, or one that was trained so
+    last_model, last_layer = model, [model.preset.vlm_layers]
     if cfg.last_layer_file:
         last_model, last_layer = load(cfg, dist.device, cfg.last_layer_file), None
-    else:
-        last_model, last_layer = model, [model.preset.vlm_layers]
     prompts = [KEEP] * len(originals)
     decoded = [model.decode(model.vae.encode(part.to(model.device) * 2 - 1)).cpu()
                for part in originals.split(cfg.batch_size)]                         # of (b, 3, H, W)

@@ -141,11 +141,10 @@ def main(argv: list[str] | None = None) -> dict:
         jobs = [Job(folder / f"{item.name}.png", item.text,
                     [derive_seed(cfg.seed, "dpg", item.name, k) for k in range(4)]) for item in items]
         draw_files(cfg, dist, jobs)
-    if not cfg.answers:
+    if cfg.score and not cfg.answers:
         items = [item for item in items if (folder / f"{item.name}.png").is_file()]
         if not items:
             raise Refused(f"expected grids called ITEM_ID.png in {folder}, found none")
-    if cfg.score and not cfg.answers:
         ask_all(cfg, dist, folder, items)
     if not cfg.score or not dist.lead:
         return {}
