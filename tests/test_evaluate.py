@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import Tensor, nn
+from torch import Tensor
 
 import evaluate
 import evaluation
@@ -17,6 +17,7 @@ from common import Refused, derive_seed, generator
 from helpers import moved, tiny_model
 from model import PRESETS, ParaUni
 from nano import world
+from test_geneval import Painter
 from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
@@ -25,20 +26,11 @@ PROMPTS = world.benchmark_prompts()
 
 # ----------------------------------------------------------------------------- geneval
 
-class Painter(nn.Module):
-    """Stands in for ParaUni: paints what is asked for where the seed is even, nothing where it is odd."""
-    device = torch.device("cpu")
+class ScenePainter(Painter):
+    """Paints what is asked for where the seed is even, nothing where it is odd."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.batches, self.stop_at = [], -1
-
-    def generate(self, prompts: list[str], num_steps: int, guidance_scale: float, seed: list[int],
-                 images: None, layers: None) -> Tensor:
-        if len(self.batches) == self.stop_at:
-            raise KeyboardInterrupt
-        self.batches.append(seed)
+    def generate(self, prompts: list[str], *args: float, seed: list[int], **more: None) -> Tensor:
+        super().generate(prompts, *args, seed=seed, **more)
         scenes = [world.scene_for(np.random.default_rng(s), world.parse_prompt(text))
                   for text, s in zip(prompts, seed)]
         return world.render([world.Scene((), 0.5) if s % 2 else scene for s, scene in zip(seed, scenes)])
@@ -46,7 +38,7 @@ class Painter(nn.Module):
 
 @pytest.fixture
 def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
-    painter = Painter()
+    painter = ScenePainter()
     monkeypatch.setattr(evaluation, "load", lambda *args: painter)
     return painter
 
