@@ -108,9 +108,8 @@ def dpg_scores(items: list[Item], answers: dict[str, list[dict]]) -> dict:
                 marks.setdefault(level, []).extend(float(tile[p.number] == "yes") for tile in tiles)
     mean, error = mean_and_error([100 * score for score in scores.values()])
     rows = [{"questions": "prompts", "score": mean, "s.e.": error, "n": len(scores)}]
-    for name in sorted(marks):
-        rows.append({"questions": name, "score": 100 * fmean(marks[name]), "s.e.": None,
-                     "n": len(marks[name])})
+    rows += [{"questions": name, "score": 100 * fmean(said), "s.e.": None, "n": len(said)}
+             for name, said in sorted(marks.items())]
     return {"score": mean, "error": error, "prompts": scores, "rows": rows}
 
 

@@ -109,22 +109,21 @@ def choice_letter(answer: str, choices: list[str]) -> str:
     return named[0] if len(named) == 1 else ""
 
 
-def mean_row(name: str, marks: list[float]) -> dict:
-    mean, error = mean_and_error(marks)
+def mean_row(name: str, marks: list[bool]) -> dict:
+    mean, error = mean_and_error([float(mark) for mark in marks])
     return {"name": name, "value": mean, "s.e.": error, "n": len(marks)}
 
 
-def grouped(questions: list[Question], marks: list[float]) -> list[dict]:
+def grouped(questions: list[Question], marks: list[bool]) -> list[dict]:
     """A row for each group, then all questions together."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, list[bool]] = {}
     for question, mark in zip(questions, marks, strict=True):
         groups.setdefault(question.group, []).append(mark)
     return [*(mean_row(name, groups[name]) for name in sorted(groups)), mean_row("all", marks)]
 
 
 def score_nano(questions: list[Question], answers: list[str]) -> list[dict]:
-    return grouped(questions, [float(question.answers[0] == answer)
-                               for question, answer in zip(questions, answers)])
+    return grouped(questions, [question.answers[0] == answer for question, answer in zip(questions, answers)])
 
 
 def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
@@ -138,9 +137,9 @@ def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
     # what is no mean over questions has no error
     ratios = {"precision": precision, "recall": recall, "F1": f1}
-    return [mean_row("accuracy", [float(a == b) for a, b in zip(said_yes, is_yes)]),
+    return [mean_row("accuracy", [a == b for a, b in zip(said_yes, is_yes)]),
             *({"name": name, "value": value, "s.e.": None, "n": n} for name, value in ratios.items()),
-            mean_row("share of yes", [float(yes) for yes in said_yes])]
+            mean_row("share of yes", said_yes)]
 
 
 def score_mmbench(questions: list[Question], answers: list[str]) -> list[dict]:
@@ -150,8 +149,8 @@ def score_mmbench(questions: list[Question], answers: list[str]) -> list[dict]:
         right = choice_letter(answer, question.choices) == question.answers[0]
         turns.setdefault(int(question.name) % 10 ** 6, []).append(right)
     first = [question for question in questions if int(question.name) < 10 ** 6]
-    rows = grouped(first, [float(all(marks)) for marks in turns.values()])
-    return [*rows, mean_row("first turn", [float(marks[0]) for marks in turns.values()])]
+    rows = grouped(first, [all(marks) for marks in turns.values()])
+    return [*rows, mean_row("first turn", [marks[0] for marks in turns.values()])]
 
 
 BENCHMARKS = {"nano": (read_nano, score_nano), "pope": (read_pope, score_pope),
