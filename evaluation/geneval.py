@@ -356,13 +356,9 @@ def judge(prompts: list[Prompt], found: dict[str, list[dict]]) -> dict[tuple[int
     wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
     if wrong:
         raise Refused(f"the detections name {sorted(wrong)}, which GenEval calls {list(RENAMED.values())}")
-    verdicts = {}
-    for i, prompt in enumerate(prompts):
-        for j, name in enumerate(prompt.samples):
-            if name not in found:
-                raise Refused(f"no detections of {name}: an empty list says that nothing is there")
-            verdicts[i, j] = verdict(found[name], prompt.request)
-    return verdicts
+    # a picture that is not in `found` is an error: an empty list would say that nothing is there
+    return {(i, j): verdict(found[name], prompt.request)
+            for i, prompt in enumerate(prompts) for j, name in enumerate(prompt.samples)}
 
 
 def prompts_digest(requests: list[dict]) -> str:

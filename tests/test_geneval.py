@@ -348,12 +348,12 @@ def test_ready_detections_are_scored_and_a_part_is_not_the_benchmark(tmp_path: P
         "GenEval's rules, not the benchmark: prompts without exactly 4 pictures")
 
 
-def test_missing_detections_and_coco_s_own_names_are_refused(tmp_path: Path, images: Path) -> None:
+def test_missing_detections_and_coco_s_own_names_are_errors(tmp_path: Path, images: Path) -> None:
     path = detections(tmp_path / "d.json")
     flags = ["--images", images, "--detections", path]
     text = path.read_text()
     path.write_text(text.replace("00000/samples/00000.png", "x"))
-    with pytest.raises(Refused, match="no detections of 00000/samples/00000.png"):
+    with pytest.raises(KeyError, match="00000/samples/00000.png"):
         score(tmp_path / "o", *flags)
     path.write_text(text.replace('"cup"', '"mouse"'))
     with pytest.raises(Refused, match="the detections name .'mouse'."):
