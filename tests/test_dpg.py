@@ -92,9 +92,6 @@ class FakeAnswerer:
     """Yes in light pictures; counts its questions."""
     name, asked = "fake", []
 
-    def __init__(self, source: str, device: torch.device) -> None:
-        pass
-
     def __call__(self, picture: Image.Image, questions: list[str]) -> list[str]:
         assert picture.size == (SIDE, SIDE)
         self.asked.append(len(questions))
@@ -112,8 +109,7 @@ def score(out: Path, *flags: object) -> dict:
 def test_it_draws_asks_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     painter = Painter()
     monkeypatch.setattr(evaluation, "load", lambda *args: painter)
-    monkeypatch.setattr(dpg, "Answerer", FakeAnswerer)
-    monkeypatch.setattr(FakeAnswerer, "asked", [])
+    monkeypatch.setattr(dpg, "Answerer", lambda *args: FakeAnswerer())
     result = score(tmp_path)
     light = {name: [derive_seed(0, "dpg", name, k) % 200 > 100 for k in range(4)] for name in ("a1", "b_2")}
     assert result["score"] == pytest.approx(100 * np.mean([np.mean(light["a1"]), np.mean(light["b_2"])]))
@@ -142,7 +138,7 @@ def test_ready_answers_are_scored_alone(tmp_path: Path) -> None:
 
 
 def test_bad_grids_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dpg, "Answerer", FakeAnswerer)
+    monkeypatch.setattr(dpg, "Answerer", lambda *args: FakeAnswerer())
     (tmp_path / "grids").mkdir()
     with pytest.raises(Refused, match="expected grids called ITEM_ID.png in .*grids, found none"):
         score(tmp_path, "--images", tmp_path / "grids")
