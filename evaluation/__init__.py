@@ -157,7 +157,8 @@ def same_settings(folder: Path, settings: dict) -> None:
 def drawing_settings(cfg: DrawConfig, model: ParaUni) -> dict:
     """All that a picture depends on, apart from its prompt."""
     names = ("preset", "seed", "num_steps", "guidance_scale", "dtype")
-    return {"weights": f"sha256:{fingerprint(model)[:16]}", **{name: getattr(cfg, name) for name in names}}
+    settings = {name: getattr(cfg, name) for name in names}
+    return {"weights": f"sha256:{fingerprint(model)[:16]}", **settings}
 
 
 def write_lines(path: Path, records: list[dict]) -> None:

@@ -226,8 +226,11 @@ def summarise(cfg: AblateConfig) -> dict:
     compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
     compared += [(f"With LDAM {reward} is higher throughout (supplement Figure {number})", "ldam-epoch",
                   "no-ldam", f"{reward} in training") for reward, number in SUPPLEMENT.items()]
-    claims = [claim(text, measure, values, "seeds") for text, better, worse, measure in compared
-              if len(values := advantage(runs, better, worse, measure)) > 1]
+    claims = []
+    for text, better, worse, measure in compared:
+        values = advantage(runs, better, worse, measure)
+        if len(values) > 1:
+            claims.append(claim(text, measure, values, "seeds"))
     if claims:
         write_csv(folder / "claims.csv", claims)
 

@@ -262,7 +262,8 @@ def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
         found.append((f"{reward} is most sensitive to the {most} region",
                       f"fall of {reward} without {most} - without {rival}",
                       falls[reward][most] - others[rival]))
-    for reward in falls.keys() & {"aesthetic", "pickscore"}:
+    # in this order, which a set would change from one process to the next
+    for reward in [name for name in ("aesthetic", "pickscore") if name in falls]:
         # "little": by less than half, up or down, of what the other two regions do
         shallow, middle, deep = falls[reward].values()                          # (B,) each
         change = shallow * shallow.mean().sign()                                # (B,)

@@ -387,7 +387,7 @@ def plan(prompt: Prompt) -> Parts:
         sides = {prompt.relation: first, world.OPPOSITE[prompt.relation]: second}
     at_sides = [word for relation in world.RELATIONS for word in sides.get(relation, nothing)]
     number = world.NUMBERS[sum(count for _, _, count in prompt.include)]
-    answers = [*at_sides, *first, *second, *4 * [number]]
+    answers = [*at_sides, *first, *second] + 4 * [number]
     return [(PROMPT.format(prompt=prompt.text), ""), (NANO.query_words, answers)]
 
 
