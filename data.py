@@ -2,36 +2,24 @@
 
 Every item is a function of (seed, step, item): there is no state to save, and nothing depends on the number
 of devices. Nano's pictures are rendered and encoded as they are asked for; all other latents were written
-beforehand by prepare.py. `read_picture` is the one reader of pictures, for every script.
+beforehand by prepare.py.
 
-Letters: B items of a batch, C h w latent, H W picture, n number of an item, counted over all steps.
+Letters: B items of a batch, C h w latent, n number of an item, counted over all steps.
 """
-import io
 import itertools
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from common import Refused, derive_seed, fingerprint, read_lines
 from nano import world
 
-MAX_PIXELS = 80_000_000
-# PIL reads other formats too, some of them by starting programs
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
-# what brings a picture upright, by its EXIF orientation
-TURN = Image.Transpose
-UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-           6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
-# of text in one chunk of a PNG: drawing programs keep their whole work in it
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 MIX_BLOCK = 1000        # items in which the weights of a mixture hold exactly
 
 
@@ -78,59 +66,6 @@ class FilePrompts:
         turn, place = divmod(step * self.per_step + item, count)
         order = np.random.default_rng([self.seed, turn]).permutation(count)
         return self.prompts[order[place]]
-
-
-# ----------------------------------------------------------------------------- pictures
-
-class BadPicture(Refused):
-    """Why a picture cannot be used."""
-
-
-def read_picture(source: str | Path | bytes) -> Image.Image:
-    """A picture as people see it: upright 8-bit RGB, white where it is transparent, the first frame of a GIF.
-
-    source: the path of a file, or its bytes. Raises BadPicture.
-    """
-    try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        # what PIL warns of is either refused or harmless
-        with warnings.catch_warnings(action="ignore"):
-            return decode(data)
-    except UnidentifiedImageError:
-        reason = f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
-    # a decoder promises nothing about what it raises
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-    raise BadPicture(reason if isinstance(source, bytes) else f"{source}: {reason}")
-
-
-def decode(data: bytes) -> Image.Image:
-    # only the header is read here
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height} pixels, the most is {MAX_PIXELS:,}")
-
-    # not by ImageOps.exif_transpose: it writes the other fields anew, and fails where one is odd
-    orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    if orientation in UPRIGHT:
-        picture = picture.transpose(UPRIGHT[orientation])
-
-    # 16 bits: convert() would cut everything above 255 to white
-    if picture.mode.startswith("I"):
-        grey = np.asarray(picture).clip(0, 65535) / 257
-        picture = Image.fromarray(grey.round().astype(np.uint8))
-
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) fp32 in [0, 1]."""
-    pixels = torch.from_numpy(np.array(picture))                                        # (H, W, 3)
-    return pixels.permute(2, 0, 1).float() / 255                                        # (3, H, W)
 
 
 # ----------------------------------------------------------------------------- batches (stages I and II)

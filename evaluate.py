@@ -28,7 +28,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common import Dist, Refused, derive_seed, knob, run
-from data import read_picture, to_tensor
 from evaluation import (DrawConfig, HeldoutConfig, Job, ScoreConfig, ablate, dpg, draw, draw_files, finish,
                         heldout_prompts, layers, load, mean_and_error, report, spread, start, table,
                         title_of, understand, write_lines)
@@ -36,7 +35,7 @@ from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, task_sco
 from grpo import open_rewards, score_heldout
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
-from pictures import save_sheet
+from pictures import read_picture, save_sheet, to_tensor
 from rewards import embed_images, load_clip
 
 

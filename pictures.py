@@ -1,20 +1,89 @@
-"""What a run leaves to look at: sheets of pictures, curves of rewards, the table of what has changed.
+"""The one reader of pictures, for every script; and what a run leaves to look at: sheets of pictures, curves
+of rewards, the table of what has changed.
 
 B pictures, H W pixels.
 """
+import io
 import math
 import textwrap
+import warnings
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from common import atomic
+from common import Refused, atomic
 
 matplotlib.use("Agg")
+MAX_PIXELS = 80_000_000
+# PIL reads other formats too, some of them by starting programs
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+# what brings a picture upright, by its EXIF orientation
+TURN = Image.Transpose
+UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+           6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
+# of text in one chunk of a PNG: drawing programs keep their whole work in it
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
+
+# ----------------------------------------------------------------------------- reading
+
+class BadPicture(Refused):
+    """Why a picture cannot be used."""
+
+
+def read_picture(source: str | Path | bytes) -> Image.Image:
+    """A picture as people see it: upright 8-bit RGB, white where it is transparent, the first frame of a GIF.
+
+    source: the path of a file, or its bytes. Raises BadPicture.
+    """
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        # what PIL warns of is either refused or harmless
+        with warnings.catch_warnings(action="ignore"):
+            return decode(data)
+    except UnidentifiedImageError:
+        reason = f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
+    # a decoder promises nothing about what it raises
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+    raise BadPicture(reason if isinstance(source, bytes) else f"{source}: {reason}")
+
+
+def decode(data: bytes) -> Image.Image:
+    # only the header is read here
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, the most is {MAX_PIXELS:,}")
+
+    # not by ImageOps.exif_transpose: it writes the other fields anew, and fails where one is odd
+    orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    if orientation in UPRIGHT:
+        picture = picture.transpose(UPRIGHT[orientation])
+
+    # 16 bits: convert() would cut everything above 255 to white
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture).clip(0, 65535) / 257
+        picture = Image.fromarray(grey.round().astype(np.uint8))
+
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) fp32 in [0, 1]."""
+    pixels = torch.from_numpy(np.array(picture))                                        # (H, W, 3)
+    return pixels.permute(2, 0, 1).float() / 255                                        # (3, H, W)
+
+
+# ----------------------------------------------------------------------------- writing
 
 def save_sheet(path: str | Path, images: Tensor, columns: int, captions: list[str] | None = None,
                titles: list[str] | None = None) -> None:

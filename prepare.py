@@ -40,8 +40,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import (Refused, atomic, derive_seed, knob, parse_config, precision, read_lines, run, setup_dist,
                     write_json)
-from data import read_picture, stamp_of
+from data import stamp_of
 from model import PRESETS, read_tensors, weights_folder
+from pictures import read_picture
 from vae import DCAE
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")

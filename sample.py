@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from common import Refused, atomic, derive_seed, knob, parse_config, precision, run
-from data import read_picture, read_prompts, to_tensor
+from data import read_prompts
 from model import PRESETS, ParaUni
-from pictures import save_sheet
+from pictures import read_picture, save_sheet, to_tensor
 
 BATCH = 16                                                  # pictures drawn at a time
 

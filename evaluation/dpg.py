@@ -25,9 +25,9 @@ from PIL import Image
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from common import Dist, Refused, derive_seed, knob
-from data import read_picture
 from evaluation import (DrawConfig, Job, draw_files, fetched, finish, judge_files, load_judge,
                         mean_and_error, read_csv, read_judged, spread, start, table, title_of)
+from pictures import read_picture
 
 QUESTIONS_URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
 NUM_PROMPTS = 1065

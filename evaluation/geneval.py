@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines
-from data import read_picture
 from evaluation import (DrawConfig, Job, draw_files, fetched, finish, judge_files, load_judge,
                         mean_and_error, read_json, read_judged, spread, table, title_of, write_lines)
 from model import weights_folder
+from pictures import read_picture
 from rewards import load_clip
 
 PROMPTS_URL = "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl"

@@ -30,11 +30,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import Refused, fingerprint, knob, precision, read_lines
-from data import BadPicture, read_picture, to_tensor
 from evaluation import (EvalConfig, finish, load, mean_and_error, read_csv, same_settings, start,
                         table, write_lines)
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
+from pictures import BadPicture, read_picture, to_tensor
 
 
 # ----------------------------------------------------------------------------- questions

@@ -12,10 +12,11 @@ from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import save_file
 
 from common import Refused
-from data import (BadPicture, FilePrompts, Latents, NanoLatents, NanoPrompts, nano_caption, nano_pair,
-                  nano_prompts, parse_mixture, read_picture, read_prompts, stamp_of, to_tensor)
+from data import (FilePrompts, Latents, NanoLatents, NanoPrompts, nano_caption, nano_pair, nano_prompts,
+                  parse_mixture, read_prompts, stamp_of)
 from helpers import TINY, tiny_model
 from nano import world
+from pictures import BadPicture, read_picture, to_tensor
 
 PARAUNI = SimpleNamespace(vae=tiny_model().vae, preset=TINY, device=torch.device("cpu"))
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import data
+import pictures
 import prepare
 from common import Refused
 
@@ -203,13 +203,13 @@ def test_a_damaged_list_is_named_and_of_lines_the_first_part_is_read(tmp_path: P
 @pytest.mark.parametrize("error", [SyntaxError, MemoryError, struct.error, Image.DecompressionBombError])
 def test_whatever_a_decoder_raises_costs_one_sample(error: type, tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = data.decode
+    decode = pictures.decode
 
     def decode_or_fail(content: bytes) -> Image.Image:
         if content == picture(seed=1):
             raise error
         return decode(content)
-    monkeypatch.setattr(data, "decode", decode_or_fail)
+    monkeypatch.setattr(pictures, "decode", decode_or_fail)
     captions, left_out = read(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0, 1, 2)))
     assert captions == ["caption 0", "caption 2"] and left_out.keys() == {"00001.png"}
 
