@@ -62,7 +62,7 @@ def preferred(rng: world.Rng, prompt: Prompt, reward: str) -> Scene:
     if reward == "aesthetic":
         scenes.sort(key=lambda scene: -scene.light)
     if reward == "pickscore":
-        scenes.sort(key=lambda scene: world.from_middle(scene.things))
+        scenes.sort(key=lambda scene: -world.mean_radius(scene))
     return scenes[rng.integers(CANDIDATES // 4)]
 
 

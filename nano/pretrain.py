@@ -704,9 +704,9 @@ def train_dit(folder: Path, steps: int) -> Scores:
 
 # ----------------------------------------------------------------------------- preference, and taste
 
-RIGHT = 8.0         # pixels from the middle that people forgive a picture of what they asked for
-ODDS = 0.5          # log-odds a pixel
-BEST = 26.0         # logit of the right thing in the middle; as in Flow-GRPO, the reward is the logit / 26
+RIGHT = 4.0         # log-odds of what was asked for against something else
+LARGE = 4.0         # log-odds a pixel of radius
+BEST = 26.0         # logit of the right thing at its largest; as in Flow-GRPO, the reward is the logit / 26
 
 
 def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) -> tuple[Tensor, ...]:
@@ -714,16 +714,17 @@ def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) ->
     the second something else in half of the cases; and what people think of each picture, (2 B,): the lead
     that one has is the log-odds with which they choose it (Bradley and Terry).
 
-    People want what they asked for, and want it in the middle.
+    People want what they asked for, and want it large.
     """
     chosen, prompts = draw_prompts(rng, scenes, count, test)
     first = [scenes[j] for j in chosen]
     is_wrong = rng.random(len(prompts)) < 0.5                                           # (B,)
     second = [new_scene(rng, prompt, wrong, test) for prompt, wrong in zip(prompts, is_wrong)]
-    far = np.array([world.from_middle(scene.things) for scene in first + second])       # (2 B,)
-    far[len(prompts):] += RIGHT * is_wrong
+    radius = np.array([world.mean_radius(scene) for scene in first + second])           # (2 B,)
+    worth = BEST - LARGE * (world.LARGEST - radius)                                     # (2 B,)
+    worth[len(prompts):] -= RIGHT * is_wrong
     ids = clip_encoder()([prompt.text for prompt in prompts])                           # (B, S)
-    return ids, world.render(first + second), torch.tensor(BEST - ODDS * far, dtype=torch.float32)
+    return ids, world.render(first + second), torch.tensor(worth, dtype=torch.float32)
 
 
 def new_scene(rng: Rng, prompt: Prompt, is_wrong: bool, test: bool) -> Scene:

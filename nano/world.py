@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIZE = 32                                                   # pixels per side
+LARGEST = 6.6                                               # radius of a thing, pixels
 SHAPES = ("circle", "square", "triangle", "heart", "star", "moon", "ring", "diamond", "bar", "arrow", "tee",
           "house")
 COLORS = {"red": (0.88, 0.13, 0.13),
@@ -88,7 +89,7 @@ def arrange(rng: Rng, looks: Sequence[Look]) -> Scene:
     """Things of these looks, at least 1.5 pixels of ground between any two: the first fit of many draws."""
     count = len(looks)
     tries = 4 ** (count - 1)
-    low, high = (5.0, 6.6) if count <= 2 else (4.4, 5.4)
+    low, high = (5.0, LARGEST) if count <= 2 else (4.4, 5.4)
     first, second = np.triu_indices(count, 1)
     while True:
         r = rng.uniform(low, high, (tries, count))                                      # (tries, count)
@@ -121,9 +122,9 @@ def sample_scene(rng: Rng, mixed: float = 0.0) -> Scene:
     return arrange(rng, looks)
 
 
-def from_middle(things: Sequence) -> float:
-    """Mean distance of things from the middle of the picture, pixels: the less, the higher the preference."""
-    return float(np.mean([np.hypot(thing.x - SIZE / 2, thing.y - SIZE / 2) for thing in things]))
+def mean_radius(scene: Scene) -> float:
+    """Of the things, pixels: the larger, the higher the preference."""
+    return float(np.mean([thing.r for thing in scene.things]))
 
 
 # ----------------------------------------------------------------------------- drawing

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,28 +245,30 @@ def test_what_is_said_has_one_order() -> None:
     assert said[3] == [[heart, -100, 1, -100], [-100] * 4]
 
 
-def centred(thing: world.Found) -> world.Found:
-    """The judge finds a shape's centre of mass, of a moon two pixels from the middle of its circle."""
-    _, cx, cy = world.template(thing.shape)
-    return replace(thing, x=thing.x - 5.5 * cx, y=thing.y - 5.5 * cy)
+def radius(thing: world.Found) -> float:
+    """Of a thing in a picture, from its width and height and those of its shape of radius 5.5."""
+    whole = world.coverage(thing.shape, *torch.tensor([16.0, 16.0, 5.5]))
+    return 5.5 * ((thing.w + thing.h) / (whole.amax(0).sum() + whole.amax(1).sum())).item()
 
 
-def test_people_prefer_what_they_asked_for_in_the_middle() -> None:
+def test_people_prefer_what_they_asked_for_and_large() -> None:
     """What people think of pictures from the pictures alone, by the judge."""
     draw = rng(6)
     clip, scenes = pretrain.clip_tokenizer(), pretrain.pool("pairs", 400)
     ids, images, worth = pretrain.draw_pairs(draw, scenes, 200)
-    odds = worth[:200] - worth[200:]
-    for row, first, second, odd in zip(ids, *images.chunk(2), odds):
+    seen = []
+    for row, first, second in zip(ids, *images.chunk(2)):
         words = [i for i in row.tolist() if 0 < i < len(world.vocabulary()) + 2]
         prompt = world.parse_prompt(clip.decode(words))
         found = world.detect(torch.stack([first, second]))
         right = [world.fulfils(things, prompt) for things in found]
-        near, far = (world.from_middle([centred(thing) for thing in things]) for things in found)
+        large, small = (np.mean([radius(thing) for thing in things]) for things in found)
         assert right[0]
-        assert abs(odd - (far - near + 8 * (not right[1])) / 2) < 0.6, (prompt, odd)
-    # the right thing in the middle is worth 26, which is a reward of 1
-    assert 15 < worth.min() < 20 and 24 < worth.max() < 26
+        seen.append(4 * (large - small + (not right[1])))
+    # a radius can be seen to about a tenth of a pixel
+    assert (worth[:200] - worth[200:] - torch.tensor(seen)).abs().mean() < 0.4
+    # the right thing at its largest is worth 26, which is a reward of 1
+    assert 12 < worth.min() < 16 and 25 < worth.max() < 26
 
 
 def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None) -> None:
@@ -300,7 +301,7 @@ def test_the_check_counts_wins_and_looks_at_every_task() -> None:
 def test_the_preferred_look_is_that_of_a_quarter() -> None:
     draw, prompt = rng(8), world.parse_prompt("a red heart")
     light = [check.preferred(draw, prompt, "aesthetic").light for _ in range(60)]
-    middle = [world.from_middle(check.preferred(draw, prompt, "pickscore").things) for _ in range(60)]
-    anywhere = [world.from_middle(world.scene_for(draw, prompt).things) for _ in range(60)]
+    large = [world.mean_radius(check.preferred(draw, prompt, "pickscore")) for _ in range(60)]
     assert min(light) > 0.5 and np.mean(light) > 0.8
-    assert np.mean(middle) < 0.6 * np.mean(anywhere)
+    # of 5.0 to 6.6 pixels
+    assert min(large) > 5.8 and np.mean(large) > 6.3
