@@ -17,7 +17,7 @@ Letters: B pictures, N queries, E condition width, C h w latent.
 """
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -28,7 +28,7 @@ import torch
 import train
 from common import Refused, derive_seed, generator, knob, parse_config, resolve, setup_dist, write_json
 from dit import flow_matching_loss, randn
-from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, spread, table, write_csv
+from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, table, write_csv
 from evaluation.claims import claim, panels
 from evaluation.layers import draw_all, draw_curves, stage3_log, without_region
 from ldam import REGIONS
@@ -39,12 +39,12 @@ from rewards import build_reward
 REWARDS = ("clip", "pickscore", "aesthetic")
 MEASURES = ("judge", *REWARDS, "loss")                  # only the loss is better small
 SUPPLEMENT = {"pickscore": 1, "aesthetic": 2, "clip": 3}                # reward -> number of its figure
-# The largest jump of nano's gradient norm is 5.7, where the paper asks for 100. At 1.3 and the paper's five
-# declines LDAM fired 14 times in 5 runs of an earlier recipe.
-AT_NANO = ["--ldam-spike=1.3"]
-# What a model is scored by: test prompts of the nano benchmark, evenly spread, one picture each, and pictures
-# for the held-out loss. The noise is the same for all rows and all training seeds.
-NUM_PROMPTS, NUM_LOSS = 120, 256
+# Where the paper asks for a jump of 100, the largest of nano's gradient norm is 5.7; one epoch in ten has one
+# of 2.5.
+AT_NANO = ["--ldam-spike=2.5"]
+# What a model is scored by: a picture of each prompt of the nano benchmark, and pictures for the held-out
+# loss. The noise is the same for all rows and all training seeds.
+NUM_LOSS = 256
 DRAWING = DrawConfig(num_steps=10, batch_size=60, dtype="fp32")
 
 
@@ -85,12 +85,12 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """The defaults are sized for about two hours of one CPU core."""
+    """The defaults are sized for about two and a half hours of one CPU core."""
     weights: str = knob("auto", "where all rows start; auto: weights/nano; or a folder like it")
     rows: tuple[str, ...] = knob(tuple(ROWS), "rows to train; the table shows every finished one")
     seeds: int = knob(3, "runs of each row, with seeds 0, 1, 2 ...; at least 2")
-    stage1_steps: int = knob(120, "steps of stage 1, rows about layers")
-    stage2_steps: int = knob(100, "steps of stage 2, rows about layers")
+    stage1_steps: int = knob(150, "steps of stage 1, rows about layers")
+    stage2_steps: int = knob(120, "steps of stage 2, rows about layers")
     stage3_steps: int = knob(12, "epochs of stage 3 for each of the three rewards")
     out: str = knob("runs/ablate", "folder for runs, tables and plots; interrupted work there goes on")
 
@@ -141,7 +141,7 @@ def make_plan(cfg: AblateConfig, name: str, seed: int) -> dict:
     if ROWS[name].family == "layers":
         before, stages = "none", []
         for n, steps in ((1, cfg.stage1_steps), (2, cfg.stage2_steps)):
-            own = flags(steps=steps, warmup=max(1, steps // 10), batch_size=32, micro_batch=32, dtype="bf16",
+            own = flags(steps=steps, warmup=max(1, steps // 10), batch_size=64, micro_batch=64, dtype="bf16",
                         save_every=50)
             stages.append(flags(stage=n, init=before, run_dir=folder / f"stage{n}") + shared + own)
             before = folder / f"stage{n}" / f"stage{n}.safetensors"
@@ -180,9 +180,11 @@ def score_run(parts: str, weights: Path) -> dict:
     held-out pictures."""
     device = setup_dist().device
     cfg = resolve(DRAWING, device)
+    # nano's stage 3 learns to do without guidance
+    if weights.stem == "stage3":
+        cfg = replace(cfg, guidance_scale=1.0)
     model = ParaUni.from_preset("nano", parts, weights, device=device)
-    benchmark = world.benchmark_prompts()
-    prompts = [benchmark[i] for i in spread(NUM_PROMPTS, len(benchmark))]
+    prompts = world.benchmark_prompts()
     texts = [prompt.text for prompt in prompts]
     images = draw_all(cfg, model, texts)                                        # (B, 3, H, W)
     judge = world.task_scores(world.judge(images, prompts), prompts)["overall"]

@@ -43,7 +43,7 @@ def test_every_row_is_flags_that_train_takes(name: str, parts: Path, tmp_path: P
         assert stages[0].norm == (name != "no-norm") and stages[1].init.endswith("stage1/stage1.safetensors")
         return
     last = stages[-1]
-    assert last.ldam_patience == 5 and last.ldam_spike == (100 if name in ("no-ldam", "ldam") else 1.3)
+    assert last.ldam_patience == 5 and last.ldam_spike == (100 if name in ("no-ldam", "ldam") else 2.5)
     assert last.ldam == (name != "no-ldam") and (last.ldam_mode == "keep") == (name == "ldam-keep")
     assert last.ldam_use_grad_norm == (name != "no-grad-norm")
     assert last.ldam_use_reward == (name != "no-reward")
@@ -67,7 +67,7 @@ def test_a_run_is_trained_scored_and_not_trained_again(parts: Path, tmp_path: Pa
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate, "build_reward",
                         lambda name, device, weights: lambda images, prompts: images.mean((1, 2, 3)))
-    monkeypatch.setattr(ablate, "NUM_PROMPTS", 6)
+    monkeypatch.setattr(ablate.world, "benchmark_prompts", lambda: ablate.world.prompt_list(True, 1))
     monkeypatch.setattr(ablate, "NUM_LOSS", 4)
     monkeypatch.setattr(ablate, "DRAWING", replace(ablate.DRAWING, num_steps=2, guidance_scale=1.0))
     cfg = AblateConfig(weights=str(parts), out=str(tmp_path), stage1_steps=2, stage2_steps=2)
