@@ -15,7 +15,7 @@ Reading of the paper
 - One LDAM for each reward's phase: n starts at 1, and a firing after a phase's last epoch is not used.
 """
 import math
-from collections import deque
+from dataclasses import dataclass
 
 # Section 4.1: first and last layer of the 28 that the paper's VLM has; the rest is shallow
 PAPER_DEPTH = 28
@@ -46,32 +46,26 @@ def perturbed_layers(rewards: list[str], num_layers: int) -> list[int]:
     return sorted(i for region in regions for i in region_layers(region, num_layers))
 
 
+@dataclass
 class LDAM:
-    """Algorithm 1, one update() an epoch.
+    """Algorithm 1, one update() an epoch."""
+    gamma0: float = 0.1             # scale of the perturbation
+    window: int = 5                 # epochs whose ranges make up gamma
+    spike: float = 100.0            # ratio of successive gradient norms that counts as a jump
+    patience: int = 5               # declines of the reward that open its gate
+    use_grad_norm: bool = True      # listen to the gradient norm (False: ablation)
+    use_reward: bool = True         # listen to the reward (False: ablation)
+    gamma_max: float = 1.0          # upper bound of gamma
+    trigger: str = "all"            # "all" signals in use must have triggered, or "any" of them
 
-    gamma0         scale of the perturbation
-    window         epochs whose ranges make up gamma
-    spike          ratio of successive gradient norms that counts as a jump
-    patience       declines of the reward that open its gate
-    use_grad_norm  listen to the gradient norm (False: ablation)
-    use_reward     listen to the reward (False: ablation)
-    gamma_max      upper bound of gamma
-    trigger        "all" signals in use must have triggered, or "any" of them
-    """
-
-    def __init__(self, gamma0: float = 0.1, window: int = 5, spike: float = 100.0, patience: int = 5,
-                 use_grad_norm: bool = True, use_reward: bool = True, gamma_max: float = 1.0,
-                 trigger: str = "all") -> None:
-        assert use_grad_norm or use_reward, "LDAM needs a signal: the gradient norm, the reward, or both"
-        assert trigger in ("all", "any"), f'trigger must be "all" or "any", got {trigger!r}'
-        self.gamma0, self.gamma_max = gamma0, gamma_max
-        self.spike, self.patience, self.trigger = spike, patience, trigger
-        self.use_grad_norm, self.use_reward = use_grad_norm, use_reward
-        self.n = 0                                              # epochs seen
+    def __post_init__(self) -> None:
+        assert self.use_grad_norm or self.use_reward, "LDAM needs a signal: gradient norm, reward, or both"
+        assert self.trigger in ("all", "any"), f'trigger must be "all" or "any", got {self.trigger!r}'
+        self.n = 0                                  # epochs seen
         self.g_s, self.r_s, self.n_cool = False, 0, 0
-        self.grad_norms: deque[float] = deque(maxlen=window)    # newest last
-        self.rewards: deque[float] = deque(maxlen=window)
-        self.last: dict[str, float] = {}                        # what to log of the last update
+        self.grad_norms: list[float] = []           # of the last `window` epochs, newest last
+        self.rewards: list[float] = []
+        self.last: dict[str, float] = {}            # what to log of the last update
 
     def update(self, grad_norm: float, reward: float) -> float | None:
         """Take in one epoch; return gamma where the perturbation fires, to act in the next epoch, else None.
@@ -85,8 +79,8 @@ class LDAM:
         previous_norm = self.grad_norms[-1] if self.grad_norms else math.inf
         previous_reward = self.rewards[-1] if self.rewards else 0.0
         self.n += 1
-        self.grad_norms.append(grad_norm)
-        self.rewards.append(reward)
+        self.grad_norms = [*self.grad_norms, grad_norm][-self.window:]
+        self.rewards = [*self.rewards, reward][-self.window:]
 
         # lines 5-10: the gradient norm jumped; the reward did not rise
         if grad_norm >= self.spike * previous_norm:
@@ -116,9 +110,7 @@ class LDAM:
     def state_dict(self) -> dict[str, int | bool | list[float]]:
         """All that a resumed run needs to go on identically, in plain types, without the settings."""
         return {"n": self.n, "g_s": self.g_s, "r_s": self.r_s, "n_cool": self.n_cool,
-                "grad_norms": list(self.grad_norms), "rewards": list(self.rewards)}
+                "grad_norms": self.grad_norms, "rewards": self.rewards}
 
     def load_state_dict(self, state: dict[str, int | bool | list[float]]) -> None:
-        self.n, self.g_s, self.r_s, self.n_cool = (state[key] for key in ("n", "g_s", "r_s", "n_cool"))
-        self.grad_norms.extend(state["grad_norms"])
-        self.rewards.extend(state["rewards"])
+        vars(self).update(state)
