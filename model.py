@@ -14,6 +14,7 @@ Letters: B prompts, L VLM layers, N queries, S prompt tokens, D VLM width, E con
 """
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -404,28 +405,26 @@ class ParaUni(nn.Module):
 
     # -------------------------------------------------------------- prompt -> condition
 
-    def tokenize(self, texts: list[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Right-padded token ids and mask, (B, S) int64 each. `max_tokens` keeps the first so many."""
-        rows = [self.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens] for text in texts]
-        # a word that the model does not know would be read as any other: better no picture than a wrong one
-        unknown = self.tokenizer.unk_token_id
-        for text, row in zip(texts, rows):
-            if unknown is not None and unknown in row:
-                found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-                spans = zip(found.input_ids, found.offset_mapping)
-                words = [text[first:last] for token, (first, last) in spans
-                         if token == unknown]
+    def tokenize(self, texts: list[str], max_tokens: int | None = None,
+                 padding_side: str = "right") -> tuple[Tensor, Tensor]:
+        """Padded token ids and mask, (B, S) int64 each. `max_tokens` keeps the first so many."""
+        rows, unknown = [], self.tokenizer.unk_token_id
+        for text in texts:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            row = found.input_ids[:max_tokens]
+            # a word that the model does not know would be read as any other: better no picture
+            words = [text[first:last] for token, (first, last) in zip(row, found.offset_mapping)
+                     if token == unknown]
+            if words:
                 raise Refused(f"unknown words {words} in {text!r}: a prompt is such as "
                               '"a red heart left of a blue star"')
             if len(row) > self.preset.max_tokens:
                 raise Refused(f"{len(row)} tokens, at most {self.preset.max_tokens} fit: {text[:80]!r}")
+            rows.append(torch.tensor(row))                                              # (S,)
         # queries follow at the right, so padding in between is masked
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)             # (B, S)
-        mask = torch.zeros_like(ids)                                                    # (B, S)
-        # a row is as long as its text
-        for b, row in enumerate(rows):
-            ids[b, :len(row)] = torch.tensor(row)
-            mask[b, :len(row)] = 1
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=padding_side)
+        ids = pad(rows)                                                                 # (B, S)
+        mask = pad([torch.ones_like(row) for row in rows])                              # (B, S)
         return ids.to(self.device), mask.to(self.device)
 
     def image_text(self) -> str:
@@ -535,10 +534,8 @@ class ParaUni(nn.Module):
     def answer(self, images: Tensor, questions: list[str], max_new_tokens: int = 32) -> list[str]:
         """Ask the VLM one question about each picture, (B, 3, H, W) in [0, 1]; greedy decoding."""
         texts = [QUESTION.format(image=self.image_text(), prompt=question) for question in questions]
-        ids, mask = self.tokenize(texts)                                                # (B, S) each
         # what goes on from the right end must be padded on the left
-        order = mask.argsort(dim=1, stable=True)
-        ids, mask = ids.gather(1, order), mask.gather(1, order)                         # (B, S)
+        ids, mask = self.tokenize(texts, padding_side="left")                           # (B, S) each
         # an image token among the words would ask for a picture
         out = self.vlm.generate(input_ids=ids, attention_mask=mask, pixel_values=self.pixels(images),
                                 do_sample=False, max_new_tokens=max_new_tokens,
