@@ -125,10 +125,9 @@ class LIM(nn.Module):
         Returns  (L, B, N, E)    layer i at index i - 1
         """
         # layer outermost, cut apart again by both sizes: a batch of L samples is never taken for L layers
-        L, B, N, D = q.shape
-        rows = q.reshape(L * B, N, D)                                                   # (R, N, D)
+        rows = q.flatten(0, 1)                                                          # (R, N, D)
         c = self.agglayer_norm(self.projector(self.connector(rows)))                    # (R, N, E)
-        c_layers = c.unflatten(0, (L, B))                                               # (L, B, N, E)
+        c_layers = c.unflatten(0, q.shape[:2])                                          # (L, B, N, E)
         if self.kept_noise is None:
             return c_layers
         return c_layers * self.kept_noise[:, None].to(c_layers.device)
