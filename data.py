@@ -4,7 +4,7 @@ Every item is a function of (seed, step, item): there is no state to save, and n
 of devices. Nano's pictures are rendered and encoded as they are asked for; all other latents were written
 beforehand by prepare.py.
 
-Letters: B items of a batch, C h w latent, n number of an item, counted over all steps.
+Letters: B items of a batch, C h w latent, H W picture, n number of an item, counted over all steps.
 """
 import itertools
 import json
@@ -45,27 +45,14 @@ def nano_prompts(test: bool) -> list[str]:
     return [text for turn in turns for text in turn if text is not None]
 
 
-class NanoPrompts:
-    """Training prompts of the nano world, endless."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def draw(self, step: int, item: int) -> str:
-        return nano_pair(self.seed, step, item)[1].text
-
-
-class FilePrompts:
-    """The prompts of a list, `per_step` of them a step, in an order that is drawn anew each time round."""
-
-    def __init__(self, prompts: list[str], per_step: int, seed: int) -> None:
-        self.prompts, self.per_step, self.seed = prompts, per_step, seed
-
-    def draw(self, step: int, item: int) -> str:
-        count = len(self.prompts)
-        turn, place = divmod(step * self.per_step + item, count)
-        order = np.random.default_rng([self.seed, turn]).permutation(count)
-        return self.prompts[order[place]]
+def draw_prompt(prompts: list[str], per_step: int, seed: int, step: int, item: int) -> str:
+    """A training prompt: of a list, `per_step` of them a step, in an order that is drawn anew each round,
+    or of the nano world where the list is empty."""
+    if not prompts:
+        return nano_pair(seed, step, item)[1].text
+    turn, place = divmod(step * per_step + item, len(prompts))
+    order = np.random.default_rng([seed, turn]).permutation(len(prompts))
+    return prompts[order[place]]
 
 
 # ----------------------------------------------------------------------------- batches (stages I and II)
@@ -193,10 +180,10 @@ class Latents:
         self.quotas = np.diff(np.rint(shares * MIX_BLOCK)).astype(int).tolist()
         assert all(self.quotas), f"expected weights in --data of at least 1/{MIX_BLOCK} of their sum"
         # evenly spread: the k-th of a part stands at (k + 1/2) / quota
-        self.block = []
-        for part, quota in enumerate(self.quotas):
-            self.block += [((k + 0.5) / quota, part, k) for k in range(quota)]
-        self.block.sort()
+        self.block = sorted(
+            ((k + 0.5) / quota, part, k)
+            for part, quota in enumerate(self.quotas)
+            for k in range(quota))
 
     def place(self, n: int) -> tuple[Path, int]:
         """The shard of item n, and which of its samples it is."""

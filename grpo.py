@@ -43,7 +43,7 @@ from common import (Dist, Refused, RunConfig, StopSignal, adamw, average_gradien
                     derive_seed, ema_update, finish, gather, generator, knob, load_checkpoint,
                     mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint, set_lr,
                     split_like, swapped, write_log)
-from data import FilePrompts, NanoPrompts, nano_prompts, read_prompts
+from data import draw_prompt, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
 from model import PRESETS, PROMPT, ParaUni, Prefix, weights_folder
@@ -552,7 +552,6 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     # prompts and rewards, all of them tried before the first epoch
     prompts = open_prompts(cfg.prompts, model)
     heldout = (open_prompts(cfg.eval_prompts, model) or nano_prompts(test=True))[:cfg.num_eval]
-    source = FilePrompts(prompts, cfg.num_groups, cfg.seed) if prompts else NanoPrompts(cfg.seed)
     scorers = open_rewards(cfg, model, heldout[0])
     names = list(scorers)
 
@@ -595,7 +594,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             clock = [time.perf_counter()]
 
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
-            texts = [source.draw(epoch, group) for group in mine]                       # P
+            texts = [draw_prompt(prompts, cfg.num_groups, cfg.seed, epoch, group) for group in mine]    # P
             keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
             # a reward perturbs the layers that answer to it
             firing = names[0 if cfg.ldam_layers == "all" else phase:phase + 1]

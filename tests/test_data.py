@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import save_file
 
 from common import Refused
-from data import (FilePrompts, Latents, NanoLatents, NanoPrompts, nano_caption, nano_pair, nano_prompts,
+from data import (Latents, NanoLatents, draw_prompt, nano_caption, nano_pair, nano_prompts,
                   parse_mixture, read_prompts, stamp_of)
 from helpers import TINY, tiny_model
 from nano import world
@@ -39,15 +39,13 @@ def test_a_file_without_prompts_is_refused(content: bytes | None, tmp_path: Path
 
 def test_prompts_are_what_they_were() -> None:
     """The default runs give the same numbers for ever."""
-    nano, listed = NanoPrompts(3), FilePrompts(nano_prompts(test=True)[:37], per_step=5, seed=11)
-    assert nano.draw(0, 0) == "a print of a red heart above a blue moon"
-    assert nano.draw(19, 7) == "an image of a square and a ring"
-    assert listed.draw(0, 1) == "a tile with a triangle"
+    assert draw_prompt([], 5, 3, step=0, item=0) == "a print of a red heart above a blue moon"
+    assert draw_prompt([], 5, 3, step=19, item=7) == "an image of a square and a ring"
+    assert draw_prompt(nano_prompts(test=True)[:37], 5, 11, step=0, item=1) == "a tile with a triangle"
 
 
 def test_a_list_of_prompts_is_gone_through_in_a_new_order_each_time() -> None:
-    source = FilePrompts(list("abcdefg"), per_step=2, seed=0)
-    drawn = [source.draw(n // 2, n % 2) for n in range(21)]
+    drawn = [draw_prompt(list("abcdefg"), 2, 0, n // 2, n % 2) for n in range(21)]
     rounds = [drawn[0:7], drawn[7:14], drawn[14:21]]
     assert all(set(one) == set("abcdefg") for one in rounds) and rounds[0] != rounds[1] != rounds[2]
 
