@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -226,10 +225,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def environment() -> dict[str, str]:
     """Versions, device and commit, for a run's records; commit is "" outside a git checkout."""
-    commit = ""
-    if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = git.stdout.strip()
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD 2> /dev/null")
     device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
@@ -296,8 +292,6 @@ def open_run(cfg: RunConfig, dist: Dist, unit: str) -> dict | None:
     """
     checkpoint, log = find_checkpoint(cfg.resume, cfg.run_dir), Path(cfg.run_dir) / "metrics.jsonl"
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True) if checkpoint else None
-    if state and state["config"]["stage"] != cfg.stage:
-        raise Refused(f"{checkpoint} is of stage {state['config']['stage']}: change --run-dir")
     if state:
         refuse_changes(state["config"], cfg, MAY_CHANGE, str(checkpoint))
     if not dist.lead:
@@ -341,12 +335,17 @@ def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: dict[str, n
 
 
 @torch.no_grad()
+def copy_weights(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """Those that `source` has, split as `target` is."""
+    for name, tensor in source.items():
+        target[name].copy_(split_like(tensor, target[name]))
+
+
 def load_checkpoint(state: dict, params: dict[str, nn.Parameter], ema: dict[str, Tensor],
                     optimizer: torch.optim.Optimizer) -> None:
     """Put back what save_checkpoint was given, split as the model is now."""
-    for name, p in params.items():
-        p.copy_(split_like(state["trained"][name], p))
-        ema[name].copy_(split_like(state["ema"][name], p))
+    copy_weights(state["trained"], params)
+    copy_weights(state["ema"], ema)
     order = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {i: {key: split_like(value, order[i]) if value.ndim else value for key, value in entry.items()}
                for i, entry in state["optimizer"]["state"].items()}
@@ -371,20 +370,16 @@ def read_log(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
 
 
-class StopSignal:
-    """SIGINT or SIGTERM sets .stop, so that a loop can save and leave."""
-    stop = False
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {number: signal.signal(number, self.handle)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, number: int, frame: Any) -> None:
-        self.stop = True
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
+@contextmanager
+def catch_stop() -> Iterator[list[int]]:
+    """A list into which SIGINT and SIGTERM are put, so that a loop can save and leave."""
+    caught: list[int] = []
+    previous = {number: signal.signal(number, lambda signum, frame: caught.append(signum))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 

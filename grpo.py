@@ -39,10 +39,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import (Dist, Refused, RunConfig, StopSignal, adamw, average_gradients, clip_gradients, cosine_lr,
-                    derive_seed, ema_update, finish, gather, generator, knob, load_checkpoint,
-                    mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint, set_lr,
-                    split_like, swapped, write_log)
+from common import (Dist, Refused, RunConfig, adamw, average_gradients, catch_stop, clip_gradients,
+                    copy_weights, cosine_lr, derive_seed, ema_update, finish, gather, generator, knob,
+                    load_checkpoint, mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint,
+                    set_lr, swapped, write_log)
 from data import draw_prompt, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -276,17 +276,13 @@ def stochastic_steps(num_steps: int, window: int, epoch: int) -> list[int]:
 
 def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
     """(groups, pictures) of each forward pass: whole groups, or equal parts of one too large for it."""
-    # a group is too large for one pass: parts of it
-    if micro_batch < group_size:
-        for first in range(0, num_groups * group_size, micro_batch):
-            group = first // group_size
-            yield slice(group, group + 1), slice(first, first + micro_batch)
-        return
-    # several groups fit
-    many = micro_batch // group_size
-    for first in range(0, num_groups, many):
-        last = min(first + many, num_groups)
-        yield slice(first, last), slice(first * group_size, last * group_size)
+    size, total = micro_batch, num_groups * group_size
+    # where groups fit, as many as do
+    if size > group_size:
+        size -= size % group_size
+    for first in range(0, total, size):
+        last = min(first + size, total)
+        yield slice(first // group_size, math.ceil(last / group_size)), slice(first, last)
 
 
 @torch.no_grad()
@@ -484,9 +480,7 @@ def open_prompts(path: str, model: ParaUni) -> list[str]:
 
 def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Reward]:
     """The rewards by their short names, in the order of their phases, each tried on a grey picture."""
-    folder = Path(cfg.reward_weights)
-    if cfg.reward_weights == "auto":
-        folder = weights_folder("nano" if model.preset.shapes_world else "rewards", "auto")
+    folder = weights_folder("nano" if model.preset.shapes_world else "rewards", cfg.reward_weights)
     side = model.preset.image_size
     scorers = {}
     for name in cfg.rewards:
@@ -514,13 +508,6 @@ def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict
                 use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
                 gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
     return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam, None
-
-
-@torch.no_grad()
-def copy_weights(source: dict[str, Tensor], target: dict[str, nn.Parameter]) -> None:
-    """Those that `source` has, split as `target` is."""
-    for name, tensor in source.items():
-        target[name].copy_(split_like(tensor, target[name]))
 
 
 def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, names: list[str],
@@ -575,7 +562,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     total = per_phase * len(names)
     mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
     num_updates = per_phase * cfg.inner_updates
-    with StopSignal() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
+    with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
         for epoch in range(done, total + 1):
             phase, step = divmod(epoch, per_phase)
             # look at held-out prompts before and after each phase, and now and then; log what has been done
@@ -662,7 +649,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             bar.update()
             bar.set_postfix_str(f"{names[phase]} {means[names[phase]]:.3f}, |g| {norms[0]:.1e}")
             # saved before anything else may fail
-            is_stopped, gives_up = mean_over_ranks(stop.stop, dist) > 0, skipped >= cfg.max_skipped
+            is_stopped, gives_up = mean_over_ranks(len(stop), dist) > 0, skipped >= cfg.max_skipped
             if is_stopped or gives_up or step + 1 == per_phase or (epoch + 1) % cfg.save_every == 0:
                 save_checkpoint(cfg, dist, epoch + 1, params, ema, optimizer, {
                     "epoch": epoch + 1, "skipped": skipped, "record": record, "evals": evals, "gamma": gamma,

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import grpo
-from common import (Dist, Refused, RunConfig, StopSignal, adamw, average_gradients, clip_gradients, cosine_lr,
+from common import (Dist, Refused, RunConfig, adamw, average_gradients, catch_stop, clip_gradients, cosine_lr,
                     ema_update, finish, generator, knob, load_checkpoint, mean_over_ranks, open_run,
                     parse_config, precision, prepare, resolve, run, save_checkpoint, set_lr, setup_dist,
                     swapped, write_log)
@@ -112,7 +112,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     # this rank's items of every step
     mine = list(range(cfg.batch_size)[dist.rank::dist.world_size])
     began = time.perf_counter() - seconds
-    with StopSignal() as stop, tqdm(total=cfg.steps, initial=done, disable=not dist.lead, unit="step") as bar:
+    with catch_stop() as stop, tqdm(total=cfg.steps, initial=done, disable=not dist.lead, unit="step") as bar:
         for step in range(done, cfg.steps):
             # set the learning rate
             lr = cosine_lr(step, cfg.steps, cfg.warmup, cfg.lr)
@@ -153,7 +153,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
                 write_log(cfg.run_dir, record, dist)
 
             # save
-            stopped = mean_over_ranks(float(stop.stop), dist) > 0
+            stopped = mean_over_ranks(len(stop), dist) > 0
             gives_up = skipped >= cfg.max_skipped
             if last or stopped or gives_up or (step + 1) % cfg.save_every == 0:
                 save_checkpoint(cfg, dist, step + 1, params, ema, optimizer, {
