@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -61,28 +60,22 @@ def run(out: Path, *data: object, **flags: object) -> None:
     prepare.main(["--data", ",".join(map(str, data)), "--out", str(out), *words])
 
 
-def captions_of(path: Path) -> list[str]:
-    shard = load_file(path)
-    text, offsets = shard["captions"].numpy().tobytes(), shard["offsets"].tolist()
-    assert len(shard["latents"]) == len(offsets) - 1
-    return [text[first:last].decode() for first, last in zip(offsets, offsets[1:])]
-
-
 def read(out: Path, *data: object, **flags: object) -> tuple[list[str], dict[str, str]]:
     """All captions that came through; of what was left out the end of the name -> the reason."""
     run(out, *data, **flags)
-    shards = json.loads((out / "index.json").read_text())["shards"]
-    captions = [captions_of(out / name) for name in shards]
-    assert [len(part) for part in captions] == list(shards.values())
+    captions = []
+    for name, count in json.loads((out / "index.json").read_text())["shards"].items():
+        shard = load_file(out / name)
+        text, offsets = shard["captions"].numpy().tobytes(), shard["offsets"].tolist()
+        assert count == len(shard["latents"]) == len(offsets) - 1
+        captions += [text[first:last].decode() for first, last in zip(offsets, offsets[1:])]
     left_out = map(json.loads, (out / "left-out.jsonl").read_text().splitlines())
-    return sum(captions, []), {entry["name"].rpartition("/")[2]: entry["reason"] for entry in left_out}
+    return captions, {entry["name"].rpartition("/")[2]: entry["reason"] for entry in left_out}
 
 
 def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
-
-# ----------------------------------------------------------------------------- every file is read or named
 
 def test_a_tar_with_everything_in_it(tmp_path: Path) -> None:
     good, text = picture(), b"a caption"
@@ -112,42 +105,31 @@ def test_a_tar_with_everything_in_it(tmp_path: Path) -> None:
     assert {left_out[f"{name}.png"] for name in ("link", "hard", "pipe")} == {"a link or special file"}
 
 
-def test_of_joined_tars_only_the_first_is_read_and_the_rest_is_named(tmp_path: Path) -> None:
-    parts = [write_tar(tmp_path / f"{n}.part", pairs(n)).read_bytes() for n in range(2)]
-    (tmp_path / "joined.tar").write_bytes(b"".join(parts))
-    captions, left_out = read(tmp_path / "out", tmp_path / "joined.tar")
-    assert captions == ["caption 0"] and "joined" in left_out["joined.tar"]
-
-
-@pytest.mark.parametrize("cut, count", [(512 * 10 + 100, 2), (512 * 4, 1), (100, 0)])
-def test_of_a_cut_tar_what_is_whole_is_read(cut: int, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm, count", [
+    (lambda data: data[:512 * 10 + 100], 2), (lambda data: data[:512 * 4], 1), (lambda data: data[:100], 0),
+    (lambda data: data[:512 * 8] + b"not a header" + data[512 * 8 + 12:], 2), (lambda data: data + data, 3)],
+    ids=["cut", "cut between samples", "cut in the first header", "damaged", "joined"])
+def test_of_a_cut_damaged_or_joined_tar_what_is_whole_is_read_and_the_rest_is_named(
+        harm: Callable[[bytes], bytes], count: int, tmp_path: Path) -> None:
     """A sample is 4 blocks: two headers, a picture of 1 block, a caption."""
     write_tar(tmp_path / "whole.tar", pairs(7))
     files = pairs(0, 1, 2)
     assert all(len(content) <= 512 for content in files.values())
-    path = write_tar(tmp_path / "cut.tar", files)
-    path.write_bytes(path.read_bytes()[:cut])
+    path = write_tar(tmp_path / "harmed.tar", files)
+    path.write_bytes(harm(path.read_bytes()))
     captions, left_out = read(tmp_path / "out", tmp_path / "*.tar")
-    assert captions == [f"caption {n}" for n in range(count)] + ["caption 7"] and "cut.tar" in left_out
-
-
-def test_damage_within_a_tar_is_named(tmp_path: Path) -> None:
-    data = bytearray(write_tar(tmp_path / "a.tar", pairs(0, 1, 2)).read_bytes())
-    data[512 * 8 + 10] ^= 255                           # in the third sample's first header
-    (tmp_path / "a.tar").write_bytes(data)
-    captions, left_out = read(tmp_path / "out", tmp_path / "a.tar")
-    assert captions == ["caption 0", "caption 1"] and "behind byte 4,096" in left_out["a.tar"]
+    assert captions == [f"caption {n}" for n in range(count)] + ["caption 7"] and "harmed.tar" in left_out
 
 
 def test_files_that_are_no_tar_or_lie_about_sizes(tmp_path: Path) -> None:
-    write_tar(tmp_path / "good.tar", pairs(0, 1))
+    write_tar(tmp_path / "good.tar", pairs(0))
     write_tar(tmp_path / "packed.tar", pairs(0), "w:gz")
     member = tarfile.TarInfo("a.png")
     member.size = -1024                                 # tarfile would read in circles
     write_files(tmp_path, {"noise.tar": np.random.default_rng(0).bytes(5000), "nothing.tar": b"",
                            "negative.tar": member.tobuf(tarfile.GNU_FORMAT) + bytes(2048)})
     captions, left_out = read(tmp_path / "out", tmp_path / "*.tar")
-    assert captions == ["caption 0", "caption 1"]
+    assert captions == ["caption 0"]
     assert left_out.keys() == {"packed.tar", "noise.tar", "nothing.tar", "negative.tar"}
 
 
@@ -187,8 +169,7 @@ def test_a_list_with_everything_in_it(lines: bool, tmp_path: Path) -> None:
     texts = [json.dumps(entry, ensure_ascii=False) for entry in entries]
     text = "\n".join(texts) if lines else f"[{', '.join(texts)}]"
     (folder / "list.json").write_text("\ufeff" + text)
-    run(tmp_path / "out", folder / "list.json")
-    assert captions_of(tmp_path / "out" / "00000-00000.safetensors") == ["b", "caption 0", "said\u2028here"]
+    assert read(tmp_path / "out", folder / "list.json")[0] == ["b", "caption 0", "said\u2028here"]
     assert (tmp_path / "out" / "left-out.jsonl").read_text().count("\n") == 9
 
 
@@ -200,14 +181,12 @@ def test_a_damaged_list_is_named_and_of_lines_the_first_part_is_read(tmp_path: P
     assert captions == ["x"] and left_out.keys() == {"list.json", "b.json", "c.jsonl"}
 
 
-@pytest.mark.parametrize("error", [SyntaxError, MemoryError, struct.error, Image.DecompressionBombError])
-def test_whatever_a_decoder_raises_costs_one_sample(error: type, tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_decoder_raises_costs_one_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = pictures.decode
 
     def decode_or_fail(content: bytes) -> Image.Image:
         if content == picture(seed=1):
-            raise error
+            raise MemoryError
         return decode(content)
     monkeypatch.setattr(pictures, "decode", decode_or_fail)
     captions, left_out = read(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0, 1, 2)))
@@ -228,18 +207,14 @@ def test_too_many_bad_samples_and_none_at_all_stop_it(tmp_path: Path) -> None:
     assert not (tmp_path / "none" / "index.json").exists()
 
 
-# ----------------------------------------------------------------------------- what is written
-
 def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
     run(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0, 1)))
-    files = list(prepare.read_source(tmp_path / "a.tar"))
-    crops = prepare.Pictures(files, 32, (0, "crop", 0, 0))
+    crops = prepare.Pictures(list(prepare.read_source(tmp_path / "a.tar")), 32, (0, "crop", 0, 0))
     images = torch.stack([torch.from_numpy(crops[i][0]) for i in range(2)])             # (2, 32, 32, 3)
     with torch.no_grad():
         vae = prepare.load_vae("nano", "auto")
         want = vae.encode((images.permute(0, 3, 1, 2) / 255 * 2 - 1).to(vae.encoder.conv_in.weight.dtype))
     latents = load_file(tmp_path / "out" / "00000-00000.safetensors")["latents"]
-    assert latents.dtype == torch.bfloat16
     torch.testing.assert_close(latents, want.bfloat16(), rtol=2e-2, atol=2e-2)
 
 
@@ -264,9 +239,9 @@ def corpus(tmp_path: Path) -> list[Path]:
     return [*tars, folder, folder / "list.jsonl"]
 
 
-def in_child(function: Callable, environment: dict[str, str] | None = None) -> multiprocessing.Process:
+def in_child(function: Callable, **environment: str) -> multiprocessing.Process:
     def child() -> None:
-        os.environ.update(environment or {})
+        os.environ.update(environment)
         function()
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -278,9 +253,8 @@ def test_files_do_not_depend_on_ranks(corpus: list[Path], tmp_path: Path,
     run(tmp_path / "one", *corpus, per_shard=4)
     capfd.readouterr()
     port = str(20_000 + os.getpid() % 10_000)
-    ranks = [in_child(lambda: run(tmp_path / "two", *corpus, per_shard=4),
-                      {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
+    ranks = [in_child(lambda: run(tmp_path / "two", *corpus, per_shard=4), RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
     for process in ranks:
         process.join(60)
     assert [process.exitcode for process in ranks] == [0, 0]
@@ -294,8 +268,7 @@ def test_workers_change_nothing_and_send_no_tensors(corpus: list[Path], tmp_path
     run(tmp_path / "none", corpus[2])
     run(tmp_path / "two", corpus[2], workers=2)
     assert contents(tmp_path / "none") == contents(tmp_path / "two")
-    files = list(prepare.read_source(corpus[0]))
-    square, caption = prepare.Pictures(files, 8, ("key",))[0]
+    square, caption = prepare.Pictures(list(prepare.read_source(corpus[0])), 8, ("key",))[0]
     assert type(square) is np.ndarray and caption == b"caption 0"
 
 
@@ -330,12 +303,11 @@ def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_pat
         run(tmp_path / "out", *corpus)
 
 
-# ----------------------------------------------------------------------------- waiting
-
-@pytest.mark.parametrize("how", ["hang", "die"])
-def test_waiting_for_workers_has_an_end(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    harms = {"hang": lambda data: signal.pause(), "die": lambda data: os.kill(os.getpid(), signal.SIGKILL)}
-    monkeypatch.setattr(prepare, "read_picture", harms[how])
+@pytest.mark.parametrize("harm", [signal.pause, lambda: os.kill(os.getpid(), signal.SIGKILL)],
+                         ids=["hang", "die"])
+def test_waiting_for_workers_has_an_end(harm: Callable, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "read_picture", lambda data: harm())
     monkeypatch.setattr(prepare, "PATIENCE", 1)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     with pytest.raises(RuntimeError, match="DataLoader"):
