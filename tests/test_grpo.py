@@ -19,7 +19,7 @@ from common import Dist, Refused, derive_seed, generator
 from dit import euler_grid, guided_velocity
 from grpo import (
     GRPOConfig, Perturbation, Rollout, accumulate_gradient, check_flags, check_ratio, chunk_kv, chunks,
-    encode_conditions, group_advantages, keep_noise, open_prompts, rollout, score_groups, score_heldout,
+    encode_conditions, group_advantages, keep_noise, open_prompts, rollout, score_heldout,
     stochastic_steps,
 )
 from helpers import TINY, moved, tiny_model
@@ -28,7 +28,6 @@ from model import ParaUni, Prefix
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # of diffusers
 
 CPU = torch.device("cpu")
-ALONE = Dist(0, 1, CPU)
 CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_batch=8, guidance_scale=3.0,
                  eval_steps=2)
 # of different lengths: one is padded
@@ -84,7 +83,7 @@ def test_a_reward_that_is_not_finite_silences_its_group_only(bad: float) -> None
     torch.testing.assert_close(a, torch.tensor([[0.0, 0, 0], [-1.5, 0, 1.5]]) * (2 / 3) ** 0.5)
 
 
-# ----------------------------------------------------------------------------- chunks, steps
+# ----------------------------------------------------------------------------- rollout
 
 def test_chunks_visit_every_picture_once_with_its_own_group() -> None:
     for groups in range(1, 6):
@@ -104,8 +103,6 @@ def test_the_window_slides_over_all_steps_but_the_last() -> None:
     assert [stochastic_steps(5, 2, epoch) for epoch in range(4)] == [[0, 1], [1, 2], [2, 3], [0, 1]]
 
 
-# ----------------------------------------------------------------------------- rollout
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_pictures_of_a_prompt_share_their_first_latent_where_asked(policy: ParaUni, shared: bool) -> None:
     _, _, rolled = roll(policy, replace(CFG, shared_start=shared))
@@ -124,13 +121,11 @@ def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float
     assert figures["ratio_dev"].max() <= 1e-6 and figures["kl"].max() <= 1e-9
 
 
-@pytest.mark.parametrize("other", [
-    None, Perturbation(0.5, [2, 3], KEYS[::-1]), Perturbation(0.5, [3, 4], KEYS)],
-    ids=["none", "keys", "layers"])
-def test_other_noise_in_the_update_than_in_the_rollout_is_noticed(policy: ParaUni, other: object) -> None:
+def test_other_noise_in_the_update_than_in_the_rollout_is_noticed(policy: ParaUni) -> None:
     prefix, _, rolled = roll(policy, CFG, 0.5)
-    figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, other, CFG, first=True)
-    assert figures["ratio_dev"].max() > 1e-5
+    for other in (None, Perturbation(0.5, [2, 3], KEYS[::-1]), Perturbation(0.5, [3, 4], KEYS)):
+        figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, other, CFG, first=True)
+        assert figures["ratio_dev"].max() > 1e-5
 
 
 def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> None:
@@ -139,12 +134,6 @@ def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> N
     before = rolled.log_prob.clone()
     figures = accumulate_gradient(moved(policy, 0.05), prefix, rolled, ADVANTAGES, None, cfg, first=True)
     assert figures["ratio_dev"].max() == 0 and (rolled.log_prob != before)[:-1].all()
-    # later updates keep them
-    moved(policy, 0.05, seed=2)
-    anchors = rolled.log_prob.clone()
-    tight = replace(cfg, clip_range=1e-5)
-    figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, tight, first=False)
-    assert torch.equal(rolled.log_prob, anchors) and figures["clip_frac"].max() == 1
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
@@ -271,7 +260,7 @@ def test_a_first_ratio_that_is_off_stops_an_exact_run(capsys: pytest.CaptureFixt
     cfg = replace(CFG, clip_range=1e-3, compile=False)
     check_ratio(9e-5, cfg, warn=True)
     for deviation in (2e-4, math.nan):
-        with pytest.raises(RuntimeError, match="--clip-range.*Likely causes.*LDAM"):
+        with pytest.raises(RuntimeError, match="--clip-range"):
             check_ratio(deviation, cfg, warn=True)
     assert capsys.readouterr() == ("", "")
     for change in ({"dtype": "bf16"}, {"compile": True}):
@@ -331,24 +320,10 @@ def test_kept_noise_multiplies_stays_and_moves_the_reference_too(policy: ParaUni
     assert figures["ratio_dev"].max() <= 1e-6 and figures["kl"].max() <= 1e-9
 
 
-# ----------------------------------------------------------------------------- scoring
+# ----------------------------------------------------------------------------- scores, refusals
 
 def bright(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean((1, 2, 3))
-
-
-def test_a_reward_that_raises_costs_its_group_only(policy: ParaUni) -> None:
-    """And all of it, though it is one picture that is too much for it."""
-    latents = torch.randn(6, *TINY.latent_shape, generator=generator("latents"))
-    picture = policy.decode(latents)[3]
-
-    def touchy(images: Tensor, prompts: list[str]) -> Tensor:
-        if (images - picture).abs().amax((1, 2, 3)).min() < 1e-4:
-            raise ConnectionError("the server is gone")
-        return bright(images, prompts)
-    found = score_groups(policy, {"touchy": touchy, "bright": bright}, latents, ["a", "b", "c"], CFG, ALONE)
-    assert found["touchy"].isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
-    torch.testing.assert_close(found["touchy"][::2], found["bright"][::2])
 
 
 def heldout_on(world: int, *args: object) -> list[dict]:
@@ -383,8 +358,6 @@ def test_heldout_scores_are_the_same_however_they_are_shared_out(policy: ParaUni
             want_touchy = [*want[:3], math.nan, want[4]]
             assert scores["touchy"] == pytest.approx(want_touchy, abs=1e-5, nan_ok=True)
 
-
-# ----------------------------------------------------------------------------- before the first epoch
 
 @pytest.mark.parametrize("change", [{"group_size": 1}, {"num_groups": 3}, {"micro_batch": 3},
                                     {"preset": "l-512", "prompts": "p.txt"}])
