@@ -12,11 +12,9 @@ Series = list[tuple[float, float]]
 
 def algorithm_1(series: Series) -> list[float | None]:
     """The paper's Algorithm 1 in its own names, gamma by supplement Eq. 1 to 5; gamma where it fires."""
-    g_before, r_before, n_cool, r_s = math.inf, 0.0, 0, 0
-    g_s = False
+    g_before, r_before, n_cool, r_s, g_s = math.inf, 0.0, 0, 0, False
     fired: list[float | None] = []
-    for n in range(1, len(series) + 1):
-        g_n, r_n = series[n - 1]
+    for n, (g_n, r_n) in enumerate(series, 1):
         gamma = None
         if g_n >= g_before * 10 ** 2:
             g_s = True
@@ -24,9 +22,7 @@ def algorithm_1(series: Series) -> list[float | None]:
             r_s = r_s + 1
         if n_cool == 0:
             if g_s and r_s >= 5:
-                recent = series[max(0, n - 5):n]
-                G = [g for g, _ in recent]
-                R = [r for _, r in recent]
+                G, R = zip(*series[max(0, n - 5):n])
                 gamma = 0.1 * (max(G) - min(G) + max(R) - min(R))
                 r_s = 0
                 g_s = False
@@ -62,8 +58,7 @@ def draw_series(kind: str, seed: int) -> Series:
 def test_it_is_algorithm_1_to_the_letter(kind: str) -> None:
     fired = 0
     for seed in range(300):
-        series = draw_series(kind, seed)
-        ldam = LDAM(gamma_max=math.inf)
+        series, ldam = draw_series(kind, seed), LDAM(gamma_max=math.inf)
         want = algorithm_1(series)
         assert [ldam.update(*epoch) for epoch in series] == want, seed
         fired += sum(gamma is not None for gamma in want)
@@ -130,7 +125,7 @@ def test_regions_part_every_depth_without_gap_or_overlap() -> None:
 
 def test_layers_of_rewards() -> None:
     middle, deep = list(range(12, 24)), list(range(24, 29))
-    assert perturbed_layers(["aesthetic"], 28) == perturbed_layers(["pickscore"], 28) == middle
     assert perturbed_layers(["clip"], 28) == deep
     assert perturbed_layers(["clip", "aesthetic", "pickscore"], 28) == middle + deep
-    assert perturbed_layers(["of_a_user"], 28) == middle
+    for name in ("aesthetic", "pickscore", "of_a_user"):
+        assert perturbed_layers([name], 28) == middle
