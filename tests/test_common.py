@@ -23,8 +23,6 @@ from helpers import tiny_model
 ALONE = Dist(0, 1, torch.device("cpu"))
 
 
-# ----------------------------------------------------------------------------- flags
-
 @dataclass(frozen=True)
 class Flags:
     size: str = knob("small", "named settings")
@@ -68,8 +66,6 @@ def test_what_auto_means_on_each_device() -> None:
     assert decided("cuda", dtype="fp32", compile=False) == decided("cpu") == ("fp32", False)
 
 
-# ----------------------------------------------------------------------------- seeds and files
-
 def test_seeds_are_stable_and_distinct() -> None:
     assert derive_seed(0, "rollout", 1, 2, 3) == 6855106362326582050
     keys = [(1, 2), (2, 1), ("1", 2), (12,), (1, "2"), ("1, 2",), (1, 2, 0), ("ab",), ("a", "b"), (-1, 2)]
@@ -88,8 +84,6 @@ def test_a_fingerprint_hears_every_bit_and_every_name() -> None:
         other.bias[1] = torch.nextafter(other.bias[1], torch.tensor(9.0))
     assert fingerprint(other) != fingerprint(module)
 
-
-# ----------------------------------------------------------------------------- the run folder
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> RunConfig:
@@ -151,8 +145,6 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(cfg: RunConfig) ->
     open_run(replace(cfg, resume="auto"), ALONE, "step")
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
-
-# ----------------------------------------------------------------------------- a training step
 
 def test_weight_decay_is_on_matrices_only() -> None:
     matrix, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))

@@ -29,10 +29,9 @@ CLASSES = ("dog", "cup", "car", "mouse")                    # of a detector, in 
 # On arrays (k, 6), one a class: left, top, right, bottom, score, colour.
 
 def reference_position(a: np.ndarray, b: np.ndarray) -> list[str]:
-    middle_a, middle_b = (np.array([(x[0] + x[2]) / 2, (x[1] + x[3]) / 2]) for x in (a, b))
-    width = np.array([abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1])])
-    away = middle_a - middle_b
-    left_over = np.where(np.abs(away) > 0.1 * width, np.abs(away) - 0.1 * width, 0) * np.sign(away)
+    away = (a[:2] + a[2:4] - b[:2] - b[2:4]) / 2
+    width = np.abs(a[2:4] - a[:2]) + np.abs(b[2:4] - b[:2])
+    left_over = np.sign(away) * np.maximum(np.abs(away) - 0.1 * width, 0)
     if (np.abs(left_over) < 1e-3).all():
         return []
     x, y = left_over / np.sqrt((away ** 2).sum())
@@ -80,8 +79,7 @@ def made_up_request(rng: np.random.Generator, task: str) -> dict:
 
 def made_up_detections(rng: np.random.Generator, task: str) -> list[dict]:
     """Up to 30 boxes, often of the same few classes, scores and colours, some exactly on a threshold."""
-    count = int(rng.integers(0, 9)) if rng.random() < 0.8 else 30
-    objects = []
+    objects, count = [], rng.integers(0, 9) if rng.random() < 0.8 else 30
     for _ in range(count):
         left, top, width, height = rng.integers([0, 0, 1, 1], [100, 100, 60, 60]).tolist()
         sure = 0.93 + 0.07 * rng.random() if task == "counting" else rng.random()
