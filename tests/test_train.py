@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,23 +57,25 @@ class Bright:
         return scores * {"nan": math.nan, "zero": 0}.get(happens, 1)
 
 
-def command(patch: pytest.MonkeyPatch, stage: int, weights: Path, run_dir: Path, flags: tuple[str, ...],
-            at: dict[int, str]) -> dict[str, float]:
+def command(weights: Path, stage: int, run_dir: Path, *flags: str,
+            at: dict[int, str] | None = None) -> dict[str, float]:
     """What the command line does; pictures, which take longer than a run, are drawn in one test only."""
     red = lambda images, prompts: images[:, 0].mean((1, 2))                             # noqa: E731
-    scorers = {"bright": Bright(at), "red": red, "clip": red}
-    patch.setattr(grpo, "build_reward", lambda name, device, weights: scorers[name])
-    if "--eval-every" not in flags:
-        patch.setattr(grpo, "draw_examples", lambda *args: torch.zeros(1, 3, 4, 4))
-    return train.main(["--stage", str(stage), "--weights", str(weights), "--run-dir", str(run_dir),
-                       *(REINFORCE if stage == 3 else SHORT), *flags])
+    scorers = {"bright": Bright(at or {}), "red": red, "clip": red}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "build_reward", lambda name, device, weights: scorers[name])
+        if "--eval-every" not in flags:
+            patch.setattr(grpo, "draw_examples", lambda *args: torch.zeros(1, 3, 4, 4))
+        return train.main(["--stage", str(stage), "--weights", str(weights), "--run-dir", str(run_dir),
+                           *(REINFORCE if stage == 3 else SHORT), *flags])
 
 
 @pytest.fixture
-def run(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """run(stage, folder, *flags) trains in tmp_path/folder and returns what main returns."""
-    def run(stage: int, folder: str, *flags: str, at: dict[int, str] | None = None) -> dict[str, float]:
-        return command(monkeypatch, stage, tiny_weights, tmp_path / folder, flags, at or {})
+def run(tiny_weights: Path, tmp_path: Path) -> Callable:
+    """run(stage, folder, *flags) trains in tmp_path/folder, which it returns."""
+    def run(stage: int, folder: str, *flags: str, at: dict[int, str] | None = None) -> Path:
+        command(tiny_weights, stage, tmp_path / folder, *flags, at=at)
+        return tmp_path / folder
     return run
 
 
@@ -82,8 +83,7 @@ def run(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def whole(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of stage 3 that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        command(patch, 3, tiny_weights, folder, (), {})
+    command(tiny_weights, 3, folder)
     return folder
 
 
@@ -127,10 +127,10 @@ def test_times_are_drawn_as_published_and_noisier() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_trains_its_parts_and_leaves_the_rest_bit_identical(
-        stage: int, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        stage: int, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     models, real = [], ParaUni.for_training
     monkeypatch.setattr(ParaUni, "for_training", lambda *args: models.append(real(*args)) or models[0])
-    run(stage, "run")
+    folder = run(stage, "run")
     before, after = tiny_model().state_dict(), models[0].state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     trains = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
@@ -138,55 +138,52 @@ def test_a_stage_trains_its_parts_and_leaves_the_rest_bit_identical(
         names = {name for name in before if name.startswith(part)}
         assert len(names & changed) > 0.8 * len(names) if part in trains else not names & changed, part
     # what is written is the average, which is left in the model
-    tensors, ema = load_file(tmp_path / "run" / f"stage{stage}.safetensors"), newest(tmp_path / "run")["ema"]
+    tensors, state = load_file(folder / f"stage{stage}.safetensors"), newest(folder)
     assert tensors.keys() == {name for name in before if name.startswith(trains)}
-    assert all(torch.equal(tensors[name], ema[name]) for name in ema)
-    assert any(not torch.equal(tensors[name], p) for name, p in newest(tmp_path / "run")["trained"].items())
+    assert_equal(tensors, state["ema"])
+    assert any(not torch.equal(tensors[name], p) for name, p in state["trained"].items())
 
 
-def test_gradients_do_not_depend_on_the_micro_batch(run: Callable, tmp_path: Path) -> None:
-    lines = []
-    for micro_batch in ("4", "3", "1"):
-        run(2, micro_batch, "--micro-batch", micro_batch, "--steps", "1")
-        lines += read_log(tmp_path / micro_batch / "metrics.jsonl")
-    for line in lines[1:]:
-        assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-5)
-        assert line["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-4)
+def test_gradients_do_not_depend_on_the_micro_batch(run: Callable) -> None:
+    whole, *others = (log_of(run(2, size, "--micro-batch", size, "--steps", "1"))[0]
+                      for size in ("4", "3", "1"))
+    for line in others:
+        assert line["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------- stage 3
 
-def test_the_log_and_the_files_of_stage_3(run: Callable, tmp_path: Path) -> None:
-    final = run(3, "run", "--eval-every", "1")
-    first, *lines = read_log(tmp_path / "run" / "metrics.jsonl")
+def test_the_log_and_the_files_of_stage_3(tiny_weights: Path, tmp_path: Path) -> None:
+    final = command(tiny_weights, 3, tmp_path, "--eval-every", "1")
+    first, *lines = read_log(tmp_path / "metrics.jsonl")
     assert first.keys() == {"epoch", "phase", "heldout/bright", "heldout/red"} and first["epoch"] == 0
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert [line["phase"] for line in lines] == ["bright", "bright", "red", "red"]
     for line in lines:
         assert line.keys() >= KEYS | {"heldout/bright", "heldout/red"}
         assert line["ratio_dev"] <= 1e-6 and line["grad_norm"] > 0 and line["zero_std"] == 0
-    # measured from the beginning of each phase, which has its own schedule
-    assert max(lines[0]["kl"], lines[2]["kl"]) < 1e-9 < min(lines[1]["kl"], lines[3]["kl"])
+    # each phase has its own schedule
     assert lines[0]["lr"] == lines[2]["lr"] > lines[1]["lr"] == lines[3]["lr"]
     assert final == {name: lines[3][f"heldout/{name}"] for name in ("bright", "red")}
-    state = newest(tmp_path / "run")
+    state = newest(tmp_path)
     assert {entry["step"].item() for entry in state["optimizer"]["state"].values()} == {2}
-    assert len(state["evals"]) == 2, "before the first phase, and after it"
-    files = {path.name for path in (tmp_path / "run").iterdir()}
+    # before the first phase, and after it
+    assert len(state["evals"]) == 2
+    files = {path.name for path in tmp_path.iterdir()}
     assert files >= {"stage3.safetensors", "stage3.json", "config.json", "rewards.png", "before_after.png"}
-    made = json.loads((tmp_path / "run" / "stage3.json").read_text())
+    made = json.loads((tmp_path / "stage3.json").read_text())
     assert made["seed"] == 0 and made["devices"] == 1 and made["torch"] == torch.__version__
 
 
-def test_the_saved_file_makes_the_pictures_that_were_scored(run: Callable, tiny_weights: Path,
-                                                            tmp_path: Path) -> None:
-    final = run(3, "run", "--ema-decay", "0.3", "--lr", "1e-3")
-    model = ParaUni.from_preset("nano", tiny_weights, tmp_path / "run" / "stage3.safetensors", stage=3)
+def test_the_saved_file_makes_the_pictures_that_were_scored(run: Callable, tiny_weights: Path) -> None:
+    folder = run(3, "run", "--ema-decay", "0.3", "--lr", "1e-3")
+    first, *_, last = (line.get("heldout/bright") for line in log_of(folder))
+    model = ParaUni.from_preset("nano", tiny_weights, folder / "stage3.safetensors", stage=3)
     cfg = GRPOConfig(dtype="fp32", micro_batch=4, eval_steps=2, eval_guidance_scale=1.0)
     scores = score_heldout(model, {"bright": Bright({})}, nano_prompts(test=True)[:4], cfg,
                            Dist(0, 1, torch.device("cpu")))["bright"]
-    assert sum(scores) / 4 == pytest.approx(final["bright"], abs=1e-6)
-    assert abs(read_log(tmp_path / "run" / "metrics.jsonl")[0]["heldout/bright"] - final["bright"]) > 1e-5
+    assert sum(scores) / 4 == pytest.approx(last, abs=1e-6) and abs(last - first) > 1e-5
 
 
 @pytest.mark.parametrize("call, every, saved", [(3, "1", []), (5, "9", [2]), (7, "1", [2, 3])])
@@ -198,70 +195,60 @@ def test_a_stage_3_that_crashed_goes_on_from_what_it_saved(
     assert [int(path.stem) for path in sorted((tmp_path / "parts").glob("checkpoints/*.pt"))] == saved
     for _ in range(2):
         # the second time nothing is left to do
-        run(3, "parts", "--save-every", every, "--resume", "auto")
-        assert_same_run(whole, tmp_path / "parts", 3)
+        assert_same_run(whole, run(3, "parts", "--save-every", every, "--resume", "auto"), 3)
 
 
-def test_the_kl_refers_to_stage_2_or_to_the_beginning_of_the_phase(run: Callable, whole: Path,
-                                                                   tmp_path: Path) -> None:
+def test_the_kl_refers_to_stage_2_or_to_the_beginning_of_the_phase(run: Callable, whole: Path) -> None:
     """It is 0 where a phase begins with the reference, and nowhere else."""
-    run(3, "stage2", "--kl-reference", "stage2")
-    zeros = [[record["kl"] == 0 for record in read_log(folder / "metrics.jsonl")[1:]]
-             for folder in (whole, tmp_path / "stage2")]
+    zeros = [[record["kl"] == 0 for record in log_of(folder)[1:]]
+             for folder in (whole, run(3, "stage2", "--kl-reference", "stage2"))]
     assert zeros == [[True, False, True, False], [True, False, False, False]]
 
 
 @pytest.mark.parametrize("mode", ["epoch", "keep"])
-def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Callable,
-                                                              tmp_path: Path) -> None:
+def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Callable) -> None:
     # fires at the first decline of the reward, and acts in the epoch after it
     flags = ("--steps", "8", "--ldam-mode", mode, "--ldam-spike", "1e-9", "--ldam-patience", "1",
              "--ldam-gamma0", "1e6", "--ldam-gamma-max", "0.5")
-    run(3, "whole", *flags, "--save-every", "1", "--keep", "99")
-    lines = read_log(tmp_path / "whole" / "metrics.jsonl")[1:]
+    folder = run(3, "whole", *flags, "--save-every", "1", "--keep", "99")
+    lines = log_of(folder)[1:]
     fired = [line["epoch"] for line in lines if line["ldam/fired"]]
     assert {line["phase"] for line in lines if line["ldam/fired"]} == {"bright", "red"} and fired[0] < 8
     assert all(line["ldam/gamma"] == 0.5 * line["ldam/fired"] for line in lines)
     assert all(line["ratio_dev"] <= 1e-6 for line in lines)
-    saved = load_file(tmp_path / "whole" / "stage3.safetensors")
-    assert ("lim.kept_noise" in saved) == (mode == "keep")
+    assert ("lim.kept_noise" in load_file(folder / "stage3.safetensors")) == (mode == "keep")
 
     # without it, the epoch after the first firing is the first to differ
-    run(3, "plain", *flags, "--no-ldam")
-    plain = read_log(tmp_path / "plain" / "metrics.jsonl")[1:]
+    plain = log_of(run(3, "plain", *flags, "--no-ldam"))[1:]
     same = [a["reward/red"] == b["reward/red"] for a, b in zip(lines, plain)]
     assert same[:fired[0] + 1] == [True] * fired[0] + [False]
 
     # from right after it fired, through the next phase
-    run(3, "again", *flags, "--resume", str(tmp_path / "whole" / "checkpoints" / f"{fired[0]:08}.pt"))
-    assert log_of(tmp_path / "again") == log_of(tmp_path / "whole")[fired[0]:]
-    assert_equal(newest(tmp_path / "whole"), newest(tmp_path / "again"))
+    again = run(3, "again", *flags, "--resume", str(folder / "checkpoints" / f"{fired[0]:08}.pt"))
+    assert log_of(again) == lines[fired[0] - 1:]
+    assert_equal(newest(folder), newest(again))
 
 
 @pytest.mark.parametrize("layers, changed", [("present", [4]), ("all", [2, 3, 4])])
-def test_which_layers_a_later_reward_perturbs(layers: str, changed: list[int], run: Callable,
-                                              tmp_path: Path) -> None:
+def test_which_layers_a_later_reward_perturbs(layers: str, changed: list[int], run: Callable) -> None:
     """Of 4 layers CLIP has the last; what fires stays. It fires after the second epoch of each phase."""
-    run(3, "run", "--steps", "3", "--rewards", "bright,clip", "--ldam-mode", "keep", "--ldam-layers", layers,
-        "--ldam-spike", "1e-9", "--no-ldam-use-reward")
-    before, after = (torch.load(tmp_path / "run" / "checkpoints" / f"{epoch:08}.pt")["kept_noise"]
-                     for epoch in (3, 6))
+    folder = run(3, "run", "--steps", "3", "--rewards", "bright,clip", "--ldam-mode", "keep",
+                 "--ldam-layers", layers, "--ldam-spike", "1e-9", "--no-ldam-use-reward")
+    before, after = (torch.load(path)["kept_noise"] for path in sorted(folder.glob("checkpoints/*")))
     assert [i for i in range(1, 5) if not torch.equal(before[i - 1], after[i - 1])] == changed
 
 
-def test_an_epoch_without_a_usable_reward_changes_nothing_and_is_counted(run: Callable,
-                                                                         tmp_path: Path) -> None:
+def test_an_epoch_without_a_usable_reward_changes_nothing_and_is_counted(run: Callable) -> None:
     # at 6 it is only watched
-    run(3, "run", "--save-every", "1", "--keep", "9", at={3: "zero", 4: "nan", 6: "nan"})
-    lines = read_log(tmp_path / "run" / "metrics.jsonl")[1:]
+    folder = run(3, "run", "--save-every", "1", "--keep", "9", at={3: "zero", 4: "nan", 6: "nan"})
+    lines = log_of(folder)[1:]
     # equal rewards have no spread and teach nothing but the KL, which is no reason to skip
     assert lines[0]["zero_std"] == 1 and lines[0]["grad_norm"] < 1e-4
     assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
     assert [line["reward_nan"] for line in lines] == [0, 2, 0, 0]
     assert [line["reward/bright"] is None for line in lines] == [False, True, True, False]
     assert lines[1]["ldam/fired"] == 0
-    checkpoints = tmp_path / "run" / "checkpoints"
-    before, after, later = (torch.load(checkpoints / f"{epoch:08}.pt") for epoch in (1, 2, 3))
+    before, after, later, _ = (torch.load(path) for path in sorted(folder.glob("checkpoints/*")))
     for kind in ("trained", "ema"):
         assert_equal(before[kind], after[kind])
     assert not torch.equal(after["trained"]["queries"], later["trained"]["queries"])
@@ -271,22 +258,19 @@ def test_too_many_skipped_epochs_stop_the_run_and_it_can_go_on(run: Callable, tm
     with pytest.raises(Refused, match="1 updates in a row were skipped up to epoch 2"):
         run(3, "run", "--max-skipped", "1", at={4: "nan"})
     assert newest(tmp_path / "run")["epoch"] == 2
-    run(3, "run", "--max-skipped", "2", "--resume", "auto")
-    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 5
+    assert len(log_of(run(3, "run", "--max-skipped", "2", "--resume", "auto"))) == 5
 
 
-def test_a_reward_that_raises_costs_its_group_or_its_figure(run: Callable, whole: Path,
-                                                            tmp_path: Path) -> None:
+def test_a_reward_that_raises_costs_its_group_or_its_figure(run: Callable, whole: Path) -> None:
     # epoch 1: both groups at once, then the first alone
-    run(3, "run", at={3: "fail", 4: "fail"})
-    line = read_log(tmp_path / "run" / "metrics.jsonl")[1]
+    line = log_of(run(3, "run", at={3: "fail", 4: "fail"}))[1]
     assert line["reward_nan"] == 1 and line["skipped"] == 0 and line["grad_norm"] > 0
     # every look but the first: all pictures at once, then each
-    run(3, "looks", at={call: "fail" for call in (5, 6, 7, 8, 9, 12, 13, 14, 15, 16)})
-    looks = [line["heldout/bright"] for line in log_of(tmp_path / "looks") if "heldout/bright" in line]
+    folder = run(3, "looks", at=dict.fromkeys([5, 6, 7, 8, 9, 12, 13, 14, 15, 16], "fail"))
+    looks = [line["heldout/bright"] for line in log_of(folder) if "heldout/bright" in line]
     assert looks == [log_of(whole)[0]["heldout/bright"], None, None]
     # nothing trained is lost
-    assert_equal(*(load_file(folder / "stage3.safetensors") for folder in (whole, tmp_path / "looks")))
+    assert_equal(*(load_file(run_dir / "stage3.safetensors") for run_dir in (whole, folder)))
 
 
 def test_the_other_ways_of_an_update(run: Callable, tmp_path: Path) -> None:
@@ -295,10 +279,11 @@ def test_the_other_ways_of_an_update(run: Callable, tmp_path: Path) -> None:
     flags = ("--steps", "3", "--inner-updates", "2", "--anchor", "recompute", "--sde-window", "1",
              "--no-ldam", "--dtype", "bf16", "--prompts", f"{tmp_path}/train.txt",
              "--eval-prompts", f"{tmp_path}/eval.txt")
-    run(3, "run", *flags)
-    lines = read_log(tmp_path / "run" / "metrics.jsonl")[1:]
+    folder = run(3, "run", *flags)
+    lines = log_of(folder)[1:]
     # 3 steps of 2 an epoch are 2 epochs a phase; never one at rate 0
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and lines[0]["lr"] > lines[1]["lr"] > 0
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["lr"] > lines[1]["lr"] > 0
     assert all(line["ratio_dev"] == 0 and math.isfinite(line["grad_norm"]) for line in lines)
     # the second update is off the rollout's policy
     assert lines[0]["clip_frac"] > 0
@@ -307,16 +292,15 @@ def test_the_other_ways_of_an_update(run: Callable, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="prompt files"):
         run(3, "parts", *flags, "--resume", "auto")
     (tmp_path / "eval.txt").write_text("two green stars\na moon\n")
-    run(3, "parts", *flags, "--resume", "auto")
-    assert_same_run(tmp_path / "run", tmp_path / "parts", 3)
+    assert_same_run(folder, run(3, "parts", *flags, "--resume", "auto"), 3)
 
 
-def test_reinforcement_raises_the_reward(run: Callable, tmp_path: Path) -> None:
+def test_reinforcement_raises_the_reward(run: Callable) -> None:
     """Bright pictures win."""
-    run(3, "run", "--steps", "6", "--rewards", "bright", "--num-groups", "4", "--group-size", "4",
+    lines = log_of(run(
+        3, "run", "--steps", "6", "--rewards", "bright", "--num-groups", "4", "--group-size", "4",
         "--micro-batch", "16", "--lr", "3e-3", "--clip-range", "1e-2", "--kl-coef", "0", "--no-ldam",
-        "--guidance-scale", "1", "--eval-guidance-scale", "1", "--num-eval", "16", "--ema-decay", "0")
-    lines = read_log(tmp_path / "run" / "metrics.jsonl")
+        "--guidance-scale", "1", "--eval-guidance-scale", "1", "--num-eval", "16", "--ema-decay", "0"))
     assert lines[-1]["heldout/bright"] > lines[0]["heldout/bright"] + 0.01
 
 
@@ -344,14 +328,13 @@ def test_stages_are_chained_strictly(run: Callable, tiny_weights: Path, tmp_path
             run(stage, "run", "--init", str(init))
 
 
-def test_layers_and_norm_of_stage_1_are_kept_by_later_stages(run: Callable, tiny_weights: Path,
-                                                             tmp_path: Path) -> None:
-    run(1, "1", "--steps", "1", "--layers", "2,4", "--no-norm")
-    run(2, "2", "--steps", "1", "--init", f"{tmp_path}/1/stage1.safetensors")
+def test_layers_and_norm_of_stage_1_are_kept_by_later_stages(run: Callable, tiny_weights: Path) -> None:
+    one = run(1, "1", "--steps", "1", "--layers", "2,4", "--no-norm")
+    two = run(2, "2", "--steps", "1", "--init", f"{one}/stage1.safetensors")
     # LDAM fires after the second epoch, on layers 2 and 3 of 4
-    run(3, "3", "--init", f"{tmp_path}/2/stage2.safetensors", "--steps", "3", "--ldam-mode", "keep",
-        "--rewards", "bright", "--ldam-spike", "1e-9", "--no-ldam-use-reward")
-    model = ParaUni.from_preset("nano", tiny_weights, tmp_path / "3" / "stage3.safetensors")
+    three = run(3, "3", "--init", f"{two}/stage2.safetensors", "--steps", "3", "--ldam-mode", "keep",
+                "--rewards", "bright", "--ldam-spike", "1e-9", "--no-ldam-use-reward")
+    model = ParaUni.from_preset("nano", tiny_weights, three / "stage3.safetensors")
     assert model.lim.layers == [2, 4] and not list(model.lim.agglayer_norm.parameters())
     assert [bool((field != 1).any()) for field in model.lim.kept_noise] == [False, True, False, False]
 
@@ -362,16 +345,17 @@ def test_a_new_preset_is_one_entry_and_trains_in_all_stages(run: Callable, tmp_p
     vlm = internvl(width=32, layers=4, heads=2, kv_heads=1, mlp_width=64, vision=TINY_VISION)
     monkeypatch.setitem(PRESETS, "mine", replace(TINY, name="mine", vlm=vlm, shapes_world=False, recipes={}))
     vae = ParaUni.from_preset("mine", "random").vae
-    captions = ["a cat", "two dogs"]
-    text = np.frombuffer("".join(captions).encode(), np.uint8).copy()
-    save_file({"latents": torch.randn(2, *TINY.latent_shape).bfloat16(), "captions": torch.from_numpy(text),
-               "offsets": torch.tensor([0, 5, 13])}, tmp_path / "shard.safetensors")
+    save_file({"latents": torch.randn(2, *TINY.latent_shape).bfloat16(), "offsets": torch.tensor([0, 5, 13]),
+               "captions": torch.tensor(list(b"a cattwo dogs"), dtype=torch.uint8)},
+              tmp_path / "shard.safetensors")
     (tmp_path / "index.json").write_text(json.dumps(
         {"stamp": stamp_of(vae, PRESETS["mine"]), "shards": {"shard.safetensors": 2}}))
     (tmp_path / "prompts.txt").write_text("a cat, please\n")
-    prompts = ("--prompts", f"{tmp_path}/prompts.txt", "--eval-prompts", f"{tmp_path}/prompts.txt")
     mine = ("--preset", "mine", "--weights", "random", "--steps", "1")
-    for stage, flags in ((1, ("--data", str(tmp_path))), (2, ("--data", str(tmp_path))), (3, prompts)):
-        init = f"{tmp_path}/{stage - 1}/stage{stage - 1}.safetensors" if stage > 1 else "auto"
-        run(stage, str(stage), *mine, *flags, "--init", init)
-        assert (tmp_path / str(stage) / f"stage{stage}.safetensors").exists()
+    data = ("--data", f"{tmp_path}")
+    prompts = ("--prompts", f"{tmp_path}/prompts.txt", "--eval-prompts", f"{tmp_path}/prompts.txt")
+    init = "auto"
+    for stage, flags in enumerate((data, data, prompts), start=1):
+        folder = run(stage, str(stage), *mine, *flags, "--init", init)
+        init = f"{folder}/stage{stage}.safetensors"
+    assert Path(init).exists()
