@@ -12,7 +12,8 @@ Series = list[tuple[float, float]]
 
 def algorithm_1(series: Series) -> list[float | None]:
     """The paper's Algorithm 1 in its own names, gamma by supplement Eq. 1 to 5; gamma where it fires."""
-    g_before, r_before, n_cool, r_s, g_s = math.inf, 0.0, 0, 0, False
+    g_before, r_before, n_cool, r_s = math.inf, 0.0, 0, 0
+    g_s = False
     fired: list[float | None] = []
     for n, (g_n, r_n) in enumerate(series, 1):
         gamma = None
@@ -58,7 +59,8 @@ def draw_series(kind: str, seed: int) -> Series:
 def test_it_is_algorithm_1_to_the_letter(kind: str) -> None:
     fired = 0
     for seed in range(300):
-        series, ldam = draw_series(kind, seed), LDAM(gamma_max=math.inf)
+        series = draw_series(kind, seed)
+        ldam = LDAM(gamma_max=math.inf)
         want = algorithm_1(series)
         assert [ldam.update(*epoch) for epoch in series] == want, seed
         fired += sum(gamma is not None for gamma in want)
@@ -107,13 +109,14 @@ def test_a_resumed_one_goes_on_identically(stop: int) -> None:
         assert resumed.last == whole.last
 
 
-@pytest.mark.parametrize("epoch", [(math.nan, 0.1), (math.inf, 0.1), (0.1, math.nan), (0.1, -math.inf)])
-def test_numbers_that_would_spoil_the_window_are_refused_and_leave_no_trace(epoch: tuple) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_would_spoil_the_window_are_refused_and_leave_no_trace(bad: float) -> None:
     ldam = LDAM()
     ldam.update(1.0, 0.5)
     before = ldam.state_dict()
-    with pytest.raises(AssertionError):
-        ldam.update(*epoch)
+    for epoch in ((bad, 0.1), (0.1, bad)):
+        with pytest.raises(AssertionError):
+            ldam.update(*epoch)
     assert ldam.state_dict() == before
 
 
