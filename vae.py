@@ -110,13 +110,11 @@ class ResBlock(nn.Module):
         return self.norm(self.conv2(silu(self.conv1(x))), skip=x)               # (B, C, H, W)
 
 
-class MultiscaleProjection(nn.Sequential):
+def multiscale_projection(C: int, d: int, kernel: int) -> nn.Sequential:
     """One more scale of q, k, v: a depthwise convolution, then a mix within each group of d channels."""
-
-    def __init__(self, C: int, d: int, kernel: int) -> None:
-        super().__init__(OrderedDict(
-            proj_in=nn.Conv2d(C, C, kernel, padding=kernel // 2, groups=C, bias=False),
-            proj_out=nn.Conv2d(C, C, 1, groups=C // d, bias=False)))
+    return nn.Sequential(OrderedDict(
+        proj_in=nn.Conv2d(C, C, kernel, padding=kernel // 2, groups=C, bias=False),
+        proj_out=nn.Conv2d(C, C, 1, groups=C // d, bias=False)))
 
 
 class LinearAttention(nn.Module):
@@ -128,7 +126,7 @@ class LinearAttention(nn.Module):
         self.to_q = nn.Linear(C, C, bias=False)
         self.to_k = nn.Linear(C, C, bias=False)
         self.to_v = nn.Linear(C, C, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(MultiscaleProjection(3 * C, d, kernel) for kernel in kernels)
+        self.to_qkv_multiscale = nn.ModuleList(multiscale_projection(3 * C, d, kernel) for kernel in kernels)
         self.to_out = nn.Linear(C * (1 + len(kernels)), C, bias=False)
         self.norm_out = RMSNorm(C)
 
@@ -178,19 +176,14 @@ class GLUMBConv(nn.Module):
         return self.norm(self.conv_point(value * silu(gate)), skip=x)           # (B, C, H, W)
 
 
-class EfficientViTBlock(nn.Sequential):
-    """Attention across the picture, then a convolutional feed-forward."""
-
-    def __init__(self, C: int, d: int, kernels: tuple[int, ...]) -> None:
-        super().__init__(OrderedDict(attn=LinearAttention(C, d, kernels), conv_out=GLUMBConv(C)))
-
-
 def make_blocks(kind: str, C: int, num: int, kernels: tuple[int, ...], d: int) -> list[nn.Module]:
     """The blocks of one stage."""
     if kind == "ResBlock":
         return [ResBlock(C) for _ in range(num)]
+    # attention across the picture, then a convolutional feed-forward
     assert kind == "EfficientViTBlock", kind
-    return [EfficientViTBlock(C, d, kernels) for _ in range(num)]
+    return [nn.Sequential(OrderedDict(attn=LinearAttention(C, d, kernels), conv_out=GLUMBConv(C)))
+            for _ in range(num)]
 
 
 # ---- changes of resolution
@@ -205,12 +198,11 @@ class Down(nn.Module):
 
     def __init__(self, Ci: int, Co: int) -> None:
         super().__init__()
-        self.Co = Co
         self.conv = nn.Conv2d(Ci, Co, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)                                                        # (B, Co, H/2, W/2)
-        return y + group_mean(F.pixel_unshuffle(x, 2), self.Co)                 # (B, Co, H/2, W/2)
+        return y + group_mean(F.pixel_unshuffle(x, 2), y.shape[1])              # (B, Co, H/2, W/2)
 
 
 class Up(nn.Module):
@@ -219,7 +211,6 @@ class Up(nn.Module):
 
     def __init__(self, Ci: int, Co: int) -> None:
         super().__init__()
-        self.Co = Co
         self.conv = nn.Conv2d(Ci, Co, 3, padding=1)
         # pixel (i, j) of the patch of channel c shows channel (4c + 2i + j) // n of the input: a patch has
         # one value, one for each row, or four
@@ -229,7 +220,7 @@ class Up(nn.Module):
         kernel = doubling_kernel(self.conv.weight)                              # (Ci, Co, 4, 4)
         y = F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)  # (B, Co, 2H, 2W)
         # both sides of the sum are views: no large tensor but y
-        shortcut = x.unflatten(1, (self.Co, *self.patch))                       # (B, Co, 1|2, 1|2, H, W)
+        shortcut = x.unflatten(1, (-1, *self.patch))                            # (B, Co, 1|2, 1|2, H, W)
         shortcut = shortcut.permute(0, 1, 4, 2, 5, 3)                           # (B, Co, H, 1|2, W, 1|2)
         y.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(shortcut)            # (B, Co, H, 2, W, 2)
         return y                                                                # (B, Co, 2H, 2W)
