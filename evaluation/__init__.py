@@ -10,7 +10,6 @@ Letters: B pictures, H W pixels.
 import csv
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -237,16 +236,9 @@ def load_judge(kind: type, source: str, device: torch.device) -> tuple[nn.Module
     return model.eval().to(device), f"{source} sha256:{fingerprint(model)[:16]}"
 
 
-def judge_files(dist: Dist, jobs: list[tuple[Path, dict, Callable[[], dict]]]) -> None:
-    """Write this process's share of a judge's files, and wait for the others'.
-
-    jobs  (file, what it is made of: the judge's name, digests ..., what asks the judge about its items)
-    """
-    for path, made_of, ask in tqdm(jobs[dist.rank::dist.world_size], disable=not dist.lead):
-        # a file that is there, and made of just the same, stays
-        if not path.is_file() or not made_of.items() <= read_json(path).items():
-            write_json(path, {**made_of, "items": ask()})
-    wait(dist)
+def is_judged(path: Path, made_of: dict) -> bool:
+    """Is a judge's file there, and made of just the same: the judge's name, digests of pictures ...?"""
+    return path.is_file() and made_of.items() <= read_json(path).items()
 
 
 def read_judged(path: Path) -> tuple[str, dict]:

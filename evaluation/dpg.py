@@ -14,7 +14,6 @@ takes the categories from the last picture of each prompt alone.
 """
 import re
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -22,11 +21,12 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
-from common import Dist, Refused, derive_seed, knob
-from evaluation import (DrawConfig, Job, draw_files, fetched, finish, judge_files, load_judge,
-                        mean_and_error, read_csv, read_judged, spread, start, table, title_of)
+from common import Dist, Refused, derive_seed, knob, write_json
+from evaluation import (DrawConfig, Job, draw_files, fetched, finish, is_judged, load_judge, mean_and_error,
+                        read_csv, read_judged, spread, start, table, title_of, wait)
 from pictures import read_picture
 
 QUESTIONS_URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -163,21 +163,21 @@ def main(argv: list[str] | None = None) -> dict:
 def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[Item]) -> None:
     """Answers about all grids, shared by the processes."""
     vqa = Answerer(cfg.vqa, dist.device)
-    jobs = []
-    for item in items:
+    for item in tqdm(items[dist.rank::dist.world_size], disable=not dist.lead):
         grid = folder / f"{item.name}.png"
+        path = Path(cfg.out) / "answers" / f"{item.name}.json"
         questions = {p.number: p.question for p in item.propositions}
         made_of = {"judge": vqa.name, "sha256": sha256(grid.read_bytes()).hexdigest(), "questions": questions}
-        ask = partial(ask_about, vqa, grid, item.name, questions)
-        jobs.append((Path(cfg.out) / "answers" / f"{item.name}.json", made_of, ask))
-    judge_files(dist, jobs)
+        if not is_judged(path, made_of):
+            write_json(path, {**made_of, "items": {item.name: ask_about(vqa, grid, questions)}})
+    wait(dist)
 
 
-def ask_about(vqa: Answerer, grid: Path, item: str, questions: dict[str, str]) -> dict[str, list[dict]]:
+def ask_about(vqa: Answerer, grid: Path, questions: dict[str, str]) -> list[dict[str, str]]:
     """The answers to an item's questions about each of the four pictures of its grid."""
     picture = read_picture(grid)
     side, odd = divmod(picture.width, 2)
     if picture.width != picture.height or odd:
         raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size} pixels")
     tiles = [picture.crop((x, y, x + side, y + side)) for y in (0, side) for x in (0, side)]
-    return {item: [dict(zip(questions, vqa(tile, list(questions.values())))) for tile in tiles]}
+    return [dict(zip(questions, vqa(tile, list(questions.values())))) for tile in tiles]

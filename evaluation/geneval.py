@@ -17,7 +17,6 @@ Letters: P padded, h w resized, H W picture, Q queries of the detector, B crops,
 import json
 import math
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -29,11 +28,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 from transformers import Mask2FormerForUniversalSegmentation
 
-from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines
-from evaluation import (DrawConfig, Job, draw_files, fetched, finish, judge_files, load_judge,
-                        mean_and_error, read_json, read_judged, spread, table, title_of, write_lines)
+from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines, write_json
+from evaluation import (DrawConfig, Job, draw_files, fetched, finish, is_judged, load_judge, mean_and_error,
+                        read_json, read_judged, spread, table, title_of, wait, write_lines)
 from model import weights_folder
 from pictures import read_picture
 from rewards import load_clip
@@ -328,13 +328,13 @@ def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Promp
     asked = {clause["class"] for prompt in prompts for clause in prompt.request["include"]}
     if not asked <= set(detector.classes):
         raise Refused(f"{cfg.detector} does not know {sorted(asked - set(detector.classes))[:3]}")
-    jobs = []
-    for prompt in prompts:
+    for prompt in tqdm(prompts[dist.rank::dist.world_size], disable=not dist.lead):
+        path = Path(cfg.out) / "detections" / f"{prompt.folder}.json"
         digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in prompt.samples}
         made_of = {"judge": detector.name, "clip": namer.name, "request": prompt.request, "sha256": digests}
-        ask = partial(look, detector, namer, folder, prompt)
-        jobs.append((Path(cfg.out) / "detections" / f"{prompt.folder}.json", made_of, ask))
-    judge_files(dist, jobs)
+        if not is_judged(path, made_of):
+            write_json(path, {**made_of, "items": look(detector, namer, folder, prompt)})
+    wait(dist)
 
 
 def look(detector: Detector, namer: ColorNamer, folder: Path, prompt: Prompt) -> dict[str, list[dict]]:
