@@ -296,14 +296,6 @@ SIDES = {"dit": run_dit, "dit-train": run_dit, "decode": run_decode, "sample": r
          "stage1": run_stage1, "stage3": run_stage3}
 
 
-def work(args: BenchConfig) -> None:
-    """What a worker does until its input ends."""
-    cut(args.preset, args.blocks, args.vlm_layers)
-    turn = Turns()
-    turn.wait()
-    SIDES[args.what](args, turn, is_peer=args.side in ("diffusers", "naive"))
-
-
 # ----------------------------------------------------------------------------- the sides take turns
 
 class Worker:
@@ -405,8 +397,12 @@ def window(args: BenchConfig) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> dict | list[dict]:
     args = parse(argv)
+    # a worker runs until its input ends
     if args.side:
-        return work(args)
+        cut(args.preset, args.blocks, args.vlm_layers)
+        turn = Turns()
+        turn.wait()
+        return SIDES[args.what](args, turn, is_peer=args.side in ("diffusers", "naive"))
     flags = sys.argv[1:] if argv is None else argv
     print(" ".join(flags), json.dumps(environment()), sep="\n", flush=True)
     return window(args) if args.what == "window" else compare(args, flags)
