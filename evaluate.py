@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
-from common import Dist, Refused, derive_seed, knob, run
+from common import Refused, derive_seed, knob, run
 from evaluation import (DrawConfig, HeldoutConfig, Job, ScoreConfig, ablate, dpg, draw, draw_files, finish,
                         heldout_prompts, layers, load, mean_and_error, report, spread, start, table,
                         title_of, understand, write_lines)
@@ -35,7 +36,7 @@ from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, task_sco
 from grpo import open_rewards, score_heldout
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
-from pictures import read_picture, save_sheet, to_tensor
+from pictures import read_picture, save_sheet
 from rewards import embed_images, load_clip
 
 
@@ -44,11 +45,8 @@ def geneval(argv: list[str] | None = None) -> dict:
     cfg, dist = start(GenevalConfig, argv, geneval.__doc__)
     if cfg.images or cfg.metadata or not PRESETS[cfg.preset].shapes_world:
         return full_geneval(cfg, dist)
-    return nano_geneval(cfg, dist)
 
-
-def nano_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
-    """Held-out prompts of the nano world through its exact judge. {} on all ranks but the first."""
+    # nano: its held-out prompts
     prompts, folder = world.benchmark_prompts(), Path(cfg.out)
     keys = [(i, j) for i in spread(cfg.limit, len(prompts)) for j in range(cfg.per_prompt)]
     jobs = [Job(folder / f"images/{i:05}/samples/{j:05}.png", prompts[i].text,

@@ -4,21 +4,20 @@ of rewards, the table of what has changed.
 B pictures, H W pixels.
 """
 import io
+import itertools
 import math
 import textwrap
 import warnings
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from common import Refused, atomic
 
-matplotlib.use("Agg")
 MAX_PIXELS = 80_000_000
 # PIL reads other formats too, some of them by starting programs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
@@ -32,14 +31,10 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # ----------------------------------------------------------------------------- reading
 
-class BadPicture(Refused):
-    """Why a picture cannot be used."""
-
-
 def read_picture(source: str | Path | bytes) -> Image.Image:
     """A picture as people see it: upright 8-bit RGB, white where it is transparent, the first frame of a GIF.
 
-    source: the path of a file, or its bytes. Raises BadPicture.
+    source: the path of a file, or its bytes. Raises Refused.
     """
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -51,7 +46,7 @@ def read_picture(source: str | Path | bytes) -> Image.Image:
     # a decoder promises nothing about what it raises
     except Exception as error:
         reason = str(error) or type(error).__name__
-    raise BadPicture(reason if isinstance(source, bytes) else f"{source}: {reason}")
+    raise Refused(reason if isinstance(source, bytes) else f"{source}: {reason}")
 
 
 def decode(data: bytes) -> Image.Image:
@@ -77,45 +72,42 @@ def decode(data: bytes) -> Image.Image:
     return picture.convert("RGB")
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) fp32 in [0, 1]."""
-    pixels = torch.from_numpy(np.array(picture))                                        # (H, W, 3)
-    return pixels.permute(2, 0, 1).float() / 255                                        # (3, H, W)
-
-
 # ----------------------------------------------------------------------------- writing
+
+def panels(columns: int, width: float = 4, height: float = 3.2, rows: int = 1) -> tuple[Figure, list]:
+    """A figure of rows x columns panels, so many inches each, and its axes."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=120)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
 
 def save_sheet(path: str | Path, images: Tensor, columns: int, captions: list[str] | None = None,
                titles: list[str] | None = None) -> None:
     """A white sheet of images (B, 3, H, W) in [0, 1]: a caption under each, a title left of each row."""
     rows = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False,
-                                layout="constrained")
-    for i, axis in enumerate(axes.flat):
+    figure, axes = panels(columns, 1.3, 1.6, rows)
+    for i, axis in enumerate(axes):
         axis.axis("off")
         if i < len(images):
             pixels = images[i].float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()       # (H, W, 3)
             axis.imshow(pixels, interpolation="nearest")
             caption = textwrap.fill(captions[i], 20) if captions else ""
             axis.text(0.5, -0.04, caption, transform=axis.transAxes, fontsize=7, ha="center", va="top")
-    for axis, title in zip(axes[:, 0], titles or []):
+    for axis, title in zip(axes[::columns], titles or []):
         axis.text(-0.08, 0.5, title, transform=axis.transAxes, rotation=90, fontsize=9, ha="right",
                   va="center")
     save_figure(path, figure)
 
 
-def save_figure(path: str | Path, figure: plt.Figure) -> None:
+def save_figure(path: str | Path, figure: Figure) -> None:
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+        figure.savefig(temporary, format="png")
 
 
 def smoothed(values: list[float], rate: float = 0.1) -> list[float]:
     """Exponential moving average, as in the paper's supplement, section 3."""
-    averages: list[float] = []
-    for value in values:
-        averages.append(value if not averages else (1 - rate) * averages[-1] + rate * value)
-    return averages
+    def step(average: float, value: float) -> float:
+        return (1 - rate) * average + rate * value
+    return list(itertools.accumulate(values, step))
 
 
 def plot_rewards(path: str | Path, records: list[dict]) -> None:
@@ -124,9 +116,8 @@ def plot_rewards(path: str | Path, records: list[dict]) -> None:
     names = list(dict.fromkeys(record["phase"] for record in records))
     looks = [record for record in records if f"heldout/{names[0]}" in record]
     records = [record for record in records if record["epoch"] > 0]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False,
-                                layout="constrained")
-    for axis, name in zip(axes[0], names):
+    figure, axes = panels(len(names), height=3)
+    for axis, name in zip(axes, names):
         scored = [record for record in records if record[f"reward/{name}"] is not None]
         epochs = [record["epoch"] for record in scored]
         values = [record[f"reward/{name}"] for record in scored]

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 from common import Refused, atomic, derive_seed, knob, parse_config, precision, run
 from data import read_prompts
 from model import PRESETS, ParaUni
-from pictures import read_picture, save_sheet, to_tensor
+from pictures import read_picture, save_sheet
 
 BATCH = 16                                                  # pictures drawn at a time
 

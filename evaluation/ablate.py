@@ -29,11 +29,12 @@ import train
 from common import Refused, derive_seed, generator, knob, parse_config, resolve, setup_dist, write_json
 from dit import flow_matching_loss, randn
 from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, table, write_csv
-from evaluation.claims import claim, panels
+from evaluation.claims import claim
 from evaluation.layers import draw_all, draw_curves, stage3_log, without_region
 from ldam import REGIONS
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
+from pictures import panels
 from rewards import build_reward
 
 REWARDS = ("clip", "pickscore", "aesthetic")

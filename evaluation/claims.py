@@ -1,6 +1,5 @@
 """A sentence of the paper and what was measured of it; the figures of `layers`, `ablate` and `report`."""
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from evaluation import mean_and_error
 from pictures import smoothed
@@ -28,12 +27,6 @@ def claim(text: str, measure: str, values: list[float], over: str) -> dict:
         verdict = "supported" if estimate > 0 else "contradicted"
     return {"claim": text, "verdict": verdict, "measure": measure, "estimate": estimate,
             "standard error": error, "n": n, "over": over}
-
-
-def panels(columns: int, width: float = 4, height: float = 3.2, rows: int = 1) -> tuple[Figure, list]:
-    """A figure of rows x columns panels, so many inches each, and its axes."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=120)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def draw_curve(axis: Axes, log: list[dict], key: str, color: str, label: str) -> None:

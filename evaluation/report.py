@@ -15,8 +15,8 @@ from pathlib import Path
 
 from common import Refused, atomic, knob, parse_config, read_log
 from evaluation import read_json
-from evaluation.claims import COLORS, draw_curve, panels
-from pictures import read_picture
+from evaluation.claims import COLORS, draw_curve
+from pictures import panels, read_picture
 
 MAX_WIDTH = 1600                # pixels; wider pictures are made smaller
 # the numbers in a log that are drawn, in this order

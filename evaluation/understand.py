@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from common import Refused, fingerprint, knob, precision, read_lines
@@ -34,7 +35,7 @@ from evaluation import (EvalConfig, finish, load, mean_and_error, read_csv, same
                         table, write_lines)
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
-from pictures import BadPicture, read_picture, to_tensor
+from pictures import read_picture
 
 
 # ----------------------------------------------------------------------------- questions
@@ -236,7 +237,7 @@ def tile(question: Question, folder: str, model: ParaUni) -> Tensor:
         return image
     try:
         picture = read_picture(Path(folder) / image if isinstance(image, Path) else image)
-    except BadPicture as error:
+    except Refused as error:
         raise Refused(f"question {question.name}: {error}") from error
     side = model.preset.vlm.vision_config.image_size[0]
     return to_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))
