@@ -44,8 +44,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: OpOverload, types: tuple, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # what was there before is not counted, nor what shares its storage: views, results in place
-        for storage in storages((args, kwargs)):
-            self.known.add(storage)
+        self.known.update(storages((args, kwargs)))
         out = func(*args, **kwargs)
         if func.overloadpacket in FORMULAS:
             self.flops += FORMULAS[func.overloadpacket](*args, **kwargs, out_val=out)
