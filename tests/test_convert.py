@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
 from common import Refused, fingerprint
-from helpers import TINY, save_parts, tiny_model
+from helpers import TINY, tiny_model
 from model import PRESETS, PROMPT, UNCONDITIONAL, ParaUni, byte_tokenizer
 from tools import convert
 
@@ -26,31 +26,17 @@ LARGE = replace(TINY, name="l-1024", shapes_world=False)
 OPENUNI = replace(LARGE, name="openuni-l-1024", lim=replace(TINY.lim, norm=False), layers=(TINY.vlm_layers,))
 
 
-@pytest.fixture(scope="module")
-def tiny() -> ParaUni:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def published(tiny: ParaUni, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repositories of l-1024, of the size of the tiny model."""
-    folder = tmp_path_factory.mktemp("published")
-    save_parts(tiny, folder)
-    (folder / SANA).mkdir()
-    (folder / "transformer").rename(folder / SANA / "transformer")
-    (folder / "vae").rename(folder / DC_AE)
-    (folder / "vlm").rename(folder / VLM)
-    (folder / VLM / "chat_template.jinja").write_text("a template")
-    (folder / "openuni").mkdir()
-    return folder
-
-
 @pytest.fixture
-def source(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to damage, and presets of its size."""
+def source(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repositories of l-1024, of the size of the tiny model, to damage; and presets of that size."""
     monkeypatch.setitem(PRESETS, "l-1024", LARGE)
     monkeypatch.setitem(PRESETS, "openuni-l-1024", OPENUNI)
-    return shutil.copytree(published, tmp_path / "source")
+    source = tmp_path / "source"
+    for part, place in (("vlm", VLM), ("transformer", f"{SANA}/transformer"), ("vae", DC_AE)):
+        shutil.copytree(tiny_weights / part, source / place)
+    (source / VLM / "chat_template.jinja").write_text("a template")
+    (source / "openuni").mkdir()
+    return source
 
 
 def run(source: Path, name: str = "l-1024") -> Path:
@@ -65,22 +51,23 @@ def rewrite(path: Path, change: Callable[[str, Tensor], tuple[str, Tensor]]) -> 
     save_file(tensors, path, {"format": "pt"})
 
 
-def shard(path: Path, stem: str, num: int = 3) -> None:
-    """Split a file as diffusers and transformers do."""
-    tensors = load_file(path)
-    names = [f"{stem}-{i + 1:05}-of-{num:05}.safetensors" for i in range(num)]
-    for i, name in enumerate(names):
-        save_file({key: tensors[key] for key in list(tensors)[i::num]}, path.parent / name, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {key: names[i % num] for i, key in enumerate(tensors)}}
-    (path.parent / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+def shard(path: Path) -> None:
+    """Split a file in three, as diffusers and transformers do."""
+    tensors, places = load_file(path), {}
+    for i in range(3):
+        part = path.with_name(f"{path.stem}-{i + 1:05}-of-00003.safetensors")
+        names = list(tensors)[i::3]
+        save_file({name: tensors[name] for name in names}, part, {"format": "pt"})
+        places |= dict.fromkeys(names, part.name)
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     path.unlink()
 
 
 # ----------------------------------------------------------------------------- a preset's folder
 
-def test_a_preset_loads_bit_for_bit(source: Path, tiny: ParaUni) -> None:
+def test_a_preset_loads_bit_for_bit(source: Path) -> None:
     out = run(source)
-    model = ParaUni.from_preset("l-1024", out)
+    model, tiny = ParaUni.from_preset("l-1024", out), tiny_model()
     for part in ("vlm", "dit", "vae"):
         assert fingerprint(getattr(model, part)) == fingerprint(getattr(tiny, part))
     assert model.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
@@ -88,9 +75,10 @@ def test_a_preset_loads_bit_for_bit(source: Path, tiny: ParaUni) -> None:
     assert sorted(path.name for path in out.parent.iterdir()) == ["l-1024"]
 
 
-def test_shards_are_put_together_and_the_index_wins(source: Path, tiny: ParaUni) -> None:
-    shard(source / DIT_FILE, "diffusion_pytorch_model")
-    shard(source / VLM / "model.safetensors", "model")
+def test_shards_are_put_together_and_the_index_wins(source: Path) -> None:
+    tiny = tiny_model()
+    shard(source / DIT_FILE)
+    shard(source / VLM / "model.safetensors")
     # as in a published repository: beside the shards a single file in half precision, which is not read
     save_file({name: p.half() for name, p in tiny.dit.state_dict().items()}, source / DIT_FILE)
     model = ParaUni.from_preset("l-1024", run(source))
@@ -110,20 +98,16 @@ def test_the_vlm_computes_what_the_published_one_does(source: Path, tied: bool |
             part["tie_word_embeddings"] = True
     path.write_text(json.dumps(config))
     if tied:
-        (source / VLM / "model.safetensors").unlink()
         theirs.save_pretrained(source / "today", save_original_format=False)
-        shutil.copy(source / "today" / "model.safetensors", source / VLM)
+        (source / "today" / "model.safetensors").replace(source / VLM / "model.safetensors")
     ours = InternVLForConditionalGeneration.from_pretrained(run(source) / "vlm")
-    ids = torch.tensor([[5] * TINY.vlm.image_seq_length + [7, 8, 9, 10, 11]])
-    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": torch.tensor([[5] * TINY.vlm.image_seq_length + [7, 8, 9, 10, 11]]),
+              "pixel_values": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
     with torch.no_grad():
-        want = theirs(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
-        got = ours(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
+        want, got = (vlm(**inputs, output_hidden_states=True) for vlm in (theirs, ours))
     assert torch.equal(got.logits, want.logits)
     assert all(torch.equal(a, b) for a, b in zip(got.hidden_states, want.hidden_states, strict=True))
-    assert not torch.equal(ours.lm_head.weight, ours.get_input_embeddings().weight)
-    written = json.loads((source.parent / "out" / "l-1024" / "vlm" / "config.json").read_text())
-    assert written["tie_word_embeddings"] is False
+    assert ours.config.tie_word_embeddings is False
 
 
 def test_numbers_keep_their_dtype(source: Path) -> None:
@@ -133,14 +117,8 @@ def test_numbers_keep_their_dtype(source: Path) -> None:
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
 
 
-def edit(*keys: str, value: object) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        config = part = json.loads(path.read_text())
-        for key in keys[:-1]:
-            part = part[key]
-        part[keys[-1]] = value
-        path.write_text(json.dumps(config))
-    return change
+def edit(old: str, new: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
 def rename(old: str, new: str) -> Callable[[Path], None]:
@@ -149,10 +127,9 @@ def rename(old: str, new: str) -> Callable[[Path], None]:
 
 def outside_shard(path: Path) -> None:
     """A shard that is there, but in another folder."""
-    shard(path, "diffusion_pytorch_model")
-    index = path.parent / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(index.read_text().replace("diffusion_pytorch_model-00001", "../x-00001"))
-    first = path.parent / "diffusion_pytorch_model-00001-of-00003.safetensors"
+    shard(path)
+    edit("diffusion_pytorch_model-00001", "../x-00001")(path.with_name(f"{path.name}.index.json"))
+    first = path.with_name("diffusion_pytorch_model-00001-of-00003.safetensors")
     first.rename(path.parent.parent / "x-00001-of-00003.safetensors")
 
 
@@ -166,8 +143,8 @@ def first_row(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     (DIT_FILE, rename("to_q", "query"), "6 tensors are missing .*6 unknown"),
     (DIT_FILE, lambda path: rewrite(path, first_row), "1 misshaped .*proj_out.bias"),
     (DIT_FILE, lambda path: rewrite(path, lambda name, t: (name, t.to(torch.int8))), "quantised"),
-    (f"{SANA}/transformer/config.json", edit("num_layers", value=3), "of another preset"),
-    (f"{VLM}/config.json", edit("text_config", "rope_parameters", "rope_theta", value=9.), "rope_theta is 9"),
+    (f"{SANA}/transformer/config.json", edit('"num_layers": 2', '"num_layers": 3'), "of another preset"),
+    (f"{VLM}/config.json", edit('"rope_theta": 1', '"rope_theta": 9'), "rope_theta is 9"),
     (f"{VLM}/model.safetensors", rename("fc1", "up"), "unexpected_keys"),
     (f"{VLM}/model.safetensors", lambda path: rewrite(path, first_row), "mismatched"),
     (f"{VLM}/tokenizer.json", lambda path: byte_tokenizer().save_pretrained(path.parent), "151667, not 5"),
@@ -175,12 +152,12 @@ def first_row(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 def test_bad_files_are_refused_and_leave_nothing(source: Path, name: str, damage: Callable,
                                                  sentence: str) -> None:
     damage(source / name)
-    with pytest.raises(Refused, match=sentence) as error:
+    with pytest.raises(Refused, match=sentence):
         run(source)
-    assert "\n" not in str(error.value) and list((source.parent / "out").iterdir()) == []
+    assert list((source.parent / "out").iterdir()) == []
 
 
-def test_a_folder_appears_whole_or_not_at_all(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_appears_whole_or_not_at_all(source: Path) -> None:
     # what a killed conversion left is not gone on with
     left = source.parent / "out" / ".l-1024.partial" / "vlm"
     left.mkdir(parents=True)
@@ -205,7 +182,8 @@ def openuni_state(model: ParaUni, fine_tuned: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("fine_tuned", [False, True])
 def test_openuni_paints_with_its_own_weights_and_the_last_layer_alone(
-        source: Path, tiny: ParaUni, fine_tuned: bool) -> None:
+        source: Path, fine_tuned: bool) -> None:
+    tiny = tiny_model()
     state = openuni_state(tiny, fine_tuned)
     torch.save(state | {"vae.x": torch.zeros(1)}, source / OPENUNI_FILE)
     out = run(source, "openuni-l-1024")
@@ -236,14 +214,12 @@ class Evil:
     (lambda s, p: p.write_bytes(pickle.dumps(Evil(p.parent / "ran"))), "could run code"),
     (lambda s, p: torch.save({"state_dict": s}, p), "flat dict of tensors"),
     (lambda s, p: torch.save(s | {"transformer.proj_out.bias": torch.zeros(8)}, p), "missing .*dit.caption")])
-def test_bad_openuni_files_are_refused(source: Path, tiny: ParaUni, make: Callable, sentence: str) -> None:
-    make(openuni_state(tiny, fine_tuned=False), source / OPENUNI_FILE)
+def test_bad_openuni_files_are_refused(source: Path, make: Callable, sentence: str) -> None:
+    make(openuni_state(tiny_model(), fine_tuned=False), source / OPENUNI_FILE)
     with pytest.raises(Refused, match=sentence):
         run(source, "openuni-l-1024")
     assert not (source / "openuni" / "ran").exists()
 
-
-# ----------------------------------------------------------------------------- the hub
 
 def test_fetching_pinned_revisions_and_no_more_than_needed(
         source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -268,13 +244,11 @@ def test_fetching_pinned_revisions_and_no_more_than_needed(
     assert not any((tmp_path / "downloads" / SANA / file).exists() for file in junk)
 
 
-# ----------------------------------------------------------------------------- words
-
 TEMPLATE = [151644, 872, 198, 31115, 458, 2168]             # <|im_start|> user \n Generate an image
 TAIL = [151645, 198, 151644, 77091, 198, 151665]            # <|im_end|> \n <|im_start|> assistant \n <img>
 
 
-def test_templates_through_the_real_tokenizer(request: pytest.FixtureRequest, tiny: ParaUni) -> None:
+def test_templates_through_the_real_tokenizer(request: pytest.FixtureRequest) -> None:
     folder = request.config.getoption("--qwen")
     if not folder:
         pytest.skip("InternVL's words: pytest --qwen FOLDER (InternVL3's vlm/, or Qwen2.5's tokenizer)")
@@ -284,20 +258,16 @@ def test_templates_through_the_real_tokenizer(request: pytest.FixtureRequest, ti
                               "<box>", "</box>"], special_tokens=True)
     assert len(tokenizer) == preset.vlm.text_config.vocab_size and tokenizer.pad_token_id == 151643
     assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == preset.vlm.image_token_id
-    model = ParaUni(TINY, tiny.vlm, tokenizer)
+    model = ParaUni(TINY, tiny_model().vlm, tokenizer)
     model.preset = preset                                   # words of the large model, on a small one
     ids, _ = model.tokenize([PROMPT.format(prompt="a cat")])
     assert ids[0].tolist() == [*TEMPLATE, 25, 264, 8251, *TAIL]
     ids, _ = model.tokenize([UNCONDITIONAL.format(image=model.image_text())])
     picture = [151665, *[151667] * 256, 151666, 198]
     assert ids[0].tolist() == [*TEMPLATE[:3], *picture, *TEMPLATE[3:], 13, *TAIL]
-    long, _ = model.tokenize([PROMPT.format(prompt="word " * 300)], preset.train_tokens)
-    assert long.shape == (1, 128) and long[0, -1] == 3409   # the closing marks are cut off, as published
 
 
 def test_random_weights_read_bytes_with_the_published_marks() -> None:
     tokenizer, text = byte_tokenizer(), PROMPT.format(prompt="a 猫")
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert (ids[0], ids[-1], ids.count(151644), ids.count(151645)) == (151644, 151665, 2, 1)
-    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id is None
-    assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == PRESETS["b-512"].vlm.image_token_id
+    assert (ids[0], ids[-1], ids.count(151645)) == (151644, 151665, 1) and tokenizer.decode(ids) == text
