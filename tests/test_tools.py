@@ -37,26 +37,21 @@ def learner() -> ParaUni:
     return model
 
 
-# ----------------------------------------------------------------------------- the work of an epoch
-
-def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Callable[[], None]:
-    """Rollout and update of an epoch of stage III; with gamma, one in which LDAM has fired."""
+def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Meter:
+    """Of rollout and update of an epoch of stage III; with gamma, one in which LDAM has fired."""
     keys = [(group, member) for group in range(2) for member in range(cfg.group_size)]
     perturbation = None if gamma is None else Perturbation(gamma, [2, 3], keys)
-    steps = stochastic_steps(cfg.num_steps, 0, 0)
-
-    def run() -> None:
+    with Meter() as meter:
         prefix = model.encode_prefix([*PROMPTS, None])
-        rolled = rollout(model, model, prefix, keys, perturbation, steps, cfg)
+        rolled = rollout(model, model, prefix, keys, perturbation, stochastic_steps(cfg.num_steps, 0, 0), cfg)
         accumulate_gradient(model, prefix, rolled, torch.ones(len(keys)), perturbation, cfg, first=True)
-    return run
+    return meter
 
 
 def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
     cfg, model = replace(CFG, group_size=4, micro_batch=4), learner()
     peer, prompts = naive.peer_of(model), [prompt for prompt in PROMPTS for _ in range(4)]
-    with Meter() as ours:
-        epoch(model, cfg, None)()
+    ours = epoch(model, cfg, None)
     with Meter() as theirs:
         latents, log_probs = naive.rollout(peer, prompts, [generator(i) for i in range(8)], cfg)
         naive.accumulate_gradient(peer, peer, prompts, latents, log_probs, torch.ones(8), cfg)
@@ -68,17 +63,12 @@ def test_where_ldam_has_fired_an_epoch_takes_little_more_memory_however_many_pic
     for p in model.trainable(3).values():
         p.grad = torch.zeros_like(p)
     for group_size in (4, 16):
-        cfg, peaks = replace(CFG, group_size=group_size, micro_batch=4, num_steps=2), []
-        for gamma in (None, 0.5):
-            with Meter() as meter:
-                epoch(model, cfg, gamma)()
-            peaks.append(meter.peak)
+        cfg = replace(CFG, group_size=group_size, micro_batch=4, num_steps=2)
+        peaks = [epoch(model, cfg, gamma).peak for gamma in (None, 0.5)]
         assert peaks[0] < peaks[1] < 1.05 * peaks[0]
         more.append(peaks[1] - peaks[0])
     assert more[0] == more[1]
 
-
-# ----------------------------------------------------------------------------- counting
 
 def test_bytes_are_counted_from_the_making_of_a_tensor_to_its_end() -> None:
     before = torch.zeros(1000, 1000)
@@ -109,8 +99,6 @@ def test_flops_are_two_for_a_multiplication_and_an_addition() -> None:
     assert attention.flops == 2 * 2 * 2 * 3 * 16 * 16 * 8
 
 
-# ----------------------------------------------------------------------------- plan.py
-
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_fake_tensors_say_real_ones_do(stage: int) -> None:
     def costs() -> list[plan.Cost]:
@@ -138,8 +126,6 @@ def test_what_fits_is_what_the_sums_say() -> None:
     assert (plan.fits(p, 24, 8), plan.fits(p, 24, 1), plan.fits(p, 40, 8)) == ("3 `--fsdp`", "no", "3")
 
 
-# ----------------------------------------------------------------------------- bench.py
-
 @pytest.mark.parametrize("is_peer", [False, True])
 @pytest.mark.parametrize("what", bench.SIDES)
 def test_every_side_makes_one_run_after_another(what: str, is_peer: bool, tiny_preset: None) -> None:
@@ -164,8 +150,6 @@ def test_sides_take_turns_and_the_first_run_does_not_count() -> None:
     assert " ".join(order) == "ar br br ar ar br bc ac"
     assert reports == {"a": [{"n": 4}, {"n": 5}, {"n": 8}], "b": [{"n": 3}, {"n": 6}, {"n": 7}]}
 
-
-# ----------------------------------------------------------------------------- gpu_check.py
 
 def test_the_check_of_a_gpu_runs_at_toy_size_whatever_becomes_of_a_part(tmp_path: Path) -> None:
     parts = [*gpu_check.TOY_PARTS, "absent"]
