@@ -23,12 +23,8 @@ from tools import convert
 
 T = 32                                                      # the tiny tower's picture size
 SHAPES = [(512, 600), (600, 512), (511, 389), (100, 171), (40, 33), (T, 71), (71, T), (T, T)]   # W, H
+PHOTO = Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
 PROMPTS = ["a red heart", "two stars, it's night", "a red heart", "word " * 100]
-
-
-def photo() -> Image.Image:
-    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    return Image.open(path).convert("RGB")                  # 512 x 600
 
 
 def to_tensor(*pictures: Image.Image) -> Tensor:
@@ -78,7 +74,6 @@ def hf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp(request.param)
     for name in ("clip-vit-large-patch14", "PickScore_v1"):
         model.save_pretrained(folder / name)
-        hf_processor(T).save_pretrained(folder / name)
     # constants that OpenAI's file has and that are no weights
     path = folder / "clip-vit-large-patch14" / "model.safetensors"
     state = load_file(path) | {"text_model.embeddings.position_ids": torch.arange(77)[None],
@@ -92,13 +87,11 @@ def hf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     return model, folder / "rewards"
 
 
-# ----------------------------------------------------------------------------- pictures
-
 @pytest.mark.parametrize("size", [T, 224])
 def test_pictures_like_the_hf_processor(size: int) -> None:
     """PIL computes in fixed point: one grey level at a tie of rounding is all that may differ."""
     for shape in SHAPES:
-        picture = photo().resize(shape)
+        picture = PHOTO.resize(shape)
         theirs = hf_processor(size)(picture, return_tensors="pt")["pixel_values"]
         ours = preprocess(to_tensor(picture), size, like_pil=True)
         levels = ((ours - theirs) * torch.tensor(rewards.STD).view(3, 1, 1) * 255).abs()
@@ -107,13 +100,11 @@ def test_pictures_like_the_hf_processor(size: int) -> None:
 
 def test_pictures_like_torchvision() -> None:
     for shape in SHAPES:
-        images = to_tensor(photo().resize(shape))
+        images = to_tensor(PHOTO.resize(shape))
         torch.testing.assert_close(preprocess(images, T), torchvision_pixels(images), atol=1e-6, rtol=0)
     # the last has the tower's size: it is not resized at all
     assert torch.equal(preprocess(images, T, (0.0,) * 3, (1.0,) * 3), images)
 
-
-# ----------------------------------------------------------------------------- scores
 
 @pytest.mark.parametrize("name, divisor", [("clip", 30), ("pickscore", 26)])
 def test_scores_match_transformers(hf: tuple[CLIPModel, Path], hf_tokenizer: CLIPTokenizer, name: str,
@@ -122,7 +113,7 @@ def test_scores_match_transformers(hf: tuple[CLIPModel, Path], hf_tokenizer: CLI
     reward = build_reward(name, "cpu", folder)
     texts = hf_tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     for shape in [(T, T), (512, 600)]:
-        pictures = [photo().rotate(angle).resize(shape) for angle in (0, 90, 120, 180)]
+        pictures = [PHOTO.rotate(angle).resize(shape) for angle in (0, 90, 120, 180)]
         images = to_tensor(*pictures)
         pixels = (torchvision_pixels(images) if name == "clip" else
                   hf_processor(T)(pictures, return_tensors="pt")["pixel_values"])           # (4, 3, T, T)
@@ -142,7 +133,7 @@ def test_aesthetic_score_matches_transformers(hf: tuple[CLIPModel, Path], tmp_pa
     (tmp_path / "clip").symlink_to(folder / "clip")
     (tmp_path / "aesthetic").mkdir()
     save_file(head.state_dict(), tmp_path / "aesthetic" / "aesthetic.safetensors")
-    pictures = [photo().resize((T, T)), photo().rotate(90).resize((T, T))]
+    pictures = [PHOTO.resize((T, T)), PHOTO.rotate(90).resize((T, T))]
     with torch.no_grad():
         features = model.get_image_features(**hf_processor(T)(pictures, return_tensors="pt")).pooler_output
         expected = head(features / features.norm(dim=-1, keepdim=True))                     # (B,)
