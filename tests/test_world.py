@@ -5,14 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.random import default_rng
 
 from model import PROMPT, UNCONDITIONAL
 from nano import world
 from nano.world import COLORS, NUMBERS, RELATIONS, SHAPES, SIZE, TASKS, Found, Prompt, Scene, Thing
-
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 def verdict(things: list[Thing], text: str) -> bool:
@@ -28,7 +25,7 @@ def benchmark() -> list[Prompt]:
 @pytest.mark.parametrize("wrong", [False, True])
 def test_judge_tells_right_from_wrong_scenes_in_every_task(wrong: bool, benchmark: list[Prompt]) -> None:
     """Scenes drawn for the test prompts, or for those with one point changed; through 8 bits and noise."""
-    draw = rng(1)
+    draw = default_rng(1)
     scenes = [world.scene_for(draw, world.corrupt(draw, p) if wrong else p) for p in benchmark]
     images = world.render(scenes)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -106,7 +103,7 @@ def test_task_scores_are_means_of_tasks() -> None:
 
 
 def test_things_never_overlap_nor_leave_the_picture() -> None:
-    draw = rng(3)
+    draw = default_rng(3)
     scenes = [world.sample_scene(draw, 0.4) for _ in range(1000)]
     cover, border = torch.zeros(len(scenes), SIZE, SIZE), torch.ones(SIZE, SIZE, dtype=torch.bool)
     border[1:-1, 1:-1] = False
@@ -142,7 +139,7 @@ def brute_fulfils(scene: Scene, prompt: Prompt) -> bool:
 
 
 def test_prompts_of_a_scene_are_fulfilled_by_it() -> None:
-    draw, tasks, misjudged = rng(4), set(), 0
+    draw, tasks, misjudged = default_rng(4), set(), 0
     scenes = [world.sample_scene(draw) for _ in range(400)]
     for scene, found in zip(scenes, world.detect(world.render(scenes))):
         prompts = world.prompts_of(scene, world.pick(draw, world.WORDINGS))
@@ -155,7 +152,7 @@ def test_prompts_of_a_scene_are_fulfilled_by_it() -> None:
 
 
 def test_scene_for_shows_just_what_is_asked_and_corrupt_does_not(benchmark: list[Prompt]) -> None:
-    draw, ways = rng(5), set()
+    draw, ways = default_rng(5), set()
     for prompt in benchmark:
         scene, wrong = world.scene_for(draw, prompt), world.corrupt(draw, prompt)
         assert brute_fulfils(scene, prompt) and not brute_fulfils(scene, wrong)
@@ -229,7 +226,7 @@ def brute_answer(question: str, scene: Scene) -> str:
 
 
 def test_answers_are_right_and_yes_and_no_in_balance() -> None:
-    draw, yes, kinds = rng(9), {"is there": [], "is the": []}, set()
+    draw, yes, kinds = default_rng(9), {"is there": [], "is the": []}, set()
     for _ in range(2500):
         scene = world.sample_scene(draw, 0.3)
         for question, answer in world.questions(draw, scene):
@@ -243,7 +240,7 @@ def test_answers_are_right_and_yes_and_no_in_balance() -> None:
 
 def test_every_word_is_in_the_vocabulary() -> None:
     texts = [*world.every_prompt(), *world.WORDINGS]
-    draw = rng(10)
+    draw = default_rng(10)
     for _ in range(500):
         texts += [text for pair in world.questions(draw, world.sample_scene(draw, 0.3)) for text in pair]
     texts += [re.sub(r"<\S+?>|{\w+}", " ", template) for template in (PROMPT, UNCONDITIONAL)]
