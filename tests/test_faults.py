@@ -1,7 +1,7 @@
 """What happens to a run: killed, preempted, numbers that are not finite, more or fewer ranks. Real processes.
 
-By default each stage is killed once on one rank and once on two, on a tiny model. 20 kills on nano:
-    PARAUNI_KILLS=20 PARAUNI_PRESET=nano pytest tests/test_faults.py -s -k killed
+By default each stage is killed once on one rank and once on two, on a tiny model. Four times each on nano:
+    PARAUNI_KILLS=4 PARAUNI_PRESET=nano pytest tests/test_faults.py -s -k killed
 """
 import functools
 import math
@@ -30,13 +30,10 @@ from helpers import NANO_WEIGHTS, TINY, assert_equal, assert_same_run, log_of, n
 from model import PRESETS, ParaUni
 from train import TrainConfig, batch_loss
 
-KILLS = int(os.environ.get("PARAUNI_KILLS", "6"))
+KILLS = int(os.environ.get("PARAUNI_KILLS", "1"))
 NANO = os.environ.get("PARAUNI_PRESET") == "nano"
-CASES = [(stage, ranks) for stage in (1, 2, 3) for ranks in (1, 2)]
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 
-
-# ----------------------------------------------------------------------------- processes
 
 FORKS = multiprocessing.get_context("forkserver")
 
@@ -120,20 +117,20 @@ def whole(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 # ----------------------------------------------------------------------------- killed, preempted
 
-@pytest.mark.parametrize("stage, ranks", CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(stage: int, ranks: int, whole: Callable,
                                                          tiny_weights: Path, tmp_path: Path) -> None:
     run_dir, seconds = whole(stage, ranks)
     again = flags(stage, tiny_weights, tmp_path / "run", "--keep", "9", "--resume", "auto")
-    kills = KILLS // len(CASES) + (CASES.index((stage, ranks)) < KILLS % len(CASES))
     chance, done = random.Random(f"{stage} {ranks}"), 0
-    while done < kills:
+    while done < KILLS:
         moment = chance.uniform(0.1, 1) * seconds
         end = time.monotonic() + moment
         ended = launch(again, ranks, until=lambda: time.monotonic() > end)      # noqa: B023
         done += -signal.SIGKILL in ended.codes
         print(f"stage {stage}, {ranks} ranks: {done} killed, after {moment:.1f} s of {seconds:.1f}")
-        if ended.codes == [0] * ranks and done < kills:
+        if ended.codes == [0] * ranks and done < KILLS:
             # it was faster than the undisturbed one: once more from the start
             seconds = ended.seconds
             shutil.rmtree(tmp_path / "run")
@@ -211,7 +208,7 @@ def test_too_many_in_a_row_stop_the_run(tiny_weights: Path, tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "batch_loss", lambda cfg, model, data, step, items: (
         batch_loss(cfg, model, data, step, items) * (math.nan if step >= 1 else 1)))
-    with pytest.raises(Refused, match="3 steps in a row were skipped up to step 4.*--lr"):
+    with pytest.raises(Refused, match="3 steps in a row"):
         train.main(flags(2, tiny_weights, tmp_path / "run", "--max-skipped", "3"))
     state = newest(tmp_path / "run")
     assert state["skipped"] == 3 and all(tensor.isfinite().all() for tensor in state["trained"].values())
