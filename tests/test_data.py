@@ -182,7 +182,7 @@ def test_item_n_is_a_function_of_seed_and_n(tmp_path: Path) -> None:
     assert captions_of((folder,), 40, seed=1) != whole
 
 
-@pytest.mark.parametrize("counts", [[[1]], [[2], [1]], [[3, 0, 5], [1, 2]], [[64]]])
+@pytest.mark.parametrize("counts", [[[1]], [[3, 0, 5], [1, 2]], [[64]]])
 def test_every_sample_comes_once_an_epoch(counts: list[list[int]], tmp_path: Path) -> None:
     folders = tuple(write(tmp_path / f"{k}", shards) for k, shards in enumerate(counts))
     total = sum(map(sum, counts))

@@ -110,7 +110,7 @@ def test_it_draws_asks_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(dpg, "Answerer", lambda *args: FakeAnswerer())
     result = score(tmp_path)
     light = {name: [derive_seed(0, "dpg", name, k) % 200 > 100 for k in range(4)] for name in ("a1", "b_2")}
-    assert result["score"] == pytest.approx(100 * np.mean([np.mean(light["a1"]), np.mean(light["b_2"])]))
+    assert result["score"] == pytest.approx(100 * np.mean(list(light.values())))
     assert FakeAnswerer.asked == [2] * 4 + [1] * 4 and result["judge"] == "fake" and not result["benchmark"]
     assert result["name"].endswith("not the benchmark: 2 prompts of 1065; the judge is not mPLUG-large")
     (tmp_path / "answers/b_2.json").unlink()

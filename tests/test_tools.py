@@ -144,11 +144,11 @@ def test_every_side_makes_one_run_after_another(what: str, is_peer: bool, tiny_p
 def test_sides_take_turns_and_the_first_run_does_not_count() -> None:
     order = []
 
-    def side(name: str) -> Callable[[str], dict]:
-        return lambda command: order.append(name + command[0]) or {"n": len(order)}
+    def side(name: str) -> Callable[[str], int]:
+        return lambda command: order.append(name + command[0]) or len(order)
     reports = bench.alternate({"a": side("a"), "b": side("b")}, rounds=2)
     assert " ".join(order) == "ar br br ar ar br bc ac"
-    assert reports == {"a": [{"n": 4}, {"n": 5}, {"n": 8}], "b": [{"n": 3}, {"n": 6}, {"n": 7}]}
+    assert reports == {"a": [4, 5, 8], "b": [3, 6, 7]}
 
 
 def test_the_check_of_a_gpu_runs_at_toy_size_whatever_becomes_of_a_part(tmp_path: Path) -> None:

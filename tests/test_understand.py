@@ -101,7 +101,7 @@ class Seer(nn.Module):
 def pope(tmp_path: Path) -> list[str]:
     """Five questions about five pictures: three right ones for a Seer, and the flags that ask them."""
     entries = []
-    for i, (level, label) in enumerate(((255, "yes"), (0, "no"), (255, "no"), (0, "yes"), (255, "yes"))):
+    for i, (level, label) in enumerate(zip((255, 0, 255, 0, 255), "yes no no yes yes".split())):
         Image.new("RGB", (20, 30), (level,) * 3).save(tmp_path / f"{i}.jpg")
         entries.append({"question_id": i, "image": f"{i}.jpg", "text": "Is it light?", "label": label})
     path = write(tmp_path / "pope.jsonl", "\n".join(map(json.dumps, entries)))

@@ -42,7 +42,7 @@ def test_detect_measures_what_was_drawn() -> None:
     for f, t in zip(found, things):
         _, cx, cy = world.template(t.shape)
         assert abs(f.x - t.x - cx * t.r) < 0.2 and abs(f.y - t.y - cy * t.r) < 0.2
-        assert f.match > 0.9 and 1.5 * t.r < f.w < 2.2 * t.r and 1.5 * t.r < f.h < 2.2 * t.r
+        assert f.match > 0.9 and 1.5 < f.w / t.r < 2.2 and 1.5 < f.h / t.r < 2.2
 
 
 def test_components_are_what_paths_of_one_colour_join() -> None:
