@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.random import default_rng
 from torch import Tensor, nn
 
 from common import Refused, adamw, cosine_lr
@@ -16,7 +17,7 @@ from model import PRESETS, ParaUni
 from nano import check, pretrain, world
 from nano.world import Prompt
 from rewards import build_reward
-from test_world import brute_answer, rng
+from test_world import brute_answer
 
 TOKENIZER = pretrain.vlm_tokenizer()
 
@@ -152,7 +153,7 @@ def test_no_training_sees_a_test_prompt(tmp_path: Path, small: None, monkeypatch
 
 def test_rows_are_true() -> None:
     """Answers are those of the scene, also where a sentence stands in its place."""
-    draw, framed, described = rng(2), [], []
+    draw, framed, described = default_rng(2), [], []
     assert world.is_test(world.parse_prompt("a ring"))      # of a single shape only words are held out
     scenes = [scene for scene in pretrain.pool("rings", 1500) if scene.things[0].shape == "ring"]
     for scene in pretrain.pool("dialogue test", 400, 0.4) + scenes:
@@ -169,7 +170,7 @@ def test_rows_are_true() -> None:
 
 
 def test_facts_are_true_and_labels_are_their_answers() -> None:
-    rows = [pretrain.look_facts(rng(seed)) for seed in range(100)]
+    rows = [pretrain.look_facts(default_rng(seed)) for seed in range(100)]
     ids, labels = pretrain.encode_rows(TOKENIZER, rows)
     for row, row_ids, row_labels in zip(rows, ids, labels):
         (sentence, _), *parts = row
@@ -221,7 +222,8 @@ def test_patches_are_named() -> None:
 
 
 def test_captions_are_true_of_the_scenes_that_they_fit() -> None:
-    _, _, _, ids, true, said = pretrain.draw_captions(rng(4), pretrain.pool("truth", 100), 60, wrong=1)
+    scenes = pretrain.pool("truth", 100)
+    _, _, _, ids, true, said = pretrain.draw_captions(default_rng(4), scenes, 60, wrong=1)
     assert ids.shape == (120, 20) and true[:, :60].diagonal().all() and not true[:, 60:].diagonal().any()
     assert 60 < true.sum() < 2000           # other scenes' captions are true of some, and not of most
     # what a caption says is shown; what a wrong one says is not, or leaves open what is asked of the other
@@ -253,7 +255,7 @@ def radius(thing: world.Found) -> float:
 
 def test_people_prefer_what_they_asked_for_and_large() -> None:
     """What people think of pictures from the pictures alone, by the judge."""
-    draw = rng(6)
+    draw = default_rng(6)
     clip, scenes = pretrain.clip_tokenizer(), pretrain.pool("pairs", 400)
     ids, images, worth = pretrain.draw_pairs(draw, scenes, 200)
     seen = []
@@ -299,7 +301,7 @@ def test_the_check_counts_wins_and_looks_at_every_task() -> None:
 
 
 def test_the_preferred_look_is_that_of_a_quarter() -> None:
-    draw, prompt = rng(8), world.parse_prompt("a red heart")
+    draw, prompt = default_rng(8), world.parse_prompt("a red heart")
     light = [check.preferred(draw, prompt, "aesthetic").light for _ in range(60)]
     large = [world.mean_radius(check.preferred(draw, prompt, "pickscore")) for _ in range(60)]
     assert min(light) > 0.5 and np.mean(light) > 0.8
