@@ -40,7 +40,7 @@ from rewards import build_reward
 REWARDS = ("clip", "pickscore", "aesthetic")
 MEASURES = ("judge", *REWARDS, "loss")                  # only the loss is better small
 SUPPLEMENT = {"pickscore": 1, "aesthetic": 2, "clip": 3}                # reward -> number of its figure
-# Where the paper asks for a jump of 100, the largest of nano's gradient norm is 5.7; one epoch in ten has one
+# Where the paper asks for a jump of 100, the largest of nano's gradient norm is 14; one epoch in ten has one
 # of 2.5.
 AT_NANO = ["--ldam-spike=2.5"]
 # What a model is scored by: a picture of each prompt of the nano benchmark, and pictures for the held-out
