@@ -5,23 +5,23 @@
   3. decode; score with the reward of this phase, and with the others to watch them
   4. compare within groups: advantage = (reward - mean of its group) / std of its group
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
-     policy, and stay near a reference (KL), the stage II model
+     policy, and stay near a reference (KL): the stage II model, or that which the phase began with
   6. LDAM looks at the gradient norm and the reward, and may fire
-  7. EMA, save; then, as the next turn begins, look at held-out prompts now and then, and log
+  7. EMA, save; the look at held-out prompts, now and then, and the line of the log open the next turn
 
 Rewards come one after another (phases), each with a fresh optimizer, from the weights of the phase before.
 
 What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
-update, on the same chunks, so the first ratio is 1; it is measured in every epoch. Noise of every kind is
-drawn from (seed, epoch, group, member), epochs counted over all phases: nothing depends on the number of
-devices, and a resumed run repeats an unbroken one bit for bit.
+update, on the same chunks, so the first ratio is 1; it is measured in every epoch. The noise of a picture is
+drawn from (seed, epoch, group, member), epochs counted over all phases, a shared start from (seed, epoch,
+group): nothing depends on the number of devices, and a resumed run repeats an unbroken one bit for bit.
 What makes it cheap. The condition of a prompt is shared by its group. In the update it is encoded once with
 gradient and detached to a leaf; the leaf's gradient is summed over all pictures and steps and sent back
 through LIM, VLM and queries once.
 
-Differs from Flow-GRPO: the last step is taken without noise, so rewards see clean pictures (it is not
-trained, as there); the KL is that of the two Gaussians, dt included; advantages are divided by the group's
-own std.
+Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
+see clean pictures; the KL is that of the two Gaussians, whose std includes dt; advantages are divided by the
+group's own std.
 
 Letters: P prompts (groups), G members of a group, B = P G pictures, b pictures of a chunk, K steps, L VLM
 layers, S perturbed layers, N queries, E condition width, C H W latent.
@@ -187,7 +187,8 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
 # ----------------------------------------------------------------------------- conditions, with LDAM's noise
 
 class Perturbation(NamedTuple):
-    """LDAM has fired: noise for some layers of every picture, the same whenever it is drawn."""
+    """LDAM has fired: noise for some layers of every picture; drawn again from its keys it is the
+    same, bit for bit, in rollout and update."""
     gamma: float
     layers: list[int]
     keys: list[tuple]           # one a picture
@@ -211,20 +212,20 @@ def encode_conditions(model: ParaUni, prefix: Prefix, perturbation: Perturbation
         c_layers = model.condition_layers(prefix).float()                               # (L, P + 1, N, E)
     c = model.lim.fuse(c_layers)                                                        # (P + 1, N, E)
     layers = perturbation.layers if perturbation else []
-    c_perturbed = c_layers[[i - 1 for i in layers], :-1]                                # (S, P, N, E)
-    return c[:-1], c[-1:], c_perturbed
+    c_of_layers = c_layers[[i - 1 for i in layers], :-1]                                # (S, P, N, E)
+    return c[:-1], c[-1:], c_of_layers
 
 
 def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: slice, noise: list[Tensor],
              guidance_scale: float, cfg: GRPOConfig) -> list:
     """Cross-attention keys and values for a chunk of pictures: one condition a group, or one a picture where
     LDAM perturbs each; with guidance, the unconditional one in front of each."""
-    c, c_uncond, c_perturbed = conditions
+    c, c_uncond, c_of_layers = conditions
     # the DiT shares a condition among all pictures of its group
     c = c[groups]                                                                       # (groups, N, E)
-    # but where LDAM has fired each picture has one of its own
+    # LDAM's noise is a picture's own, and then so is its condition
     if noise:
-        c = model.lim.perturb(c, c_perturbed[:, groups], noise)                         # (b, N, E)
+        c = model.lim.perturb(c, c_of_layers[:, groups], noise)                         # (b, N, E)
     # guidance compares with no prompt
     if guidance_scale > 1:
         c = torch.cat([c_uncond.expand(len(c), -1, -1), c])
@@ -233,8 +234,8 @@ def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: 
 
 
 def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -> None:
-    """The other reading of LDAM: one field a layer for all pictures, multiplied in to stay. The reference
-    gets it too: the KL measures weights, not fields."""
+    """The other reading of LDAM: one noise (N, E) a layer for all pictures, multiplied in to stay. The
+    reference gets it too: the KL measures weights, not noise."""
     kept = model.lim.kept_noise
     if kept is None:
         shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
@@ -479,7 +480,8 @@ def open_prompts(path: str, model: ParaUni) -> list[str]:
 
 
 def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Reward]:
-    """The rewards by their short names, in the order of their phases, each tried on a grey picture."""
+    """The rewards by their short names, in the order of their phases, each tried on a grey picture. Weights:
+    those of weights/rewards, of nano weights/nano, or --reward-weights."""
     folder = weights_folder("nano" if model.preset.shapes_world else "rewards", cfg.reward_weights)
     side = model.preset.image_size
     scorers = {}
@@ -542,7 +544,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     scorers = open_rewards(cfg, model, heldout[0])
     names = list(scorers)
 
-    # where the run stands: at its beginning, or where a checkpoint left it
+    # where the run stands: at its beginning, or where a checkpoint left it, which needs an optimizer to load
+    # into; each phase makes one of its own
     optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
     done, skipped, record = 0, 0, {"epoch": 0, "phase": names[0]}
     evals: list[dict[str, list[float]]] = []        # held-out scores before the first phase, and after each
@@ -563,13 +566,15 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
     num_updates = per_phase * cfg.inner_updates
     with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
+        # one turn more than epochs, for the last look
         for epoch in range(done, total + 1):
             phase, step = divmod(epoch, per_phase)
             # look at held-out prompts before and after each phase, and now and then; log what has been done
             if step == 0 or epoch % cfg.eval_every == 0:
                 with swapped(params, ema):
                     scores = score_heldout(model, scorers, heldout, cfg, dist)
-                evals += [scores] * (step == 0)
+                if step == 0:
+                    evals.append(scores)
                 record |= {f"heldout/{name}": finite_mean(values) for name, values in scores.items()}
             write_log(cfg.run_dir, record, dist)
             if epoch == total:

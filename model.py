@@ -136,7 +136,7 @@ NANO = Preset(
              3: {"steps": 100, "micro_batch": 64, "num_groups": 4, "group_size": 16, "lr": 2e-4,
                  "num_steps": 6, "guidance_scale": 1.0, "shared_start": True, "sde_window": 1,
                  "step_weights": "noise", "clip_range": 2e-3, "kl_coef": 0.2, "kl_reference": "phase",
-                 "ema_decay": 0.9, "num_eval": 192, "eval_guidance_scale": 1.0, "save_every": 45}})
+                 "ema_decay": 0.9, "num_eval": 192, "eval_guidance_scale": 1.0}})
 
 INTERNVL3_1B = internvl(width=896, layers=24, heads=14, kv_heads=2, mlp_width=4864)         # 938 M
 INTERNVL3_2B = internvl(width=1536, layers=28, heads=12, kv_heads=2, mlp_width=8960)        # 2,089 M
@@ -276,8 +276,10 @@ class ParaUni(nn.Module):
         # torch's initialisers draw from the global generator: here from the seed, and then it is put back
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "start") % 2 ** 32)
-            make = cls._random_parts if weights == "random" else cls._load_parts
-            model = make(preset, folder, seed, fresh)
+            if weights == "random":
+                model = cls._random_parts(preset, seed)
+            else:
+                model = cls._load_parts(preset, folder, fresh)
 
         # queries and LIM: drawn as published, then what a stage has trained
         model.fresh = fresh
@@ -292,7 +294,7 @@ class ParaUni(nn.Module):
         return model.to(device).eval()
 
     @classmethod
-    def _load_parts(cls, preset: Preset, folder: Path, seed: int, fresh: tuple[str, ...]) -> "ParaUni":
+    def _load_parts(cls, preset: Preset, folder: Path, fresh: tuple[str, ...]) -> "ParaUni":
         """VLM, tokenizer, DiT and autoencoder from a folder, strictly."""
         # transformers says what did not fit, and goes on: here it must all fit
         vlm, report = preset.vlm_class.from_pretrained(folder / "vlm", dtype=preset.vlm_dtype,
@@ -319,7 +321,7 @@ class ParaUni(nn.Module):
         return model
 
     @classmethod
-    def _random_parts(cls, preset: Preset, folder: Path, seed: int, fresh: tuple[str, ...]) -> "ParaUni":
+    def _random_parts(cls, preset: Preset, seed: int) -> "ParaUni":
         """All parts at their true size, drawn."""
         # a vocabulary where there is one
         words = weights_folder("nano" if preset.shapes_world else preset.name, "auto") / "vlm"
@@ -331,17 +333,18 @@ class ParaUni(nn.Module):
 
     @classmethod
     def for_training(cls, cfg: Any, device: torch.device) -> "ParaUni":
-        """The model that a stage starts from: --init, by default the file of the stage before."""
+        """The model that a stage starts from: the parts of --weights, and over them --init, by default the
+        stageN.safetensors that the stage before has left there. Nothing goes before stage 1, or before random
+        weights: queries and LIM afresh."""
+        stage_file = cfg.init
+        if cfg.init == "auto":
+            stage_file = weights_folder(cfg.preset, cfg.weights) / f"stage{cfg.stage - 1}.safetensors"
+            if cfg.stage == 1 or cfg.weights == "random":
+                stage_file = "none"
+        # what is fused is decided in stage 1
         if cfg.stage == 1:
-            # nothing goes before; what is fused is decided here
-            stage_file = "none" if cfg.init == "auto" else cfg.init
             return cls.from_preset(cfg.preset, cfg.weights, stage_file, cfg.seed, device, fresh=cfg.fresh,
                                    layers=tuple(map(int, cfg.layers)), norm=cfg.norm)
-        stage_file = cfg.init
-        if cfg.init == "auto" and cfg.weights == "random":
-            stage_file = "none"
-        elif cfg.init == "auto":
-            stage_file = weights_folder(cfg.preset, cfg.weights) / f"stage{cfg.stage - 1}.safetensors"
         return cls.from_preset(cfg.preset, cfg.weights, stage_file, cfg.seed, device, fresh=cfg.fresh,
                                stage=cfg.stage - 1)
 
@@ -373,7 +376,8 @@ class ParaUni(nn.Module):
 
     def load_stage(self, path: Path, stage: int | None = None, fresh: tuple[str, ...] = (),
                    as_file: bool = True) -> None:
-        """Load what a stage trained, strictly. `stage`: which it must be; `as_file`: fuse what it fused."""
+        """Load what a stage trained. Refused: another stage or preset, missing, unknown or misshaped tensors
+        that are not in `fresh`. `stage`: which it must be; `as_file`: fuse what it fused."""
         tensors, metadata = read_tensors(path)
         # which stage of which preset is it? OpenUni's parts are those of the preset it is named after
         made, of = metadata.get("stage"), metadata.get("preset", "").removeprefix("openuni-")

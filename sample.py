@@ -32,7 +32,7 @@ class SampleConfig:
     chat: str = knob("", "picture file to ask about")
     preset: str = knob("nano", "size of everything", choices=PRESETS)
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
-    stage_file: str = knob("auto", "a stageN.safetensors; auto: the newest in --weights; none")
+    stage_file: str = knob("auto", "a stageN.safetensors; auto: the highest N in --weights; none")
     out: str = knob("samples", "folder for the pictures")
     seed: int = knob(0, "all randomness is derived from it")
     num_steps: int = knob(20, "sampling steps")

@@ -35,7 +35,7 @@ class EvalConfig:
     """The flags of every command that asks a model."""
     preset: str = knob("nano", "size of everything", choices=PRESETS)
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
-    stage_file: str = knob("auto", "a stageN.safetensors; auto: the newest in --weights; none")
+    stage_file: str = knob("auto", "a stageN.safetensors; auto: the highest N in --weights; none")
     out: str = knob("runs/evaluate", "folder for tables and pictures")
     seed: int = knob(0, "all randomness is derived from it")
     batch_size: int = knob(64, "pictures at a time")
