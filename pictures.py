@@ -93,8 +93,9 @@ def save_sheet(path: str | Path, images: Tensor, columns: int, captions: list[st
             caption = textwrap.fill(captions[i], 20) if captions else ""
             axis.text(0.5, -0.04, caption, transform=axis.transAxes, fontsize=7, ha="center", va="top")
     for axis, title in zip(axes[::columns], titles or []):
+        title = textwrap.fill(title, 18)
         axis.text(-0.08, 0.5, title, transform=axis.transAxes, rotation=90, fontsize=9, ha="right",
-                  va="center")
+                  va="center", multialignment="center")
     save_figure(path, figure)
 
 
