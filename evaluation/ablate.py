@@ -40,8 +40,8 @@ from rewards import build_reward
 REWARDS = ("clip", "pickscore", "aesthetic")
 MEASURES = ("judge", *REWARDS, "loss")                  # only the loss is better small
 SUPPLEMENT = {"pickscore": 1, "aesthetic": 2, "clip": 3}                # reward -> number of its figure
-# Where the paper asks for a jump of 100, the largest of nano's gradient norm is 14; one epoch in ten has one
-# of 2.5.
+# Where the paper asks for a jump of 100, the largest of nano's gradient norm is 14; one epoch in eight has
+# one of 2.5.
 AT_NANO = ["--ldam-spike=2.5"]
 # What a model is scored by: a picture of each prompt of the nano benchmark, and pictures for the held-out
 # loss. The noise is the same for all rows and all training seeds.
@@ -86,7 +86,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """The defaults are sized for about two and a half hours of one CPU core."""
+    """A run of a row about layers takes four and a half minutes of one CPU core."""
     weights: str = knob("auto", "where all rows start; auto: weights/nano; or a folder like it")
     rows: tuple[str, ...] = knob(tuple(ROWS), "rows to train; the table shows every finished one")
     seeds: int = knob(3, "runs of each row, with seeds 0, 1, 2 ...; at least 2")
