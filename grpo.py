@@ -72,7 +72,8 @@ class GRPOConfig(RunConfig):
     guidance_scale: float = knob(4.5, "classifier-free guidance in training; 1: none, at half the cost")
     shift: float = knob(3.0, "of the time grid towards noise")
     shared_start: bool = knob(False, "the pictures of a prompt begin with the same noise (Flow-GRPO-Fast)")
-    sde_window: int = knob(0, "stochastic steps in a window that slides by one an epoch; 0: all but the last")
+    sde_window: int = knob(0, "stochastic steps, which slide over the first half by one an epoch; 0: "
+                              "all but the last")
     # objective
     clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
     kl_coef: float = knob(0.01, "weight of the KL to the reference")
@@ -268,10 +269,11 @@ def step_log_prob(dit: DiT, kv: list, x: Tensor, t: float, t_next: float, cfg: G
 
 
 def stochastic_steps(num_steps: int, window: int, epoch: int) -> list[int]:
-    """All steps but the last; with window > 0 so many, which slide by one an epoch (MixGRPO)."""
+    """All steps but the last; with window > 0 so many of the first half, where it is decided what is where.
+    They slide by one an epoch (MixGRPO; the half is Flow-GRPO-Fast's)."""
     if window == 0:
         return list(range(num_steps - 1))
-    start = epoch % (num_steps - window)
+    start = epoch % (num_steps // 2 - window + 1)
     return list(range(start, start + window))
 
 
@@ -461,8 +463,10 @@ def check_flags(cfg: GRPOConfig, world_size: int) -> None:
     if cfg.group_size < 2 or cfg.num_groups % world_size or not fits:
         raise Refused("expected --group-size of at least 2, --num-groups to be a multiple of the number of "
                       f"devices, {world_size}, and --micro-batch to divide --group-size or to be as large")
-    if not (0 <= cfg.sde_window < cfg.num_steps and cfg.noise_level > 0 and min(cfg.steps, cfg.num_eval) > 0):
-        raise Refused("expected --sde-window below --num-steps; --noise-level, --steps, --num-eval above 0")
+    if not 0 <= cfg.sde_window <= cfg.num_steps // 2:
+        raise Refused("expected --sde-window of at most half of --num-steps")
+    if min(cfg.noise_level, cfg.steps, cfg.num_eval) <= 0:
+        raise Refused("expected --noise-level, --steps and --num-eval above 0")
     if not (PRESETS[cfg.preset].shapes_world or cfg.prompts and cfg.eval_prompts):
         raise Refused(f"preset {cfg.preset} needs prompt files: --prompts and --eval-prompts")
 

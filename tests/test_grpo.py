@@ -96,9 +96,10 @@ def test_chunks_visit_every_picture_once_with_its_own_group() -> None:
                     assert (b.stop - b.start) % (g.stop - g.start) == 0
 
 
-def test_the_window_slides_over_all_steps_but_the_last() -> None:
+def test_the_window_slides_over_the_first_half() -> None:
     assert stochastic_steps(5, 0, 9) == [0, 1, 2, 3]
-    assert [stochastic_steps(5, 2, epoch) for epoch in range(4)] == [[0, 1], [1, 2], [2, 3], [0, 1]]
+    assert [stochastic_steps(7, 2, epoch) for epoch in range(4)] == [[0, 1], [1, 2], [0, 1], [1, 2]]
+    assert [stochastic_steps(6, 1, epoch) for epoch in range(4)] == [[0], [1], [2], [0]]
 
 
 @pytest.mark.parametrize("shared", [False, True])
