@@ -26,11 +26,10 @@ CLASSES = ("dog", "cup", "car", "mouse")                    # of a detector, in 
 
 
 # ----------------------------------------------------------------------------- the rules, a second time
-# On arrays (k, 6), one a class: left, top, right, bottom, score, colour.
-
-def reference_position(a: np.ndarray, b: np.ndarray) -> list[str]:
-    away = (a[:2] + a[2:4] - b[:2] - b[2:4]) / 2
-    width = np.abs(a[2:4] - a[:2]) + np.abs(b[2:4] - b[:2])
+def reference_position(a: dict, b: dict) -> list[str]:
+    a, b = np.array(a["box"]), np.array(b["box"])
+    away = (a[:2] + a[2:] - b[:2] - b[2:]) / 2
+    width = np.abs(a[2:] - a[:2]) + np.abs(b[2:] - b[:2])
     left_over = np.sign(away) * np.maximum(np.abs(away) - 0.1 * width, 0)
     if (np.abs(left_over) < 1e-3).all():
         return []
@@ -38,54 +37,51 @@ def reference_position(a: np.ndarray, b: np.ndarray) -> list[str]:
     return [name for name, here in zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5)) if here]
 
 
-def reference_verdict(arrays: dict[str, np.ndarray], request: dict) -> bool:
+def reference_verdict(objects: list[dict], request: dict) -> bool:
     threshold = 0.9 if request["tag"] == "counting" else 0.3
-    seen = {}
-    for name, array in arrays.items():
-        array = array[np.argsort(-array[:, 4], kind="stable")]
-        seen[name] = array[array[:, 4] > threshold][:16]
+    order = sorted([found for found in objects if found["score"] > threshold],
+                   key=lambda found: found["score"], reverse=True)
     matched, good = [], True
     for want in request["include"]:
-        best = seen[want["class"]][:want["count"]]
+        best = [found for found in order if found["class"] == want["class"]][:want["count"]]
         fits = len(best) == want["count"]
         if fits and "color" in want:
-            fits = bool((best[:, 5] == COLORS.index(want["color"])).sum() >= want["count"])
+            fits = all(found["color"] == want["color"] for found in best)
         if fits and "position" in want:
             relation, group = want["position"]
             fits = matched[group] is not None and all(
                 relation in reference_position(a, b) for a in best for b in matched[group])
         matched.append(best if fits else None)
         good = good and fits
-    return good and all(len(seen[no["class"]]) < no["count"] for no in request.get("exclude", []))
+    names = [found["class"] for found in order]
+    return good and all(names.count(no["class"]) < no["count"] for no in request.get("exclude", []))
 
 
 def made_up_request(rng: np.random.Generator, task: str) -> dict:
     """A request of the published form."""
     a, b = rng.permutation(SHAPES)[:2].tolist()
-    count = 2 if task == "colors" and rng.random() < 0.3 else 1
-    clauses = [{"class": a, "count": count}]
     if task == "counting":
         n = int(rng.integers(2, 5))
         return {"tag": task, "include": [{"class": a, "count": n}], "exclude": [{"class": a, "count": n + 1}]}
+    include = [{"class": a, "count": 1}]
     if task in ("two_object", "position", "color_attr"):
-        clauses.append({"class": b, "count": 1})
+        include.append({"class": b, "count": 1})
     if task == "position":
-        clauses[1]["position"] = [RELATIONS[rng.integers(4)], 0]
+        include[1]["position"] = [RELATIONS[rng.integers(4)], 0]
     if task in ("colors", "color_attr"):
-        for clause in clauses:
+        for clause in include:
             clause["color"] = COLORS[rng.integers(3)]
-    return {"tag": task, "include": clauses}
+    return {"tag": task, "include": include}
 
 
 def made_up_detections(rng: np.random.Generator, task: str) -> list[dict]:
-    """Up to 30 boxes, often of the same few classes, scores and colours, some exactly on a threshold."""
-    count = rng.integers(0, 9) if rng.random() < 0.8 else 30
+    """Up to 8 boxes, often of the same few classes, scores and colours, some exactly on a threshold."""
     objects = []
-    for _ in range(count):
+    for _ in range(rng.integers(0, 9)):
         left, top, width, height = rng.integers([0, 0, 1, 1], [100, 100, 60, 60]).tolist()
         sure = 0.93 + 0.07 * rng.random() if task == "counting" else rng.random()
         score = float(rng.choice([sure, 0.3, 0.9, round(rng.random(), 1)], p=[0.7, 0.1, 0.1, 0.1]))
-        name = SHAPES[rng.integers(2 if count > 9 or rng.random() < 0.7 else 4)]
+        name = SHAPES[rng.integers(2 if rng.random() < 0.7 else 4)]
         objects.append({"class": name, "score": score, "box": [left, top, left + width, top + height],
                         "color": COLORS[rng.integers(3)]})
     return objects
@@ -96,30 +92,17 @@ def test_verdicts_are_those_of_a_second_writing_of_the_rules(task: str) -> None:
     rng, right, total = np.random.default_rng([7, TASKS.index(task)]), 0, 600
     for _ in range(total):
         request, objects = made_up_request(rng, task), made_up_detections(rng, task)
-        arrays = {name: np.array([[*f["box"], f["score"], COLORS.index(f["color"])] for f in objects
-                                  if f["class"] == name]).reshape(-1, 6) for name in SHAPES}
         # only the colours that were asked for are there
         asked = geneval.need_color(objects, request)
         some = [thing if thing in asked else {**thing, "color": ""} for thing in objects]
         good = geneval.verdict(some, request)
-        assert good == reference_verdict(arrays, request), (request, objects)
+        assert good == reference_verdict(objects, request), (request, objects)
         right += good
     assert 0.02 * total < right < 0.98 * total              # the made-up pictures are no walk-over
 
 
 def thing(name: str, score: float = 0.95, **color: str) -> dict:
     return {"class": name, "score": score, "box": [0, 0, 4, 4], **color}
-
-
-def test_at_most_16_of_a_class_are_seen() -> None:
-    assert len(geneval.keep([thing("dog")] * 40, "colors")["dog"]) == 16
-
-
-def test_positions_by_hand() -> None:
-    # 8 - 4 is half of 8: not beyond it
-    for x, y, where in ((-40, 0, {"left of"}), (40, 38, {"right of", "below"}), (4, 0, set()), (8, 0, set()),
-                        (8.1, 0, {"right of"})):
-        assert geneval.position({"box": [x, y, x + 20, y + 20]}, {"box": [0, 0, 20, 20]}) == where
 
 
 def test_task_scores_against_hand_numbers() -> None:
@@ -190,14 +173,6 @@ def test_the_detector_is_its_description(tmp_path: Path, monkeypatch: pytest.Mon
     assert detector.classes == ["dog", "cup", "car", "computer mouse"]
 
 
-def test_a_crop_is_grey_outside_the_mask() -> None:
-    pixels = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
-    mask = np.zeros((6, 5), dtype=bool)
-    mask[1:4, 2:4] = [[True, True], [False, True], [True, True]]
-    got = np.asarray(geneval.crop(Image.fromarray(pixels), {"box": [2, 1, 4, 4], "mask": mask}))
-    assert np.array_equal(got, np.where(mask[..., None], pixels, 0x99)[1:4, 2:4])
-
-
 def test_colors_are_the_nearest_mean_sentence(tmp_path: Path) -> None:
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1}
@@ -208,17 +183,19 @@ def test_colors_are_the_nearest_mean_sentence(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     namer = geneval.ColorNamer(tmp_path, CPU)
     image = noise_picture(60, 40)
-    objects = [{"class": name, "box": [x, 2, x + 20, 30], "mask": np.ones((40, 60), dtype=bool)}
+    mask = np.random.default_rng(1).random((40, 60)) < 0.5
+    alone = Image.fromarray(np.where(mask[..., None], image, 0x99).astype(np.uint8))
+    objects = [{"class": name, "box": [x, 2, x + 20, 30], "mask": mask}
                for name, x in (("car", 1), ("dog", 15), ("car", 31))]
     for thing, color in zip(objects, namer(image, objects), strict=True):
+        assert np.array_equal(geneval.crop(image, thing), alone.crop(thing["box"]))
         name = thing["class"]
         texts = [[f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}", f"a photo of a {c} object"]
                  for c in COLORS]
         with torch.no_grad():
             rows = [F.normalize(namer.clip.encode_text(namer.encode(text)), dim=-1).mean(0) for text in texts]
             sentences = F.normalize(torch.stack(rows), dim=-1)                          # (10, E)
-            logits = sentences @ namer.clip.encode_image(namer.look(image.crop(thing["box"]))[None])[0]
-            assert torch.allclose(namer.describe(name), sentences, atol=1e-6)
+            logits = sentences @ namer.clip.encode_image(namer.look(alone.crop(thing["box"]))[None])[0]
         assert color == COLORS[logits.argmax().item()]
 
 
@@ -292,10 +269,7 @@ def test_pictures_are_drawn_in_geneval_s_layout_and_only_once(tmp_path: Path, pa
     text = "\ufeff" + "\r\n".join(json.dumps(request, ensure_ascii=False) for request in requests)
     (tmp_path / "m.jsonl").write_text(text, encoding="utf-8")
     flags = ["--metadata", tmp_path / "m.jsonl", "--no-score", "--per-prompt", 2, "--batch-size", 4]
-    painter.stop_at = 1
-    with pytest.raises(KeyboardInterrupt):
-        score(tmp_path, *flags)
-    painter.stop_at = -1
+    score(tmp_path, *flags)
     score(tmp_path, *flags)
     assert [len(batch) for batch in painter.batches] == [4, 2]
     for i, request in enumerate(requests):
@@ -308,8 +282,7 @@ def test_pictures_are_drawn_in_geneval_s_layout_and_only_once(tmp_path: Path, pa
         score(tmp_path, *flags)
 
 
-def test_two_processes_share_the_files(tmp_path: Path, painter: Painter,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_the_files(tmp_path: Path, painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "wait", lambda dist: None)
     jobs = [evaluation.Job(tmp_path / f"{i}.png", "x", [i, 50 + i, 100 + i, 150 + i]) for i in range(5)]
     for rank, expected in ((1, {1, 3}), (0, {0, 1, 2, 3, 4})):
@@ -319,8 +292,7 @@ def test_two_processes_share_the_files(tmp_path: Path, painter: Painter,
     assert grid[::SIDE, ::SIDE].tolist() == [[3, 53], [103, 153]]
 
 
-def test_ready_detections_are_scored_and_a_part_is_not_the_benchmark(tmp_path: Path, images: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_not_the_benchmark(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--images", images, "--detections", detections(tmp_path / "d.json")]
     result = score(tmp_path / "o", *flags)
     records = [json.loads(line) for line in (tmp_path / "o/verdicts.jsonl").read_text().splitlines()]
@@ -365,8 +337,7 @@ class FakeColors:
         return [max(SEEN[i][j], key=lambda entry: entry["score"])["color"] for _ in objects]
 
 
-def test_only_pictures_that_changed_are_looked_at_again(tmp_path: Path, images: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_pictures_are_judged(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geneval, "Detector", lambda *args: FakeDetector())
     monkeypatch.setattr(geneval, "ColorNamer", lambda *args: FakeColors())
     score(tmp_path / "o", "--images", images)
