@@ -35,9 +35,5 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_stages(tiny_model(), tmp_path_factory.mktemp("weights"))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--qwen", default="", help="folder with InternVL3's, or Qwen2.5's, tokenizer.json")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "readme: runs what the README and docs/ say")

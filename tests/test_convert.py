@@ -1,4 +1,4 @@
-"""tools/convert.py on small files in the published layouts; the words of the published VLM."""
+"""tools/convert.py on small files in the published layouts; the words that the published VLM reads."""
 import json
 import os
 import pickle
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, InternVLForConditionalGeneration
+from transformers import InternVLForConditionalGeneration
 
 from common import Refused, fingerprint
 from helpers import TINY, tiny_model
@@ -86,20 +86,16 @@ def test_shards_are_put_together_and_the_index_wins(source: Path) -> None:
     assert fingerprint(model.vlm) == fingerprint(tiny.vlm)
 
 
-@pytest.mark.parametrize("tied", [True, None])
-def test_the_vlm_computes_what_the_published_one_does(source: Path, tied: bool | None) -> None:
-    """Under today's names too, and whatever the config says, or leaves out, of tied embeddings."""
+def test_the_vlm_computes_what_the_published_one_does(source: Path) -> None:
+    """Under today's names too, and whatever the config says of tied embeddings."""
     theirs = InternVLForConditionalGeneration.from_pretrained(source / VLM)
     path = source / VLM / "config.json"
     config = json.loads(path.read_text())
     for part in (config, config["text_config"]):
-        part.pop("tie_word_embeddings", None)
-        if tied:
-            part["tie_word_embeddings"] = True
+        part["tie_word_embeddings"] = True
     path.write_text(json.dumps(config))
-    if tied:
-        theirs.save_pretrained(source / "today", save_original_format=False)
-        (source / "today" / "model.safetensors").replace(source / VLM / "model.safetensors")
+    theirs.save_pretrained(source / "today", save_original_format=False)
+    (source / "today" / "model.safetensors").replace(source / VLM / "model.safetensors")
     ours = InternVLForConditionalGeneration.from_pretrained(run(source) / "vlm")
     inputs = {"input_ids": torch.tensor([[5] * TINY.vlm.image_seq_length + [7, 8, 9, 10, 11]]),
               "pixel_values": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
@@ -149,8 +145,7 @@ def first_row(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     (f"{VLM}/model.safetensors", lambda path: rewrite(path, first_row), "mismatched"),
     (f"{VLM}/tokenizer.json", lambda path: byte_tokenizer().save_pretrained(path.parent), "151667, not 5"),
 ])
-def test_bad_files_are_refused_and_leave_nothing(source: Path, name: str, damage: Callable,
-                                                 sentence: str) -> None:
+def test_bad_files_leave_nothing(source: Path, name: str, damage: Callable, sentence: str) -> None:
     damage(source / name)
     with pytest.raises(Refused, match=sentence):
         run(source)
@@ -181,8 +176,7 @@ def openuni_state(model: ParaUni, fine_tuned: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("fine_tuned", [False, True])
-def test_openuni_paints_with_its_own_weights_and_the_last_layer_alone(
-        source: Path, fine_tuned: bool) -> None:
+def test_openuni_paints_with_its_own_weights_and_last_layer(source: Path, fine_tuned: bool) -> None:
     tiny = tiny_model()
     state = openuni_state(tiny, fine_tuned)
     torch.save(state | {"vae.x": torch.zeros(1)}, source / OPENUNI_FILE)
@@ -221,8 +215,7 @@ def test_bad_openuni_files_are_refused(source: Path, make: Callable, sentence: s
     assert not (source / "openuni" / "ran").exists()
 
 
-def test_fetching_pinned_revisions_and_no_more_than_needed(
-        source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pinned_revisions_are_fetched(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = {}
 
     def snapshot_download(name: str, revision: str, allow_patterns: list[str], local_dir: Path) -> None:
@@ -234,40 +227,19 @@ def test_fetching_pinned_revisions_and_no_more_than_needed(
             shutil.copy(hub / file, local_dir / file)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(convert, "DOWNLOADS", tmp_path / "downloads")
-    junk = ["transformer/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.safetensors"]
     (source / SANA / "text_encoder").mkdir()
-    for file in junk:
-        (source / SANA / file).write_text("not needed")
+    (source / SANA / "text_encoder" / "model.safetensors").write_text("not needed")
     convert.main(["l-1024", "--out", str(tmp_path / "new")])
     assert ParaUni.from_preset("l-1024", tmp_path / "new").preset is LARGE
     assert len(asked) == 3 and all(len(revision) == 40 for revision in asked.values())
-    assert not any((tmp_path / "downloads" / SANA / file).exists() for file in junk)
-
-
-TEMPLATE = [151644, 872, 198, 31115, 458, 2168]             # <|im_start|> user \n Generate an image
-TAIL = [151645, 198, 151644, 77091, 198, 151665]            # <|im_end|> \n <|im_start|> assistant \n <img>
-
-
-def test_templates_through_the_real_tokenizer(request: pytest.FixtureRequest) -> None:
-    folder = request.config.getoption("--qwen")
-    if not folder:
-        pytest.skip("InternVL's words: pytest --qwen FOLDER (InternVL3's vlm/, or Qwen2.5's tokenizer)")
-    tokenizer, preset = AutoTokenizer.from_pretrained(folder), PRESETS["l-1024"]
-    if len(tokenizer) == 151665:                            # Qwen2.5's own: InternVL adds nine words
-        tokenizer.add_tokens(["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>",
-                              "<box>", "</box>"], special_tokens=True)
-    assert len(tokenizer) == preset.vlm.text_config.vocab_size and tokenizer.pad_token_id == 151643
-    assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == preset.vlm.image_token_id
-    model = ParaUni(TINY, tiny_model().vlm, tokenizer)
-    model.preset = preset                                   # words of the large model, on a small one
-    ids, _ = model.tokenize([PROMPT.format(prompt="a cat")])
-    assert ids[0].tolist() == [*TEMPLATE, 25, 264, 8251, *TAIL]
-    ids, _ = model.tokenize([UNCONDITIONAL.format(image=model.image_text())])
-    picture = [151665, *[151667] * 256, 151666, 198]
-    assert ids[0].tolist() == [*TEMPLATE[:3], *picture, *TEMPLATE[3:], 13, *TAIL]
+    assert not (tmp_path / "downloads" / SANA / "text_encoder").exists()
 
 
 def test_random_weights_read_bytes_with_the_published_marks() -> None:
-    tokenizer, text = byte_tokenizer(), PROMPT.format(prompt="a 猫")
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert (ids[0], ids[-1], ids.count(151645)) == (151644, 151665, 1) and tokenizer.decode(ids) == text
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(PROMPT.format(prompt="a 猫"), add_special_tokens=False).input_ids
+    assert (ids[0], ids[-1], ids.count(151645)) == (151644, 151665, 1)
+    # the words that OpenUni was trained with
+    end = "<|im_end|>\n<|im_start|>assistant\n<img>"
+    assert tokenizer.decode(ids) == "<|im_start|>user\nGenerate an image: a 猫" + end
+    assert UNCONDITIONAL == "<|im_start|>user\n{image}Generate an image." + end
