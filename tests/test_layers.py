@@ -19,11 +19,6 @@ from train import TrainConfig
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 PROMPTS = ["a red heart", "a blue star", "two moons", "a ring above a square"]
 L = TINY.vlm_layers
-CURVES = [f"reward/{name}" for name in ("aesthetic", "clip")]
-
-
-def verdicts(claims: list[dict]) -> dict[str, str]:
-    return {row["claim"]: row["verdict"] for row in claims}
 
 
 # ----------------------------------------------------------------------------- claims
@@ -34,16 +29,14 @@ def test_quantiles_are_those_of_students_t() -> None:
         assert t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), abs=close), df
 
 
-@pytest.mark.parametrize("values, verdict", [
-    ([1.0, 1.1, 0.9], "supported"), ([-1.0, -1.1, -0.9], "contradicted"), ([1.0, -1.0, 0.5], "undecided"),
-    ([0.3, 0.1, 0.2], "undecided"),                                     # 3.46 errors: 4.30 are needed of 3
-    ([0.3, 0.1, 0.2] * 10, "supported"), ([5.0], "undecided")])
-def test_a_verdict_is_the_t_test_at_95_percent(values: list[float], verdict: str) -> None:
-    row = claim("x", "y", values, "seeds")
-    assert row["verdict"] == verdict
-    if len(values) > 1:
+def test_a_verdict_is_the_t_test_at_95_percent() -> None:
+    # 3.46 errors are enough of 30 values, and not of 3
+    for values in ([1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [0.3, 0.1, 0.2], [0.3, 0.1, 0.2] * 10):
+        row, test = claim("x", "y", values, "seeds"), stats.ttest_1samp(values, 0)
+        side = "supported" if test.statistic > 0 else "contradicted"
+        assert row["verdict"] == (side if test.pvalue < 0.05 else "undecided")
         assert row["standard error"] == pytest.approx(stats.sem(values))
-        assert (stats.ttest_1samp(values, 0).pvalue < 0.05) == (verdict != "undecided")
+    assert claim("x", "y", [5.0], "seeds")["verdict"] == "undecided"
 
 
 # ----------------------------------------------------------------------------- the whole command
@@ -105,8 +98,7 @@ def test_figures_are_what_plain_code_computes(parts: Path, tmp_path: Path, drawn
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_analysis_goes_on_where_it_was_cut(parts: Path, tmp_path: Path, drawn: Mock,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_analysis_goes_on(parts: Path, tmp_path: Path, drawn: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     # pictures are slow, and not at issue
     monkeypatch.setattr(layers, "save_sheet", lambda *sheet: None)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: None)
@@ -119,13 +111,12 @@ def test_an_analysis_goes_on_where_it_was_cut(parts: Path, tmp_path: Path, drawn
         run(parts, tmp_path, "--num-steps", "3")
 
 
-def test_what_cannot_be_shown_is_refused_before_the_first_picture(parts: Path, tmp_path: Path,
-                                                                  drawn: Mock) -> None:
+def test_what_cannot_be_shown_is_refused_before_the_first_picture(parts: Path, drawn: Mock) -> None:
     (parts / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')                 # a log, of stage 1
     with pytest.raises(Refused, match="clip"):
-        run(parts, tmp_path, "--rewards", "aesthetic")
+        run(parts, parts, "--rewards", "aesthetic")
     with pytest.raises(Refused, match="stage 3"):
-        run(parts, tmp_path, "--runs", str(parts))
+        run(parts, parts, "--runs", str(parts))
     drawn.assert_not_called()
 
 
@@ -147,24 +138,19 @@ def test_figure2_follows_the_layers(tmp_path: Path) -> None:
 
 
 def test_figure4_tells_clusters_from_mere_nearness() -> None:
+    def said(*maps: Tensor) -> list[str]:
+        return [row["verdict"] for row in layers.figure4_claims("q_i", *maps)]
     rng = torch.Generator().manual_seed(0)
     noise = 0.01 * torch.randn(20, 8, 8, generator=rng)
     i = torch.arange(8)
     region = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     near = 1 - 0.1 * (i[:, None] - i).abs() + noise                     # smooth: no border anywhere
     blocks = near - 0.3 * (region[:, None] != region)
-    clusters = "Clusters: neighbours are more alike inside a region than across its border (Figure 4, q_i)"
-    assert verdicts(layers.figure4_claims("q_i", blocks))[clusters] == "supported"
-    smooth = verdicts(layers.figure4_claims("q_i", near))
-    assert smooth[clusters] == "undecided"
-    assert smooth["Adjacent layers are more alike than others (Figure 4, q_i)"] == "supported"
+    assert said(blocks) == ["supported"] * 3
+    assert said(near) == ["supported", "supported", "undecided"]
     # the paper's contrast
-    contrast = ("Layers are less alike when trained on the last one only (Figure 4, q_i)",
-                "Clusters are weaker when trained on the last layer only (Figure 4, q_i)")
     low = near.flip(0) - 0.5
-    for a, b, verdict in ((blocks, low, "supported"), (low, blocks, "contradicted")):
-        said = verdicts(layers.figure4_claims("q_i", a, b))
-        assert [said[text] for text in contrast] == [verdict] * 2
+    assert said(blocks, low)[3:] == ["supported"] * 2 and said(low, blocks)[3:] == ["contradicted"] * 2
 
 
 def test_figure5_judges_all_four_claims_of_the_caption(tmp_path: Path) -> None:
@@ -175,20 +161,7 @@ def test_figure5_judges_all_four_claims_of_the_caption(tmp_path: Path) -> None:
             scores[f"no {region}"] = {reward: base[reward] - noisy(fall[k]) for reward, fall in falls.items()}
         return layers.figure5(scores, tmp_path)[1]
     papers = claims(clip=(0.2, 0.3, 0.5), pickscore=(0.02, 0.6, 0.3), aesthetic=(-0.02, 0.6, 0.3))
-    assert len(papers) == 3 + 3 + 2 and {row["verdict"] for row in papers} == {"supported"}
+    assert [row["verdict"] for row in papers] == ["supported"] * (3 + 3 + 2)
     other = claims(clip=(-0.2, 0.5, 0.3), pickscore=(0.5, 0.4, 0.3), aesthetic=(-0.5, 0.2, 0.3))
-    said = verdicts(other[3:])
-    assert [row["verdict"] for row in other[:3]] == ["contradicted", "supported", "supported"]
-    assert len(said) == 5 and set(said.values()) == {"contradicted"}
-
-
-# ----------------------------------------------------------------------------- curves
-
-def test_figure9_has_the_values(tmp_path: Path) -> None:
-    log = [{"epoch": n, "phase": phase, "reward/aesthetic": n + n % 3, "reward/clip": None if n == 2 else -n,
-            "ldam/fired": int(n == 9)}
-           for n, phase in enumerate(["aesthetic"] * 8 + ["clip"] * 8, start=1)]
-    layers.draw_curves({"with": log, "without": log}, CURVES, tmp_path / "figure9")
-    rows = read_csv(tmp_path / "figure9.csv")
-    assert len(rows) == 32 and rows[8]["fired"] == "1" and [rows[1][key] for key in CURVES] == ["4", ""]
-    assert (tmp_path / "figure9.png").read_bytes().startswith(b"\x89PNG")
+    said = ["contradicted", "supported", "supported", *["contradicted"] * 5]
+    assert [row["verdict"] for row in other] == said

@@ -1,7 +1,5 @@
 """evaluation/report.py: what the page shows, and that nothing in it can act."""
-import base64
 import html
-import io
 import json
 import re
 from html.parser import HTMLParser
@@ -49,7 +47,6 @@ def test_runs_are_shown_with_curves_pictures_layers_and_flags(tmp_path: Path) ->
     names = [attributes["alt"] for tag, attributes in tags_of(page) if tag == "img"]
     assert names[:4] == ["reward/clip", "kl", "grad_norm", "ldam/r_s"]
     assert names[4:] == ["epoch-00000.png", "epoch-00020.png"] * 2
-    assert "Constant, not drawn: heldout/clip, ratio_dev." in page
     # what differs between the runs comes first
     assert re.findall(r"<tr><td>(\w+)</td>", page[page.index("Configuration"):])[:2] == ["flag", "lr"]
 
@@ -60,6 +57,7 @@ def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
         for n in (21, 22):
             file.write(json.dumps({"epoch": n, "phase": EVIL, f"reward/{EVIL}": n}) + "\n")
     Image.new("RGB", (40, 30)).save(run / "<b onclick=x>.png")
+    (run / "link.png").symlink_to(run / "epoch-00000.png")
     page = make(tmp_path, run)
     tags = tags_of(page)
     assert not {"script", "iframe", "object", "b", "link rel=stylesheet"} & {tag for tag, _ in tags}
@@ -69,15 +67,4 @@ def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
         assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
     policy = next(a["content"] for _, a in tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and "script" not in policy
-    assert "@import" not in page and "url(" not in page
-
-
-def test_wide_pictures_are_made_smaller_and_links_are_left_out(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    Image.new("RGB", (2000, 100), "blue").save(run / "rewards.png")
-    (run / "link.png").symlink_to(run / "rewards.png")
-    page = make(tmp_path, run)
-    data = re.findall('alt="rewards.png" src="data:image/png;base64,([^"]+)"', page)[0]
-    picture = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert picture.size == (1600, 80) and picture.getpixel((800, 40)) == (0, 0, 255)
-    assert "link.png" not in page
+    assert "@import" not in page and "url(" not in page and "link.png" not in page
