@@ -72,8 +72,8 @@ def moved(model: ParaUni, amount: float, seed: int = 1) -> ParaUni:
     return model
 
 
-def save_parts(model: ParaUni, folder: Path) -> Path:
-    """The frozen parts and the DiT as a folder for --weights."""
+def save_stages(model: ParaUni, folder: Path) -> Path:
+    """A folder for --weights: all parts, the files of stages 1 and 2, and rewards.py."""
     model.vlm.save_pretrained(folder / "vlm")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO_WEIGHTS / "vlm" / name, folder / "vlm" / name)
@@ -81,12 +81,6 @@ def save_parts(model: ParaUni, folder: Path) -> Path:
         (folder / part).mkdir(parents=True)
         save_file(module.state_dict(), folder / part / "diffusion_pytorch_model.safetensors")
         (folder / part / "config.json").write_text(json.dumps(module.config.to_json()))
-    return folder
-
-
-def save_stages(model: ParaUni, folder: Path) -> Path:
-    """The same with the files of stages 1 and 2, and rewards.py."""
-    save_parts(model, folder)
     for stage in (1, 2):
         model.save_stage(folder / f"stage{stage}.safetensors", TrainConfig(stage=stage))
     (folder / "rewards.py").write_text(REWARDS)
