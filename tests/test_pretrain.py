@@ -171,6 +171,15 @@ def test_a_picture_belongs_to_its_own_row() -> None:
     assert (loss(rows, images.flip(0)) - loss(rows, images)).abs() > 1e-4
 
 
+def test_patches_are_named() -> None:
+    """Shape, colour and middle of a scene whose places are known; the ground elsewhere."""
+    things = world.Thing("square", "red", 6.0, 10.0, 5.0), world.Thing("heart", "blue", 25.0, 24.0, 6.0)
+    shapes, colors, middles = pretrain.patch_labels([world.Scene(things, 0.5)]).view(3, 8, 8)
+    assert middles.nonzero().tolist() == [[2, 1], [6, 6]]
+    assert shapes[2, 1] == world.SHAPES.index("square") and colors[6, 6] == world.COLOR_NAMES.index("blue")
+    assert shapes[0, 7] == len(world.SHAPES) and colors[0, 7] == len(world.COLORS)
+
+
 def test_captions_are_true_of_the_scenes_that_they_fit() -> None:
     scenes = pretrain.pool("truth", 100)
     _, _, _, ids, true, said = pretrain.draw_captions(default_rng(4), scenes, 60, wrong=1)
