@@ -108,12 +108,9 @@ def arrange(rng: Rng, looks: Sequence[Look]) -> Scene:
 def sample_scene(rng: Rng, mixed: float = 0.0) -> Scene:
     """One shape, or two to four alike, or two that differ; with probability `mixed` any two to four."""
     kind = rng.random()
-    count = 2
-    if kind <= 0.35:
-        count = 1 if kind < 0.1 else int(rng.integers(2, 5))
+    count = int(rng.integers(2, 5)) if 0.1 <= kind <= 0.35 else 1
     if rng.random() < mixed:
-        count = int(rng.integers(2, 5))
-        looks = [random_look(rng) for _ in range(count)]
+        looks = [random_look(rng) for _ in range(rng.integers(2, 5))]
     elif kind > 0.35:
         shapes = rng.permutation(len(SHAPES))[:2]
         looks = [(SHAPES[shape], pick(rng, COLOR_NAMES)) for shape in shapes]
@@ -142,7 +139,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     if shape == "ring":
         return (rho - 0.72).abs() - 0.27
     if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.80
+        return box(x, y, 0.80, 0.80)
     if shape == "diamond":
         return 0.58 * (x.abs() / 0.72 + y.abs() / 0.98 - 1)
     if shape == "bar":
@@ -226,7 +223,17 @@ def noun(shape: str, color: str | None = None, count: int = 1) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def write_prompt(task: str, include: tuple, relation: str | None = None, wording: str = "") -> Prompt:
+def write_prompt(include: tuple, relation: str | None = None, wording: str = "") -> Prompt:
+    """The prompt that asks for these things; its task follows from what it says."""
+    (_, color, count), *others = include
+    if relation:
+        task = "position"
+    elif others:
+        task = "color_attr" if color else "two_object"
+    elif count > 1:
+        task = "counting"
+    else:
+        task = "colors" if color else "single_object"
     nouns = [noun(*thing) for thing in include]
     return Prompt(wording + f" {relation or 'and'} ".join(nouns), task, include, relation)
 
@@ -270,13 +277,8 @@ def prompts_of(scene: Scene, wording: str = "") -> list[Prompt]:
     """Every prompt, in both orders, that a scene of one kind fulfils exactly: no thing is left out."""
     things = scene.things
     count, first = len(things), things[0]
-
-    # things that are all alike
     if len({(thing.shape, thing.color) for thing in things}) == 1:
-        plain, colored = (first.shape, None, count), (first.shape, first.color, count)
-        tasks = ("single_object", "colors") if count == 1 else ("counting", "counting")
-        return [write_prompt(tasks[0], (plain,), None, wording),
-                write_prompt(tasks[1], (colored,), None, wording)]
+        return [write_prompt(((first.shape, color, count),), None, wording) for color in (None, first.color)]
 
     # two things of different shapes
     if count != 2 or first.shape == things[1].shape:
@@ -285,12 +287,8 @@ def prompts_of(scene: Scene, wording: str = "") -> list[Prompt]:
     for a, b in (things, things[::-1]):
         plain = (a.shape, None, 1), (b.shape, None, 1)
         colored = (a.shape, a.color, 1), (b.shape, b.color, 1)
-        prompts += [write_prompt("two_object", plain, None, wording),
-                    write_prompt("color_attr", colored, None, wording)]
-        relation = relation_between(a, b)
-        if relation:
-            prompts += [write_prompt("position", plain, relation, wording),
-                        write_prompt("position", colored, relation, wording)]
+        for relation in dict.fromkeys([None, relation_between(a, b)]):
+            prompts += [write_prompt(plain, relation, wording), write_prompt(colored, relation, wording)]
     return prompts
 
 
@@ -300,11 +298,9 @@ def sample_prompt(rng: Rng, scene: Scene, test: bool = False) -> Prompt | None:
     fits = [prompt for prompt in prompts if is_test(prompt) == test]
     if not fits:
         return None
-    weights = []
-    for prompt in fits:
-        _, color, _ = prompt.include[0]
-        weights.append(1.0 + bool(color) + bool(prompt.relation))
-    weights = np.array(weights)
+    colored = np.array([prompt.include[0][1] is not None for prompt in fits])
+    placed = np.array([prompt.relation is not None for prompt in fits])
+    weights = 1.0 + colored + placed
     return fits[rng.choice(len(fits), p=weights / weights.sum())]
 
 
@@ -348,7 +344,7 @@ def corrupt(rng: Rng, prompt: Prompt) -> Prompt:
         other_shape, other_color, _ = others[0]
         color, others = other_color, [(other_shape, color, 1)]
     include = (shape, color, count), *others
-    return write_prompt(prompt.task, include, relation, wording_of(prompt.text))
+    return write_prompt(include, relation, wording_of(prompt.text))
 
 
 def wording_of(text: str) -> str:
@@ -361,15 +357,12 @@ def every_prompt() -> dict[str, Prompt]:
     prompts = []
     # one kind of thing
     for count, shape, color in itertools.product((1, 2, 3, 4), SHAPES, (None, *COLORS)):
-        task = "counting" if count > 1 else "colors" if color else "single_object"
-        prompts.append(write_prompt(task, ((shape, color, count),)))
+        prompts.append(write_prompt(((shape, color, count),)))
     # two things, both with their colours or both without
     for first, second in itertools.permutations(SHAPES, 2):
         for colors in [(None, None), *itertools.product(COLORS, COLORS)]:
             include = (first, colors[0], 1), (second, colors[1], 1)
-            task = "color_attr" if colors[0] else "two_object"
-            prompts.append(write_prompt(task, include))
-            prompts += [write_prompt("position", include, relation) for relation in RELATIONS]
+            prompts += [write_prompt(include, relation) for relation in (None, *RELATIONS)]
     return {prompt.text: prompt for prompt in prompts}
 
 
@@ -455,8 +448,7 @@ def questions(rng: Rng, scene: Scene) -> list[tuple[str, str]]:
 
 
 def question_set(count: int, seed: int = 0) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Test pictures (count, 3, H, W) with the 256 levels of a file, and a question with its answer for each.
-    """
+    """Test pictures (count, 3, H, W) with the 256 levels of a file; of each a question and its answer."""
     scene_rng = np.random.default_rng([seed, *b"vlm test"])
     question_rng = np.random.default_rng([seed, 2])
     scenes = [sample_scene(scene_rng, 0.4) for _ in range(count)]
@@ -564,14 +556,12 @@ def detect(images: Tensor) -> list[list[Found]]:
     size = torch.zeros_like(labels).scatter_add_(1, labels, ones)                       # (B, H W)
     colored = color.flatten(1) >= 0                                                     # (B, H W)
     owner, name = torch.nonzero((size >= MIN_AREA / 2) & colored, as_tuple=True)        # (K,) each
-    if not len(owner):
-        return found
 
     # a component with its soft rim: area, centre, width and height
     hue = color.flatten(1)[owner, name]                                                 # (K,)
     core = (labels[owner] == name[:, None]).view(-1, SIZE, SIZE)                        # (K, H, W)
-    around = F.max_pool2d(core.float(), 3, stride=1, padding=1).bool()                  # (K, H, W)
-    rim = around & (color[owner] == -1)                                                 # (K, H, W)
+    around = F.max_pool2d(core[:, None].float(), 3, stride=1, padding=1).bool()         # (K, 1, H, W)
+    rim = around[:, 0] & (color[owner] == -1)                                           # (K, H, W)
     soft = torch.where(core | rim, alpha[owner], 0.0)                                   # (K, H, W)
     at = torch.arange(SIZE) + 0.5
     area = soft.sum((1, 2))                                                             # (K,)
@@ -597,14 +587,19 @@ def detect(images: Tensor) -> list[list[Found]]:
     return found
 
 
+def sides(offset: np.ndarray, sizes: np.ndarray) -> set[str]:
+    """GenEval's rule: the offset (x, y) of two centres, shrunk by a tenth of the summed sizes, points beyond
+    half of its length. Up to two relations hold."""
+    shrunk = np.maximum(np.abs(offset) - 0.1 * sizes, 0) * np.sign(offset)
+    if np.abs(shrunk).max() < 1e-3:
+        return set()
+    direction = shrunk / np.linalg.norm(offset)
+    return {relation for relation, side in RELATIONS.items() if direction @ side > 0.5}
+
+
 def holds(relation: str, a: Found, b: Found) -> bool:
-    """GenEval's rule: the offset of the centres, shrunk by a tenth of the summed sizes, points beyond half of
-    its length."""
     offset = np.array([a.x - b.x, a.y - b.y])
-    forgiven = 0.1 * np.array([a.w + b.w, a.h + b.h])
-    shrunk = np.maximum(np.abs(offset) - forgiven, 0) * np.sign(offset)
-    direction = shrunk / max(np.linalg.norm(offset), 1e-6)
-    return bool(direction @ np.array(RELATIONS[relation]) > 0.5)
+    return relation in sides(offset, np.array([a.w + b.w, a.h + b.h]))
 
 
 def fulfils(found: list[Found], prompt: Prompt) -> bool:
@@ -621,8 +616,7 @@ def fulfils(found: list[Found], prompt: Prompt) -> bool:
 
 def judge(images: Tensor, prompts: list[Prompt]) -> list[bool]:
     """Does picture b, (B, 3, H, W) in [0, 1], show what prompt b asks for?"""
-    assert len(images) == len(prompts), f"{len(images)} pictures, {len(prompts)} prompts"
-    return [fulfils(found, prompt) for found, prompt in zip(detect(images), prompts)]
+    return [fulfils(found, prompt) for found, prompt in zip(detect(images), prompts, strict=True)]
 
 
 def task_scores(verdicts: list[bool], prompts: list[Prompt]) -> dict[str, float]:
