@@ -278,7 +278,8 @@ def prompts_of(scene: Scene, wording: str = "") -> list[Prompt]:
     things = scene.things
     count, first = len(things), things[0]
     if len({(thing.shape, thing.color) for thing in things}) == 1:
-        return [write_prompt(((first.shape, color, count),), None, wording) for color in (None, first.color)]
+        plain, colored = (first.shape, None, count), (first.shape, first.color, count)
+        return [write_prompt((plain,), None, wording), write_prompt((colored,), None, wording)]
 
     # two things of different shapes
     if count != 2 or first.shape == things[1].shape:
@@ -288,7 +289,8 @@ def prompts_of(scene: Scene, wording: str = "") -> list[Prompt]:
         plain = (a.shape, None, 1), (b.shape, None, 1)
         colored = (a.shape, a.color, 1), (b.shape, b.color, 1)
         for relation in dict.fromkeys([None, relation_between(a, b)]):
-            prompts += [write_prompt(plain, relation, wording), write_prompt(colored, relation, wording)]
+            prompts.append(write_prompt(plain, relation, wording))
+            prompts.append(write_prompt(colored, relation, wording))
     return prompts
 
 
@@ -599,7 +601,8 @@ def sides(offset: np.ndarray, sizes: np.ndarray) -> set[str]:
 
 def holds(relation: str, a: Found, b: Found) -> bool:
     offset = np.array([a.x - b.x, a.y - b.y])
-    return relation in sides(offset, np.array([a.w + b.w, a.h + b.h]))
+    sizes = np.array([a.w + b.w, a.h + b.h])
+    return relation in sides(offset, sizes)
 
 
 def fulfils(found: list[Found], prompt: Prompt) -> bool:
