@@ -60,8 +60,7 @@ class HeldoutConfig(DrawConfig):
 class ScoreConfig(HeldoutConfig):
     """The flags of every command that scores them."""
     rewards: tuple[str, ...] = knob(("clip", "pickscore", "aesthetic"), "names, or file.py:function")
-    reward_weights: str = knob("auto", "folder with clip/, pickscore/, aesthetic/; "
-                                       "auto: nano's own, or weights/rewards")
+    reward_weights: str = knob("auto", "folder of the reward models; auto: nano's own, or weights/rewards")
 
 
 def start(cls: type, argv: list[str] | None, description: str) -> tuple[Any, Dist]:
@@ -96,27 +95,14 @@ def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
 
 def table(rows: list[dict]) -> str:
     """Rows with the same keys as a Markdown table; floats with 4 decimals, None as an empty cell."""
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:.4f}"
-        return "" if value is None else str(value)
-
     lines = [list(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
+    for row in rows:
+        known = ["" if value is None else value for value in row.values()]
+        lines.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in known])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     padded = [[text.ljust(width) for text, width in zip(line, widths)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows with the same keys; floats with 6 digits, None as an empty cell."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
-                             for key, value in row.items()})
 
 
 def read_csv(path: str | Path, delimiter: str = ",") -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ and once more with all of them for the table. Seeds are the same in all rows: di
 Letters: B pictures, N queries, E condition width, C h w latent.
 """
 import hashlib
+import itertools
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 import train
 from common import Refused, derive_seed, generator, knob, parse_config, resolve, setup_dist, write_json
 from dit import flow_matching_loss, randn
-from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, table, write_csv
+from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, table
 from evaluation.claims import claim
 from evaluation.layers import draw_all, draw_curves, stage3_log, without_region
 from ldam import REGIONS
@@ -97,21 +98,20 @@ class AblateConfig:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Train every row over several seeds; table, plots and verdicts. Returns the rows of ablate.csv and
-    claims.csv under these names; {} if stopped."""
+    """Train every row over several seeds; table, plots and verdicts. Returns the rows of the tables "ablate"
+    and "claims"; {} if stopped."""
     cfg = parse_config(AblateConfig, argv, description=__doc__.splitlines()[0])
     unknown = set(cfg.rows) - set(ROWS)
     if unknown or cfg.seeds < 2:
         raise Refused(f"expected --rows to be some of {', '.join(ROWS)} and --seeds at least 2, got "
                       f"{', '.join(cfg.rows)} and {cfg.seeds}")
-    for name in cfg.rows:
-        for seed in range(cfg.seeds):
-            folder, plan = run_folder(cfg, name, seed), make_plan(cfg, name, seed)
-            same_settings(folder, plan)
-            print(f"{ROWS[name].title}, seed {seed}: {folder}", flush=True)
-            if not (folder / "row.json").is_file() and not run_row(folder, plan):
-                print("stopped; everything is saved, the same command goes on from here")
-                return {}
+    for name, seed in itertools.product(cfg.rows, range(cfg.seeds)):
+        folder, plan = run_folder(cfg, name, seed), make_plan(cfg, name, seed)
+        same_settings(folder, plan)
+        print(f"{ROWS[name].title}, seed {seed}: {folder}", flush=True)
+        if not (folder / "row.json").is_file() and not run_row(folder, plan):
+            print("stopped; everything is saved, the same command goes on from here")
+            return {}
     return summarise(cfg)
 
 
@@ -220,10 +220,8 @@ def heldout_loss(model: ParaUni, count: int) -> float:
 
 def summarise(cfg: AblateConfig) -> dict:
     """Every finished row of this folder, of the seeds asked for: table, plots, claims."""
-    folder = Path(cfg.out)
-    runs, logs = read_runs(cfg)
-    rows = [table_row(name, runs, logs) for name in runs]
-    write_csv(folder / "ablate.csv", rows)
+    folder, runs = Path(cfg.out), read_runs(cfg)
+    rows = [table_row(name, runs) for name in runs]
     plot_rows(runs, folder / "ablate.png")
 
     compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
@@ -234,39 +232,34 @@ def summarise(cfg: AblateConfig) -> dict:
         values = advantage(runs, better, worse, measure)
         if len(values) > 1:
             claims.append(claim(text, measure, values, "seeds"))
-    if claims:
-        write_csv(folder / "claims.csv", claims)
 
     # the curves with LDAM and without
-    pair = {"LDAM": logs.get("ldam-epoch", {}).get(0), "no LDAM": logs.get("no-ldam", {}).get(0)}
-    if all(pair.values()):
-        draw_curves(pair, [f"reward/{reward}" for reward in SUPPLEMENT], folder / "supplement")
+    if {"ldam-epoch", "no-ldam"} <= runs.keys():
+        pair = {"LDAM": runs["ldam-epoch"][0]["log"], "no LDAM": runs["no-ldam"][0]["log"]}
+        draw_curves(pair, [f"reward/{reward}" for reward in SUPPLEMENT], folder / "supplement.png")
     tables = [table(part) for part in (rows, claims) if part]
     text = "\n\n".join([*tables, f"Nano thresholds: {AT_NANO[0]}.", PAPER_NOTE])
     return finish(cfg, "ablate", {"ablate": rows, "claims": claims}, text)
 
 
-def read_runs(cfg: AblateConfig) -> tuple[dict, dict]:
-    """{row: {seed: scores}} of finished runs, and {row: {seed: epochs}} of those with a stage 3, whose scores
-    also have the mean of each reward in training, in its own phase."""
-    runs, logs = {}, {}
-    for name in ROWS:
-        for seed in range(cfg.seeds):
-            folder = run_folder(cfg, name, seed)
-            if not (folder / "row.json").is_file():
-                continue
-            scores = read_json(folder / "row.json")["scores"]
-            runs.setdefault(name, {})[seed] = scores
-            if (folder / "stage3").is_dir():
-                log = stage3_log(folder / "stage3")
-                logs.setdefault(name, {})[seed] = log
-                for reward in SUPPLEMENT:
-                    own = [record[f"reward/{reward}"] for record in log if record["phase"] == reward]
-                    scores[f"{reward} in training"] = fmean(value for value in own if value is not None)
-    return runs, logs
+def read_runs(cfg: AblateConfig) -> dict[str, dict[int, dict]]:
+    """{row: {seed: scores}} of finished runs. Those of a stage 3 also have its "log", and the mean of each
+    reward in training, in its own phase."""
+    runs = {}
+    for name, seed in itertools.product(ROWS, range(cfg.seeds)):
+        folder = run_folder(cfg, name, seed)
+        if not (folder / "row.json").is_file():
+            continue
+        scores = runs.setdefault(name, {})[seed] = read_json(folder / "row.json")["scores"]
+        if ROWS[name].family == "ldam":
+            scores["log"] = stage3_log(folder / "stage3")
+            for reward in SUPPLEMENT:
+                own = [record[f"reward/{reward}"] for record in scores["log"] if record["phase"] == reward]
+                scores[f"{reward} in training"] = fmean(value for value in own if value is not None)
+    return runs
 
 
-def table_row(name: str, runs: dict, logs: dict) -> dict:
+def table_row(name: str, runs: dict) -> dict:
     """Means over seeds, and the judge's paired difference to the row that it is compared with."""
     reference = "all" if ROWS[name].family == "layers" else "no-ldam"
     row = {"row": ROWS[name].title, "seeds": len(runs[name])}
@@ -276,18 +269,15 @@ def table_row(name: str, runs: dict, logs: dict) -> dict:
     difference = advantage(runs, name, reference, "judge") if name != reference else []
     row["judge against"] = ROWS[reference].title
     row["judge difference"], row["difference s.e."] = mean_and_error(difference)
-    own = list(logs.get(name, {}).values())
-    row["firings"] = sum(record["ldam/fired"] for log in own for record in log) if own else None
-    row["largest jump"] = max(map(largest_jump, own)) if own else None
+    logs = [scores["log"] for scores in runs[name].values() if "log" in scores]
+    row["firings"] = sum(record["ldam/fired"] for log in logs for record in log) if logs else None
+    # of the gradient norm, between successive epochs of a phase
+    pairs = [pair for log in logs for pair in zip(log, log[1:])]
+    jumps = [after["grad_norm"] / before["grad_norm"] for before, after in pairs
+             if before["phase"] == after["phase"] and before["grad_norm"] and after["grad_norm"]]
+    row["largest jump"] = max(jumps, default=None)
     row["paper"] = ROWS[name].paper
     return row
-
-
-def largest_jump(log: list[dict]) -> float:
-    """Of the gradient norm: the largest ratio of successive epochs of a phase."""
-    jumps = [after["grad_norm"] / before["grad_norm"] for before, after in zip(log, log[1:])
-             if before["phase"] == after["phase"] and before["grad_norm"] and after["grad_norm"]]
-    return max(jumps, default=0.0)
 
 
 def advantage(runs: dict, better: str, worse: str, measure: str) -> list[float]:
@@ -307,7 +297,7 @@ def plot_rows(runs: dict, path: Path) -> None:
             values = [scores[measure] for scores in runs[name].values()]
             mean, error = mean_and_error(values)
             axis.plot(values, [y] * len(values), "o", color=color, alpha=0.3, markersize=4)
-            axis.errorbar([mean], [y], xerr=[error or 0], fmt="o", color=color, capsize=3)
+            axis.errorbar(mean, y, xerr=error or 0, fmt="o", color=color, capsize=3)
         axis.set(title=measure + (" (less is better)" if measure == "loss" else ""))
         axis.set_yticks(range(len(names)), [ROWS[name].title for name in names] if axis is axes[0] else [])
         axis.grid(axis="y", alpha=0.3)

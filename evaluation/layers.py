@@ -10,8 +10,9 @@ The supplement's Figures 1-3 are Figure 9 of two runs, one with LDAM (red) and o
 EMA 0.1: `--runs runs/ldam,runs/no-ldam`. Their captions call the blue line "only the last layer", the text
 "the removal of LDAM, with all other settings remaining unchanged"; the text is followed.
 
-Every figure is a PNG and a CSV. claims.csv has a verdict on each sentence of the paper (claims.py). All
-pictures of a prompt start from the same noise, so that differences are paired by prompt.
+Every figure is a PNG. Its numbers (of curves: in the runs' logs) and a verdict on each sentence of the paper
+(claims.py) are in layers.json. All pictures of a prompt start from the same noise, so that differences are
+paired by prompt.
 
 Letters: L VLM layers, P pairs of layers, B prompts, N queries, D width, H W pixels.
 """
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from common import Refused, derive_seed, fingerprint, knob, precision, read_log, write_json
 from evaluation import (DrawConfig, ScoreConfig, draw, drawing_settings, finish, heldout_prompts, load,
-                        mean_and_error, read_json, same_settings, start, table, write_csv)
+                        mean_and_error, read_json, same_settings, start, table)
 from evaluation.claims import COLORS, claim, draw_curve
 from grpo import open_rewards
 from ldam import REGIONS, REWARD_REGIONS, region_layers
@@ -38,16 +39,14 @@ Scores = dict[str, dict[str, Tensor]]       # variant -> reward -> one score a p
 
 @dataclass(frozen=True)
 class LayersConfig(ScoreConfig):
-    last_file: str = knob("", "weights trained on the last layer only, for Figure 4, as "
-                              "runs/ablate/last-seed0/stage2/stage2.safetensors; empty: without")
+    last_file: str = knob("", "weights trained on the last layer only, for Figure 4; empty: without")
     runs: tuple[str, ...] = knob((), "stage 3 run folders whose curves are drawn")
     limit: int = knob(96, "the first so many prompts (the paper's Figure 2 has 500); 0: all of them")
     out: str = knob("runs/layers", "folder for figures and tables; an interrupted analysis there goes on")
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The paper's analyses of layers. Returns the rows of claims.csv, figure2.csv and figure5.csv under these
-    names."""
+    """The paper's analyses of layers. Returns the rows of claims and figures."""
     cfg, dist = start(LayersConfig, argv, __doc__.splitlines()[0])
     folder = Path(cfg.out)
     # what is missing shows before the first picture, not after the last one
@@ -66,22 +65,22 @@ def main(argv: list[str] | None = None) -> dict:
     variants |= {f"layer {i}": [i] for i in range(1, L + 1)}
     variants |= {f"no {region}": without_region(region, L) for region in REGIONS}
     scores = score_variants(cfg, model, prompts, variants)
+    likeness = {name: similarities(one, prompts, cfg) for name, one in models.items()}
     single, claims = figure2(scores, L, folder)
-    claims += figure4({name: similarities(one, prompts, cfg) for name, one in models.items()}, folder)
-    removed, regions_claims = figure5(scores, folder)
-    claims += regions_claims
+    maps, claims4 = figure4(likeness, folder)
+    removed, claims5 = figure5(scores, folder)
+    claims += claims4 + claims5
     if logs:
         drawn = [key for key in next(iter(logs.values()))[0] if key.startswith("reward/")]
-        draw_curves(logs, drawn, folder / "figure9")
-    write_csv(folder / "claims.csv", claims)
+        draw_curves(logs, drawn, folder / "figure9.png")
 
     # the pictures themselves: a row a prompt, a column a variant
     shown = prompts[:4]
     columns = [draw_all(cfg, model, shown, layers) for layers in variants.values()]
     images = torch.stack(columns, 1).flatten(0, 1)                              # (4 variants, 3, H, W)
     save_sheet(folder / "figure2_pictures.png", images, len(variants), list(variants) * len(shown), shown)
-    return finish(cfg, "layers", {"claims": claims, "figure2": single, "figure5": removed},
-                  "\n\n".join(map(table, (single, removed, claims))))
+    result = {"claims": claims, "figure2": single, "figure4": maps, "figure5": removed}
+    return finish(cfg, "layers", result, "\n\n".join(map(table, (single, removed, claims))))
 
 
 def without_region(region: str, num_layers: int) -> list[int]:
@@ -112,23 +111,19 @@ def score_variants(cfg: LayersConfig, model: ParaUni, prompts: list[str],
             for name, by_reward in scores.items()}
 
 
-def reward_columns(scores: dict[str, Tensor]) -> dict:
-    """Mean and standard error of each reward, as columns of a table."""
-    columns = {}
+def table_row(name: str, variant: str, scores: dict[str, Tensor]) -> dict:
+    """Mean and standard error of each reward of a variant."""
+    row = {name: variant}
     for reward, values in scores.items():
-        columns[reward], columns[f"{reward} s.e."] = mean_and_error(values.tolist())
-    return {**columns, "n": len(values)}
+        row[reward], row[f"{reward} s.e."] = mean_and_error(values.tolist())
+    return {**row, "n": len(values)}
 
-
-# ----------------------------------------------------------------------------- Figure 2: each layer alone
 
 def figure2(scores: Scores, L: int, folder: Path) -> tuple[list[dict], list[dict]]:
-    """The rewards by the layer that is the condition, beside those of all layers. Returns its table and its
-    claims."""
+    """The rewards by the layer that is the condition, beside those of all layers. Returns table, claims."""
     depth = list(range(1, L + 1))
     names = ["all", *(f"layer {i}" for i in depth)]
-    rows = [{"condition": name, **reward_columns(scores[name])} for name in names]
-    write_csv(folder / "figure2.csv", rows)
+    rows = [table_row("condition", name, scores[name]) for name in names]
     figure, axes = panels(len(scores["all"]))
     for axis, reward in zip(axes, scores["all"]):
         means = [row[reward] for row in rows]
@@ -154,38 +149,32 @@ def figure2(scores: Scores, L: int, folder: Path) -> tuple[list[dict], list[dict
               "CLIP score, all - best layer", more.tolist(), "prompts")]
 
 
-# ----------------------------------------------------------------------------- Figure 4: how alike layers are
-
-def similarity(features: Tensor) -> Tensor:
-    """Cosine similarity of layers i and j, a mean over queries: (L, B, N, D) -> (B, L, L), on the CPU."""
-    unit = F.normalize(features.float(), dim=-1)                                # (L, B, N, D)
-    return torch.einsum("ibnd,jbnd->bij", unit, unit).cpu() / unit.shape[2]     # (B, L, L)
-
-
 @torch.no_grad()
 def similarities(model: ParaUni, prompts: list[str], cfg: LayersConfig) -> dict[str, Tensor]:
-    """Of q_i, before the LIM, and of c_i, behind it: (B, L, L) each."""
+    """Cosine similarity of layers i and j, a mean over queries: of q_i, before the LIM, and of c_i, behind
+    it. (B, L, L) each."""
     maps = {"q_i": [], "c_i": []}
     for first in range(0, len(prompts), cfg.batch_size):
         prefix = model.encode_prefix(prompts[first:first + cfg.batch_size])
         with precision(model.device, cfg.dtype):
-            maps["q_i"].append(similarity(model.read_queries(prefix)))
-            maps["c_i"].append(similarity(model.condition_layers(prefix)))
+            features = {"q_i": model.read_queries(prefix), "c_i": model.condition_layers(prefix)}
+        for kind, layers in features.items():
+            unit = F.normalize(layers.float(), dim=-1)                          # (L, b, N, D)
+            cosine = torch.einsum("ibnd,jbnd->bij", unit, unit) / unit.shape[2]
+            maps[kind].append(cosine.cpu())                                     # (b, L, L)
     return {kind: torch.cat(parts) for kind, parts in maps.items()}
 
 
-def figure4(likeness: dict[str, dict[str, Tensor]], folder: Path) -> list[dict]:
-    """Maps, table and claims, from {what the model was trained on: {"q_i" or "c_i": (B, L, L)}}."""
-    rows, claims = [], []
-    figure, axes = panels(len(likeness), 4.4, 3.6, rows=2)
-    for kind in ("q_i", "c_i"):
+def figure4(likeness: dict[str, dict[str, Tensor]], folder: Path) -> tuple[list[dict], list[dict]]:
+    """Table and claims of maps, from {what the model was trained on: {"q_i" or "c_i": (B, L, L)}}."""
+    rows, claims, columns = [], [], len(likeness)
+    figure, axes = panels(columns, 4.4, 3.6, rows=2)
+    for kind, line in (("q_i", axes[:columns]), ("c_i", axes[columns:])):
         means = {trained_on: maps[kind].mean(0) for trained_on, maps in likeness.items()}   # (L, L) each
         low = min(mean.min().item() for mean in means.values())
-        line, axes = axes[:len(means)], axes[len(means):]
         for axis, (trained_on, mean) in zip(line, means.items()):
             L = len(mean)
-            rows += [{"features": kind, "trained on": trained_on, "layer": i + 1,
-                      **{f"layer {j + 1}": mean[i, j].item() for j in range(L)}} for i in range(L)]
+            rows.append({"features": kind, "trained on": trained_on, "cosines": mean.tolist()})
             image = axis.imshow(mean.numpy(), vmin=low, vmax=1, origin="lower", extent=(0.5, L + 0.5) * 2)
             # the regions' borders, where clusters would end
             for region in ("shallow", "middle"):
@@ -196,8 +185,7 @@ def figure4(likeness: dict[str, dict[str, Tensor]], folder: Path) -> list[dict]:
         figure.colorbar(image, ax=line, label="cosine similarity")
         claims += figure4_claims(kind, *(maps[kind] for maps in likeness.values()))
     figure.savefig(folder / "figure4.png")
-    write_csv(folder / "figure4.csv", rows)
-    return claims
+    return rows, claims
 
 
 def figure4_claims(kind: str, every: Tensor, last: Tensor | None = None) -> list[dict]:
@@ -232,15 +220,12 @@ def figure4_claims(kind: str, every: Tensor, last: Tensor | None = None) -> list
             for text, measure, values in found]
 
 
-# ----------------------------------------------------------------------------- Figure 5: regions removed
-
 def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
-    """Each region removed: the paired change of each reward. Returns its table and its caption as claims."""
+    """Each region removed: the paired change of each reward. Returns table, and the caption as claims."""
     rewards = list(scores["all"])
     changes = {region: {reward: scores[f"no {region}"][reward] - scores["all"][reward] for reward in rewards}
                for region in REGIONS}
-    rows = [{"removed": region, **reward_columns(by_reward)} for region, by_reward in changes.items()]
-    write_csv(folder / "figure5.csv", rows)
+    rows = [table_row("removed", region, by_reward) for region, by_reward in changes.items()]
     figure, axes = panels(len(rewards), 3.2, 3)
     for axis, reward in zip(axes, rewards):
         errors = [row[f"{reward} s.e."] or 0 for row in rows]
@@ -262,8 +247,8 @@ def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
         found.append((f"{reward} is most sensitive to the {most} region",
                       f"fall of {reward} without {most} - without {rival}",
                       falls[reward][most] - others[rival]))
-    # in this order, which a set would change from one process to the next
-    for reward in [name for name in ("aesthetic", "pickscore") if name in falls]:
+        if reward == "clip":
+            continue
         # "little": by less than half, up or down, of what the other two regions do
         shallow, middle, deep = falls[reward].values()                          # (B,) each
         change = shallow * shallow.mean().sign()                                # (B,)
@@ -273,8 +258,6 @@ def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
     return rows, [claim(f"{text} (Figure 5)", measure, values.tolist(), "prompts")
                   for text, measure, values in found]
 
-
-# ----------------------------------------------------------------------------- Figure 9: curves of stage III
 
 def stage3_log(run: Path) -> list[dict]:
     """The epochs of a stage 3 run."""
@@ -286,12 +269,9 @@ def stage3_log(run: Path) -> list[dict]:
 
 def draw_curves(logs: dict[str, list[dict]], keys: list[str], path: Path) -> None:
     """A panel a number, a colour a run."""
-    rows = [{"run": run, "epoch": record["epoch"], "phase": record["phase"], "fired": record["ldam/fired"],
-             **{key: record.get(key) for key in keys}} for run, log in logs.items() for record in log]
-    write_csv(path.with_suffix(".csv"), rows)
     figure, axes = panels(len(keys))
     for axis, key in zip(axes, keys):
         for run, color in zip(logs, itertools.cycle(COLORS)):
             draw_curve(axis, logs[run], key, color, run)
     axes[0].legend(fontsize=7)
-    figure.savefig(path.with_suffix(".png"))
+    figure.savefig(path)
