@@ -8,7 +8,7 @@ import pytest
 
 import train
 from common import Refused, parse_config
-from evaluation import ablate, read_csv
+from evaluation import ablate
 from evaluation.ablate import ROWS, AblateConfig
 from grpo import GRPOConfig
 from helpers import tiny_model
@@ -132,12 +132,12 @@ def test_table_claims_and_what_ldam_did(tmp_path: Path, capsys: pytest.CaptureFi
         finished(tmp_path, "ldam-epoch", seed, [0.21, 0.22, 0.23][seed], fired=1,
                  rewards=[reward + 0.1 for reward in FALLS])
     result = ablate.summarise(AblateConfig(out=str(tmp_path)))
-    table = {row["row"]: row for row in read_csv(tmp_path / "ablate.csv")}
+    table = {row["row"]: row for row in result["ablate"]}
     norm, drop = table[ROWS["no-norm"].title], np.array([0.30, 0.312, 0.32]) - np.array([0.50, 0.51, 0.52])
-    assert float(norm["judge difference"]) == pytest.approx(drop.mean(), rel=1e-4)
-    assert float(norm["difference s.e."]) == pytest.approx(drop.std(ddof=1) / 3 ** 0.5, rel=1e-3)
-    assert norm["paper"] == "0.73" and norm["firings"] == ""
-    assert table[ROWS["ldam-epoch"].title]["firings"] == "3"
+    assert norm["judge difference"] == pytest.approx(drop.mean(), rel=1e-4)
+    assert norm["difference s.e."] == pytest.approx(drop.std(ddof=1) / 3 ** 0.5, rel=1e-3)
+    assert norm["paper"] == 0.73 and norm["firings"] is None
+    assert table[ROWS["ldam-epoch"].title]["firings"] == 3
     claims = {(row["claim"], row["measure"]): row for row in result["claims"]}
     for text, measure, verdict in (
             ("It is worse with no LayerNorm", "judge", "supported"),
@@ -150,10 +150,6 @@ def test_table_claims_and_what_ldam_did(tmp_path: Path, capsys: pytest.CaptureFi
         assert claims[text, measure]["verdict"] == verdict, text
     assert not any("deep" in text for text, _ in claims)                        # no such row was trained
     row = table[ROWS["ldam"].title]
-    assert row["largest jump"] == "2.5" and row["firings"] == "0"
+    assert row["largest jump"] == 2.5 and row["firings"] == 0
     assert ablate.PAPER_NOTE in capsys.readouterr().out
-    # a run after the other; a reward that was not finite is an empty cell
-    curves = read_csv(tmp_path / "supplement.csv")
-    assert len(curves) == 2 * 24 and [row["fired"] for row in curves].count("1") == 1
-    assert [row["reward/aesthetic"] for row in curves[:3]] == ["1", "", "0.8"]
     assert (tmp_path / "ablate.png").is_file() and (tmp_path / "supplement.png").is_file()

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from common import Refused, derive_seed
-from evaluation import layers, read_csv
+from evaluation import layers
 from evaluation.claims import T95, claim, t_quantile
 from helpers import TINY, save_stages, tiny_model
 from ldam import REGIONS
@@ -67,7 +67,7 @@ def run(parts: Path, out: Path, *more: str) -> dict:
 
 
 def test_figures_are_what_plain_code_computes(parts: Path, tmp_path: Path, drawn: Mock) -> None:
-    run(parts, tmp_path, "--last-file", str(parts / "last.safetensors"))
+    result = run(parts, tmp_path, "--last-file", str(parts / "last.safetensors"))
     model, last = tiny_model(0), tiny_model(0)
     last.load_stage(parts / "last.safetensors")
     seeds = [derive_seed(0, "analyse", i) for i in range(len(PROMPTS))]
@@ -75,25 +75,22 @@ def test_figures_are_what_plain_code_computes(parts: Path, tmp_path: Path, drawn
     def red(which: list[int]) -> np.ndarray:
         return model.generate(PROMPTS, 2, 4.5, seed=seeds, layers=which)[:, 0].mean((1, 2)).double().numpy()
     whole, one = red([1, 2, 3, 4]), red([2])
-    single = {row["condition"]: row for row in read_csv(tmp_path / "figure2.csv")}
+    single = {row["condition"]: row for row in result["figure2"]}
     assert list(single) == ["all", "layer 1", "layer 2", "layer 3", "layer 4"]
-    assert float(single["all"]["clip"]) == pytest.approx(whole.mean(), rel=1e-4)
-    assert float(single["layer 2"]["clip"]) == pytest.approx(one.mean(), rel=1e-4)
-    assert float(single["layer 2"]["clip s.e."]) == pytest.approx(stats.sem(one), rel=1e-3)
+    assert single["all"]["clip"] == pytest.approx(whole.mean(), rel=1e-4)
+    assert single["layer 2"]["clip"] == pytest.approx(one.mean(), rel=1e-4)
+    assert single["layer 2"]["clip s.e."] == pytest.approx(stats.sem(one), rel=1e-3)
     # of 4 layers, 2 and 3 stand in the middle
-    removed = {row["removed"]: row for row in read_csv(tmp_path / "figure5.csv")}
-    assert float(removed["middle"]["clip"]) == pytest.approx((red([1, 4]) - whole).mean(), abs=1e-5)
+    removed = {row["removed"]: row for row in result["figure5"]}
+    assert removed["middle"]["clip"] == pytest.approx((red([1, 4]) - whole).mean(), abs=1e-5)
     # q_i: the VLM's own features; c_i: behind the LIM
-    cosines = {(row["trained on"], row["features"], row["layer"]): row
-               for row in read_csv(tmp_path / "figure4.csv")}
-    assert len(cosines) == 2 * 2 * L
+    cosines = {(row["trained on"], row["features"]): row["cosines"] for row in result["figure4"]}
+    assert len(cosines) == 2 * 2
     for name, trained in (("all layers", model), ("the last layer", last)):
         prefix = trained.encode_prefix(PROMPTS)
         for kind, f in (("q_i", trained.read_queries(prefix)), ("c_i", trained.condition_layers(prefix))):
             plain = torch.cosine_similarity(f[:, None], f[None], dim=-1).mean((2, 3))                 # (L, L)
-            table = [[float(cosines[name, kind, str(i)][f"layer {j}"]) for j in range(1, L + 1)]
-                     for i in range(1, L + 1)]
-            assert torch.allclose(torch.tensor(table), plain, atol=1e-4)
+            assert torch.allclose(torch.tensor(cosines[name, kind]), plain, atol=1e-4)
     for name in ("figure2", "figure4", "figure5", "figure2_pictures"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
