@@ -12,12 +12,12 @@ Processes of torchrun share pictures and answers, prompt by prompt. DPG-Bench as
 is BLIP, and a score by it says so. Differs from the official script: that one loses the file's first row, and
 takes the categories from the last picture of each prompt alone.
 """
+import itertools
 import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -39,59 +39,42 @@ class DpgConfig(DrawConfig):
     questions: str = knob("", "DPG-Bench's question file, CSV; empty: fetch it")
     images: str = knob("", "score a folder of any model's 2 x 2 grids, item_id.png; empty: draw them")
     answers: str = knob("", "ready answers, a JSON file or a folder of them, in place of --vqa")
-    vqa: str = knob("Salesforce/blip-vqa-capfilt-large",
-                    "the model that answers: a folder, or a repository of the hub")
+    vqa: str = knob("Salesforce/blip-vqa-capfilt-large", "what answers: a folder, or a name of the hub")
     limit: int = knob(0, "prompts, evenly spread over the file's, for a quick look; 0: all of them")
     score: bool = knob(True, "score the pictures; --no-score only draws them")
 
 
-# ----------------------------------------------------------------------------- the questions
+# ----------------------------------------------------------------------------- the rule
 
-class Proposition(NamedTuple):
-    """One thing that a prompt says."""
-    number: str
-    parents: list[str]          # propositions without which this one means nothing
-    category: str               # "attribute - color"
-    question: str               # yes if the picture shows it
-
-
-class Item(NamedTuple):
-    name: str                   # file stem of its grid of pictures
-    text: str                   # the prompt
-    propositions: list[Proposition]
-
-
-def read_items(path: Path) -> list[Item]:
-    """The prompts of a question file."""
-    items: dict[str, Item] = {}
+def read_items(path: Path) -> list[tuple[str, list[dict]]]:
+    """The name (item_id) of each prompt of a question file, and its rows, one for each thing (proposition)
+    that it says: `dependency` are those without which it means nothing; `tuple` begins with its category, as
+    "attribute - color (dog, red)"; the question's answer is yes if the picture shows it."""
+    items: dict[str, list[dict]] = {}
     for row in read_csv(path):
         # the name becomes a path
         if not re.fullmatch(r"[\w-]+", row["item_id"]):
             raise Refused(f"expected the stem of a file name as item_id in {path}, got {row['item_id']!r}")
-        item = items.setdefault(row["item_id"], Item(row["item_id"], row["text"], []))
-        parents = [word.strip() for word in row["dependency"].split(",")]
-        category = row["tuple"].split("(")[0].strip()
-        item.propositions.append(Proposition(row["proposition_id"], parents, category,
-                                             row["question_natural_language"]))
-    return list(items.values())
+        items.setdefault(row["item_id"], []).append(row)
+    return list(items.items())
 
 
-# ----------------------------------------------------------------------------- the rule
-
-def tile_scores(item: Item, answers: dict[str, str]) -> dict[str, float]:
+def tile_scores(rows: list[dict], answers: dict[str, str]) -> dict[str, float]:
     """1 for yes, 0 for anything else; then, in the file's order, 0 for what hangs on a 0.
 
     A parent further down the file still has the score of its own answer, as in the official loop. "0", no
     parent, and what else is no proposition of the prompt decide nothing.
     """
-    scores = {p.number: float(answers[p.number] == "yes") for p in item.propositions}
-    for p in item.propositions:
-        if any(scores.get(parent) == 0 for parent in p.parents):
-            scores[p.number] = 0.0
+    numbers = [row["proposition_id"] for row in rows]
+    scores = {number: float(answers[number] == "yes") for number in numbers}
+    for row in rows:
+        parents = row["dependency"].split(",")
+        if any(scores.get(parent.strip()) == 0 for parent in parents):
+            scores[row["proposition_id"]] = 0.0
     return scores
 
 
-def dpg_scores(items: list[Item], answers: dict[str, list[dict]]) -> dict:
+def dpg_scores(items: list[tuple], answers: dict[str, list[dict]]) -> dict:
     """DPG's score in percent (mean over prompts of the mean over pictures of the mean over questions), with
     s.e. over prompts, and the categories.
 
@@ -100,12 +83,16 @@ def dpg_scores(items: list[Item], answers: dict[str, list[dict]]) -> dict:
     """
     scores: dict[str, float] = {}
     marks: dict[str, list[float]] = {}
-    for item in [item for item in items if item.name in answers]:
-        tiles = answers[item.name]
-        scores[item.name] = fmean(fmean(tile_scores(item, tile).values()) for tile in tiles)
-        for p in item.propositions:
-            for level in {p.category, p.category.split("-")[0].strip()}:
-                marks.setdefault(level, []).extend(float(tile[p.number] == "yes") for tile in tiles)
+    for name, rows in items:
+        if name not in answers:
+            continue
+        tiles = answers[name]
+        scores[name] = fmean(fmean(tile_scores(rows, tile).values()) for tile in tiles)
+        for row in rows:
+            category = row["tuple"].split("(")[0].strip()
+            said = [float(tile[row["proposition_id"]] == "yes") for tile in tiles]
+            for level in {category, category.split("-")[0].strip()}:
+                marks.setdefault(level, []).extend(said)
     mean, error = mean_and_error([100 * score for score in scores.values()])
     rows = [{"questions": "prompts", "score": mean, "s.e.": error, "n": len(scores)}]
     rows += [{"questions": name, "score": 100 * fmean(said), "s.e.": None, "n": len(said)}
@@ -137,11 +124,11 @@ def main(argv: list[str] | None = None) -> dict:
     items = read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist))
     items = [items[i] for i in spread(cfg.limit, len(items))]
     if not cfg.images:
-        jobs = [Job(folder / f"{item.name}.png", item.text,
-                    [derive_seed(cfg.seed, "dpg", item.name, k) for k in range(4)]) for item in items]
+        jobs = [Job(folder / f"{name}.png", rows[0]["text"],
+                    [derive_seed(cfg.seed, "dpg", name, k) for k in range(4)]) for name, rows in items]
         draw_files(cfg, dist, jobs)
     if cfg.score and not cfg.answers:
-        items = [item for item in items if (folder / f"{item.name}.png").is_file()]
+        items = [item for item in items if (folder / f"{item[0]}.png").is_file()]
         if not items:
             raise Refused(f"expected grids called ITEM_ID.png in {folder}, found none")
         ask_all(cfg, dist, folder, items)
@@ -160,24 +147,23 @@ def main(argv: list[str] | None = None) -> dict:
     return finish(cfg, "dpg", result, f"{title}\njudge {judge}\n{table(scores['rows'])}")
 
 
-def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[Item]) -> None:
-    """Answers about all grids, shared by the processes."""
+def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[tuple]) -> None:
+    """Answers about each of the four pictures of all grids, shared by the processes."""
     vqa = Answerer(cfg.vqa, dist.device)
-    for item in tqdm(items[dist.rank::dist.world_size], disable=not dist.lead):
-        grid = folder / f"{item.name}.png"
-        path = Path(cfg.out) / "answers" / f"{item.name}.json"
-        questions = {p.number: p.question for p in item.propositions}
+    for name, rows in tqdm(items[dist.rank::dist.world_size], disable=not dist.lead):
+        grid = folder / f"{name}.png"
+        path = Path(cfg.out) / "answers" / f"{name}.json"
+        questions = {row["proposition_id"]: row["question_natural_language"] for row in rows}
         made_of = {"judge": vqa.name, "sha256": sha256(grid.read_bytes()).hexdigest(), "questions": questions}
-        if not is_judged(path, made_of):
-            write_json(path, {**made_of, "items": {item.name: ask_about(vqa, grid, questions)}})
+        if is_judged(path, made_of):
+            continue
+        picture = read_picture(grid)
+        side, odd = divmod(picture.width, 2)
+        if picture.width != picture.height or odd:
+            raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size} pixels")
+        answers = []
+        for y, x in itertools.product((0, side), (0, side)):
+            tile = picture.crop((x, y, x + side, y + side))
+            answers.append(dict(zip(questions, vqa(tile, list(questions.values())))))
+        write_json(path, {**made_of, "items": {name: answers}})
     wait(dist)
-
-
-def ask_about(vqa: Answerer, grid: Path, questions: dict[str, str]) -> list[dict[str, str]]:
-    """The answers to an item's questions about each of the four pictures of its grid."""
-    picture = read_picture(grid)
-    side, odd = divmod(picture.width, 2)
-    if picture.width != picture.height or odd:
-        raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size} pixels")
-    tiles = [picture.crop((x, y, x + side, y + side)) for y in (0, side) for x in (0, side)]
-    return [dict(zip(questions, vqa(tile, list(questions.values())))) for tile in tiles]
