@@ -17,6 +17,7 @@ Letters: P padded, h w resized, H W picture, Q queries of the detector, B crops,
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -35,13 +36,13 @@ from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines, wr
 from evaluation import (DrawConfig, Job, draw_files, fetched, finish, is_judged, load_judge, mean_and_error,
                         read_json, read_judged, spread, table, title_of, wait, write_lines)
 from model import weights_folder
+from nano.world import TASKS, sides
 from pictures import read_picture
 from rewards import load_clip
 
 PROMPTS_URL = "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl"
 PROMPTS_DIGEST = "ac3c481628128939793c13827f94fb83c9bc0a7efef1c29bfbe1c117c8c99e5e"    # of the 553 prompts
 PER_PROMPT = 4                          # pictures of each prompt that make the benchmark
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # COCO's names that GenEval's prompts call otherwise
 RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
@@ -49,15 +50,13 @@ RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "comput
 
 @dataclass(frozen=True)
 class GenevalConfig(DrawConfig):
-    out: str = knob("runs/geneval",
-                    "folder for verdicts, table and pictures; what was cut short there goes on")
+    out: str = knob("runs/geneval", "folder for pictures and table; what was cut short there goes on")
     per_prompt: int = knob(PER_PROMPT, "pictures of each prompt")
     limit: int = knob(0, "prompts, evenly spread over the benchmark's, for a quick look; 0: all of them")
     metadata: str = knob("", "GenEval's evaluation_metadata.jsonl; empty: fetch it; nano has its own prompts")
     images: str = knob("", "score a folder of any model's pictures in GenEval's layout; empty: draw them")
     detections: str = knob("", "ready detections, a JSON file or a folder of them, in place of --detector")
-    detector: str = knob("facebook/mask2former-swin-small-coco-instance",
-                         "Mask2Former: a folder, or a repository of the hub")
+    detector: str = knob("facebook/mask2former-swin-small-coco-instance", "a folder, or a name of the hub")
     score: bool = knob(True, "score the pictures; --no-score only draws them")
 
 
@@ -65,7 +64,6 @@ class GenevalConfig(DrawConfig):
 
 MIN_SCORE, MIN_SCORE_COUNTING = 0.3, 0.9        # a detection must lie above
 MAX_PER_CLASS = 16
-SHRINK, REACH = 0.1, 0.5                        # of positions: share of the sizes, share of the distance
 
 
 def keep(objects: list[dict], task: str) -> dict[str, list[dict]]:
@@ -80,17 +78,10 @@ def keep(objects: list[dict], task: str) -> dict[str, list[dict]]:
 
 
 def position(a: dict, b: dict) -> set[str]:
-    """Where a lies from b: the offset of the centres, shrunk on each axis by a tenth of both sizes, reaches
-    beyond half of its unshrunk length. Up to two relations hold."""
-    a, b = a["box"], b["box"]
-    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
-    sizes = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
-    shrunk = [math.copysign(max(abs(o) - SHRINK * size, 0.0), o) for o, size in zip(offset, sizes)]
-    if max(map(abs, shrunk)) < 1e-3:
-        return set()
-    dx, dy = (value / math.hypot(*offset) for value in shrunk)
-    holds = {"left of": dx < -REACH, "right of": dx > REACH, "above": dy < -REACH, "below": dy > REACH}
-    return {relation for relation in holds if holds[relation]}
+    """Where a lies from b."""
+    a, b = (np.reshape(thing["box"], (2, 2)) for thing in (a, b))               # (corner, axis) each
+    sizes = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])                           # (2,)
+    return sides(a.mean(0) - b.mean(0), sizes)
 
 
 def need_color(objects: list[dict], request: dict) -> list[dict]:
@@ -105,10 +96,8 @@ def holds(clause: dict, best: list[dict], groups: list[list[dict]]) -> bool:
 
     best    the best `count` objects of its class;  groups  those of all clauses
     """
-    count = clause["count"]
-    if len(best) < count:
-        return False
-    if "color" in clause and [thing["color"] for thing in best].count(clause["color"]) < count:
+    right = [thing for thing in best if "color" not in clause or thing["color"] == clause["color"]]
+    if len(right) < clause["count"]:
         return False
     if "position" not in clause:
         return True
@@ -230,7 +219,7 @@ class ColorNamer:
         self.clip.eval().to(device)
         self.name = f"sha256:{fingerprint(self.clip)[:16]}"
         self.device = device
-        self.sentences: dict[str, Tensor] = {}
+        self.describe = cache(self.describe)
         self.look = open_clip.image_transform(picture["size"], is_train=False, mean=tuple(picture["mean"]),
                                               std=tuple(picture["std"]))
 
@@ -244,12 +233,10 @@ class ColorNamer:
 
     def describe(self, name: str) -> Tensor:
         """A unit embedding for each colour of a thing called `name`, (10, E)."""
-        if name not in self.sentences:
-            texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-            text = self.clip.encode_text(self.encode(texts).to(self.device))        # (30, E)
-            text = F.normalize(text, dim=-1).view(len(COLORS), len(TEMPLATES), -1)  # (10, 3, E)
-            self.sentences[name] = F.normalize(text.mean(1), dim=-1)                # (10, E)
-        return self.sentences[name]
+        texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+        text = self.clip.encode_text(self.encode(texts).to(self.device))            # (30, E)
+        text = F.normalize(text, dim=-1).view(len(COLORS), len(TEMPLATES), -1)      # (10, 3, E)
+        return F.normalize(text.mean(1), dim=-1)                                    # (10, E)
 
 
 # ----------------------------------------------------------------------------- the command
@@ -275,7 +262,12 @@ def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
         return {}
 
     detector, found = read_judged(Path(cfg.detections or out / "detections"))
-    verdicts = judge(prompts, found)
+    wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
+    if wrong:
+        raise Refused(f"the detections name {sorted(wrong)}, which GenEval calls {list(RENAMED.values())}")
+    # a picture that is not in `found` is an error: an empty list would say that nothing is there
+    verdicts = {(i, j): verdict(found[name], prompt.request)
+                for i, prompt in enumerate(prompts) for j, name in enumerate(prompt.samples)}
     write_lines(out / "verdicts.jsonl", [{"filename": prompts[i].samples[j], "right": right,
                                           "task": prompts[i].request["tag"],
                                           "prompt": prompts[i].request["prompt"]}
@@ -332,33 +324,22 @@ def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Promp
         path = Path(cfg.out) / "detections" / f"{prompt.folder}.json"
         digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in prompt.samples}
         made_of = {"judge": detector.name, "clip": namer.name, "request": prompt.request, "sha256": digests}
-        if not is_judged(path, made_of):
-            write_json(path, {**made_of, "items": look(detector, namer, folder, prompt)})
+        if is_judged(path, made_of):
+            continue
+        found = {}
+        for name in prompt.samples:
+            picture = read_picture(folder / name)
+            objects = detector(picture)
+            # a colour where it decides
+            nameless = need_color(objects, prompt.request)
+            if nameless:
+                for thing, color in zip(nameless, namer(picture, nameless)):
+                    thing["color"] = color
+            for thing in objects:
+                del thing["mask"]
+            found[name] = objects
+        write_json(path, {**made_of, "items": found})
     wait(dist)
-
-
-def look(detector: Detector, namer: ColorNamer, folder: Path, prompt: Prompt) -> dict[str, list[dict]]:
-    """The objects of each picture of a prompt, with a colour where it decides."""
-    found = {}
-    for name in prompt.samples:
-        picture = read_picture(folder / name)
-        objects = detector(picture)
-        nameless = need_color(objects, prompt.request)
-        if nameless:
-            for thing, color in zip(nameless, namer(picture, nameless)):
-                thing["color"] = color
-        found[name] = [{key: thing[key] for key in thing if key != "mask"} for thing in objects]
-    return found
-
-
-def judge(prompts: list[Prompt], found: dict[str, list[dict]]) -> dict[tuple[int, int], bool]:
-    """(prompt, sample) -> right."""
-    wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
-    if wrong:
-        raise Refused(f"the detections name {sorted(wrong)}, which GenEval calls {list(RENAMED.values())}")
-    # a picture that is not in `found` is an error: an empty list would say that nothing is there
-    return {(i, j): verdict(found[name], prompt.request)
-            for i, prompt in enumerate(prompts) for j, name in enumerate(prompt.samples)}
 
 
 def prompts_digest(requests: list[dict]) -> str:
