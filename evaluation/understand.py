@@ -54,13 +54,6 @@ class Question(NamedTuple):
     choices: list[str] = []             # texts of A, B, ...
 
 
-def read_nano(count: int, seed: int) -> list[Question]:
-    """Each about a picture of its own; the first two words of a question are its kind."""
-    images, pairs = world.question_set(count, seed % 2 ** 32)                       # (count, 3, H, W)
-    return [Question(str(i), " ".join(text.split()[:2]), images[i], text, [answer])
-            for i, (text, answer) in enumerate(pairs)]
-
-
 def read_pope(path: Path) -> list[Question]:
     """JSON lines: question_id, image, text, label yes or no. One file for each of its three samplings."""
     questions = []
@@ -120,11 +113,13 @@ def grouped(questions: list[Question], marks: list[bool]) -> list[dict]:
     groups: dict[str, list[bool]] = {}
     for question, mark in zip(questions, marks, strict=True):
         groups.setdefault(question.group, []).append(mark)
-    return [*(mean_row(name, groups[name]) for name in sorted(groups)), mean_row("all", marks)]
+    rows = [mean_row(name, groups[name]) for name in sorted(groups)]
+    return [*rows, mean_row("all", marks)]
 
 
 def score_nano(questions: list[Question], answers: list[str]) -> list[dict]:
-    return grouped(questions, [question.answers[0] == answer for question, answer in zip(questions, answers)])
+    right = [question.answers[0] for question in questions]
+    return grouped(questions, [a == b for a, b in zip(right, answers)])
 
 
 def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
@@ -154,7 +149,8 @@ def score_mmbench(questions: list[Question], answers: list[str]) -> list[dict]:
     return [*rows, mean_row("first turn", [marks[0] for marks in turns.values()])]
 
 
-BENCHMARKS = {"nano": (read_nano, score_nano), "pope": (read_pope, score_pope),
+# the reader of a published file, and the metric
+BENCHMARKS = {"nano": (None, score_nano), "pope": (read_pope, score_pope),
               "mmbench": (read_mmbench, score_mmbench)}
 
 
@@ -165,8 +161,7 @@ class UnderstandConfig(EvalConfig):
     images: str = knob("", "folder of its pictures; not needed where they are in the question file")
     count: int = knob(2000, "questions about the nano world, each about a picture of its own")
     limit: int = knob(0, "the first so many questions of --questions; 0: all of them")
-    reference: str = knob("", "weights folder with the untouched vlm/, or auto: that of --weights; "
-                              "ask it the same, and compare")
+    reference: str = knob("", "also ask the untouched vlm/ of a weights folder; auto: that of --weights")
     batch_size: int = knob(250, "questions at a time")
     out: str = knob("runs/understand", "folder for table and answers; what was cut short there goes on")
 
@@ -199,7 +194,10 @@ def read_questions(cfg: UnderstandConfig) -> list[Question]:
         if not PRESETS[cfg.preset].shapes_world:
             raise Refused(f"the questions about the nano world are in its words: preset {cfg.preset} needs "
                           "--benchmark and --questions")
-        return read_nano(cfg.count, cfg.seed)
+        images, pairs = world.question_set(cfg.count, cfg.seed % 2 ** 32)           # (count, 3, H, W)
+        # the first two words of a question are its kind
+        return [Question(str(i), " ".join(text.split()[:2]), image, text, [answer])
+                for i, (image, (text, answer)) in enumerate(zip(images, pairs))]
     # a stranger's file may be wrong in any way
     try:
         questions = BENCHMARKS[cfg.benchmark][0](Path(cfg.questions))
@@ -221,9 +219,8 @@ def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder
     for first in tqdm(range(len(records), len(questions), cfg.batch_size), unit="batch"):
         part = questions[first:first + cfg.batch_size]
         images = torch.stack([tile(question, cfg.images, model) for question in part])      # (B, 3, H, W)
-        texts = [question.text for question in part]
         with precision(model.device, cfg.dtype):
-            answers = model.answer(images.to(model.device), texts)
+            answers = model.answer(images.to(model.device), [question.text for question in part])
         records += [{"name": question.name, "question": question.text, "right": question.answers,
                      "answer": answer} for question, answer in zip(part, answers)]
         write_lines(path, records)
