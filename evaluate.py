@@ -68,8 +68,6 @@ def geneval(argv: list[str] | None = None) -> dict:
                   f"{name}\n{table(scores['tasks'])}\npictures {folder / 'images'}")
 
 
-# ----------------------------------------------------------------------------- before and after
-
 def paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> list[dict]:
     """Each measure's means with s.e., and its mean paired change with the 95 % interval (normal, +- 1.96
     s.e.). Pairs that lack a finite score on either side are left out; n counts the others."""
@@ -137,16 +135,13 @@ def compare(argv: list[str] | None = None) -> dict:
     return finish(cfg, "compare", {"prompts": prompts}, f"pictures {path}")
 
 
-# ----------------------------------------------------------------------------- reconstruct
-
 KEEP = "Keep the image as it is."                           # the paper's prompt (supplement, section 4)
 
 
 @dataclass(frozen=True)
 class ReconstructConfig(DrawConfig):
     stage_file: str = knob("auto", "weights trained with all layers; auto: the newest in --weights")
-    last_layer_file: str = knob("", "weights trained with the last layer only (train.py --layers); "
-                                    "empty: those of --stage-file, read at their last layer")
+    last_layer_file: str = knob("", "weights of the last layer only; empty: --stage-file, read at its last")
     images: str = knob("", "folder of pictures; empty: held-out pictures of the nano world")
     count: int = knob(200, "pictures")
     out: str = knob("runs/reconstruct", "folder for table and pictures")
@@ -158,8 +153,8 @@ def reconstruct(argv: list[str] | None = None) -> dict:
 
     Reading of the paper: "the input image is encoded by VAE and then fed into the VLM", which has no input
     for latents; here the picture goes through the VLM's vision tower. The prompt is the bare sentence;
-    guidance compares with no prompt about the same picture. The row `autoencoder` says how much of a picture
-    the DC-AE alone keeps, `another` how near any other picture is: the ends of the scale.
+    guidance compares with no prompt about the same picture. The ends of the scale are how near any other
+    picture is, and how much of a picture the DC-AE alone keeps.
     """
     cfg, dist = start(ReconstructConfig, argv, reconstruct.__doc__.split("\n")[0])
     model = load(cfg, dist.device)
@@ -178,7 +173,8 @@ def reconstruct(argv: list[str] | None = None) -> dict:
             "another": originals.roll(1, 0)}                                        # (B, 3, H, W) each
     path, columns = Path(cfg.out) / "reconstruct.png", min(8, len(originals))
     shown = {"original": originals, **kept}
-    save_sheet(path, torch.cat([images[:columns] for images in shown.values()]), columns, titles=list(shown))
+    rows = [images[:columns] for images in shown.values()]
+    save_sheet(path, torch.cat(rows), columns, titles=list(shown))
 
     folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
     clip, _, picture = load_clip(folder / "clip")
@@ -189,14 +185,11 @@ def reconstruct(argv: list[str] | None = None) -> dict:
                     "clip": (embed_images(visual, images, picture) * seen).sum(-1).tolist()}
              for name, images in kept.items()}
     rows = paired(marks["last layer"], marks["all layers"])
-    ends = []
-    for name in ("autoencoder", "another"):
-        for measure, values in marks[name].items():
-            mean, error = mean_and_error([value for value in values if math.isfinite(value)])
-            ends.append({"pictures": name, "measure": measure, "mean": mean, "s.e.": error})
+    ends = paired(marks["another"], marks["autoencoder"])
     last_layer = cfg.last_layer_file or "the same weights, read at the last layer"
     result = {"last_layer": last_layer, "table": rows, "ends": ends}
     return finish(cfg, "reconstruct", result, f"before: {last_layer}; after: all layers\n{table(rows)}\n\n"
+                                              f"before: another picture; after: the autoencoder alone\n"
                                               f"{table(ends)}\npictures {path}")
 
 
@@ -216,7 +209,8 @@ def pictures_to_keep(cfg: ReconstructConfig, model: ParaUni) -> Tensor:
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio, dB, of pairs of pictures (B, 3, H, W) in [0, 1], (B,) fp64."""
-    return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10()         # (B,)
+    error = (a.double() - b.double()).square().mean((1, 2, 3))                      # (B,)
+    return -10 * error.log10()                                                      # (B,)
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
