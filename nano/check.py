@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import knob, parse_config, run
+from evaluation import table
 from grpo import GRPOConfig, rollout, stochastic_steps
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
@@ -36,7 +37,7 @@ CANDIDATES = 16     # scenes of a prompt, of which the best quarter has the pref
 
 @dataclass(frozen=True)
 class CheckConfig:
-    stage_file: str = knob("auto", "a stageN.safetensors; auto: that of stage 2")
+    stage_file: str = knob("auto", "a stageN.safetensors; auto: that of stage 2, the newest of nano's own")
     reward_weights: str = knob("auto", "folder of the reward models; auto: nano's own")
     pictures: int = knob(32, "held-out prompts a task, with two pictures each")
     seed: int = knob(0, "all randomness is derived from it")
@@ -44,13 +45,11 @@ class CheckConfig:
 
 def draw(model: ParaUni, prompts: list[Prompt], cfg: GRPOConfig) -> Tensor:
     """Pictures (B, 3, H, W) of prompts, as an epoch of stage III draws them."""
-    images = []
+    images, steps = [], stochastic_steps(cfg.num_steps, cfg.sde_window, 0)
     for i in range(0, len(prompts), 64):
         texts = [prompt.text for prompt in prompts[i:i + 64]]
         keys = [(cfg.seed, "check", i + j) for j in range(len(texts))]
-        with torch.no_grad():
-            prefix = model.encode_prefix([*texts, None])
-        steps = stochastic_steps(cfg.num_steps, cfg.sde_window, 0)
+        prefix = model.encode_prefix([*texts, None])
         rolled = rollout(model, model, prefix, keys, None, steps, cfg)
         images.append(model.decode(rolled.latents[-1]))                                 # (b, 3, H, W)
     return torch.cat(images)                                                            # (B, 3, H, W)
@@ -59,10 +58,9 @@ def draw(model: ParaUni, prompts: list[Prompt], cfg: GRPOConfig) -> Tensor:
 def preferred(rng: world.Rng, prompt: Prompt, reward: str) -> Scene:
     """A true scene of a prompt with the look that a reward wants, as a quarter of them has it."""
     scenes = [world.scene_for(rng, prompt) for _ in range(CANDIDATES)]
-    if reward == "aesthetic":
-        scenes.sort(key=lambda scene: -scene.light)
-    if reward == "pickscore":
-        scenes.sort(key=lambda scene: -world.mean_radius(scene))
+    looks = {"aesthetic": lambda scene: scene.light, "pickscore": world.mean_radius}
+    if reward in looks:
+        scenes.sort(key=looks[reward], reverse=True)
     return scenes[rng.integers(CANDIDATES // 4)]
 
 
@@ -74,11 +72,9 @@ def area_under_curve(right: Tensor, wrong: Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> dict:
     cfg = parse_config(CheckConfig, argv, description=__doc__.splitlines()[0])
-    folder = weights_folder("nano", "auto")
-    stage_file = folder / "stage2.safetensors" if cfg.stage_file == "auto" else cfg.stage_file
-    reward_weights = folder if cfg.reward_weights == "auto" else Path(cfg.reward_weights)
-    model = ParaUni.from_preset("nano", stage_file=stage_file)
-    scorers = {name: build_reward(name, "cpu", weights=reward_weights) for name in REWARDS}
+    model = ParaUni.from_preset("nano", stage_file=cfg.stage_file)
+    folder = weights_folder("nano", cfg.reward_weights)
+    scorers = {name: build_reward(name, "cpu", weights=folder) for name in REWARDS}
     # as stage III samples; the reference is not asked
     recipe = {**PRESETS["nano"].recipes[3], "kl_coef": 0.0, "seed": cfg.seed}
     sampling = GRPOConfig(**recipe)
@@ -92,30 +88,29 @@ def main(argv: list[str] | None = None) -> dict:
     texts = [prompt.text for prompt in prompts]
     scores = {name: scorer(images, texts * 2) for name, scorer in scorers.items()}      # (2 B,) each
 
-    result: dict[str, dict] = {"auc": {}, "headroom": {}}
-    print(f"{'right from wrong':20} {'right':>6} {'wrong':>6} {'clip':>7} {'pickscore':>10}")
+    areas, headroom = {}, {}
     for task in world.TASKS:
         here = torch.tensor([prompt.task == task for prompt in prompts * 2])            # (2 B,)
         right, wrong = here & is_right, here & ~is_right
-        areas = {name: area_under_curve(scores[name][right], scores[name][wrong])
-                 for name in ("clip", "pickscore")}
-        result["auc"][task] = areas
-        print(f"{task:20} {right.sum():6} {wrong.sum():6} {areas['clip']:7.3f} {areas['pickscore']:10.3f}")
-
-    share = float(is_right[:len(prompts)].float().mean())
-    print(f"\n{share:.3f} of the pictures are right\n")
-    result["right"] = share
-    print(f"{'headroom':20} {'wanted':>7} {'drawn':>7} {'s.d.':>7} {'in s.d.':>8}")
+        row = areas[task] = {"right from wrong": task}
+        row["right"] = right.sum().item()
+        row["wrong"] = wrong.sum().item()
+        for name in ("clip", "pickscore"):
+            row[name] = area_under_curve(scores[name][right], scores[name][wrong])
     for name, scorer in scorers.items():
         scenes = [preferred(rng, prompt, name) for prompt in prompts]
         wanted = through(model.vae, world.render(scenes), torch.zeros(len(scenes)))     # (B, 3, H, W)
-        wanted_mean = float(scorer(wanted, texts).mean())
         drawn = scores[name][:len(prompts)]                                             # (B,)
-        mean, spread = float(drawn.mean()), float(drawn.std())
-        headroom = (wanted_mean - mean) / spread
-        result["headroom"][name] = headroom
-        print(f"{name:20} {wanted_mean:7.3f} {mean:7.3f} {spread:7.3f} {headroom:8.2f}")
-    return result
+        row = headroom[name] = {"headroom": name}
+        row["wanted"] = scorer(wanted, texts).mean().item()
+        row["drawn"] = drawn.mean().item()
+        row["s.d."] = drawn.std().item()
+        row["in s.d."] = (row["wanted"] - row["drawn"]) / row["s.d."]
+    share = is_right[:len(prompts)].float().mean().item()
+    print(table([*areas.values()]))
+    print(f"\n{share:.3f} of the pictures are right\n")
+    print(table([*headroom.values()]))
+    return {"auc": areas, "right": share, "headroom": headroom}
 
 
 if __name__ == "__main__":
