@@ -242,7 +242,7 @@ def summarise(cfg: AblateConfig) -> dict:
     return finish(cfg, "ablate", {"ablate": rows, "claims": claims}, text)
 
 
-def read_runs(cfg: AblateConfig) -> dict[str, dict[int, dict]]:
+def read_runs(cfg: AblateConfig) -> dict:
     """{row: {seed: scores}} of finished runs. Those of a stage 3 also have its "log", and the mean of each
     reward in training, in its own phase."""
     runs = {}

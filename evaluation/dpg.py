@@ -46,7 +46,7 @@ class DpgConfig(DrawConfig):
 
 # ----------------------------------------------------------------------------- the rule
 
-def read_items(path: Path) -> list[tuple[str, list[dict]]]:
+def read_items(path: Path) -> list[tuple]:
     """The name (item_id) of each prompt of a question file, and its rows, one for each thing (proposition)
     that it says: `dependency` are those without which it means nothing; `tuple` begins with its category, as
     "attribute - color (dog, red)"; the question's answer is yes if the picture shows it."""

@@ -79,7 +79,8 @@ def keep(objects: list[dict], task: str) -> dict[str, list[dict]]:
 
 def position(a: dict, b: dict) -> set[str]:
     """Where a lies from b."""
-    a, b = (np.reshape(thing["box"], (2, 2)) for thing in (a, b))               # (corner, axis) each
+    a = np.reshape(a["box"], (2, 2))                                            # (corner, axis)
+    b = np.reshape(b["box"], (2, 2))                                            # (corner, axis)
     sizes = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])                           # (2,)
     return sides(a.mean(0) - b.mean(0), sizes)
 

@@ -196,8 +196,8 @@ def read_questions(cfg: UnderstandConfig) -> list[Question]:
                           "--benchmark and --questions")
         images, pairs = world.question_set(cfg.count, cfg.seed % 2 ** 32)           # (count, 3, H, W)
         # the first two words of a question are its kind
-        return [Question(str(i), " ".join(text.split()[:2]), image, text, [answer])
-                for i, (image, (text, answer)) in enumerate(zip(images, pairs))]
+        return [Question(str(i), " ".join(text.split()[:2]), images[i], text, [answer])
+                for i, (text, answer) in enumerate(pairs)]
     # a stranger's file may be wrong in any way
     try:
         questions = BENCHMARKS[cfg.benchmark][0](Path(cfg.questions))
