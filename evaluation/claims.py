@@ -15,7 +15,7 @@ def t_quantile(df: int) -> float:
 
 
 def claim(text: str, measure: str, values: list[float], over: str) -> dict:
-    """A row of claims.csv: a sentence is supported, contradicted or undecided at 95 %.
+    """A row of the table of claims: a sentence is supported, contradicted or undecided at 95 %.
 
     measure  what the values are: positive where they speak for the claim
     values   one for each of what `over` names: prompts, seeds
