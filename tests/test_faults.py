@@ -93,11 +93,11 @@ def launch(argv: list[str], ranks: int, until: Callable[[], bool] | None = None,
 
 def flags(stage: int, weights: Path, run_dir: Path, *more: str) -> list[str]:
     both = ["--stage", str(stage), "--weights", str(NANO_WEIGHTS if NANO else weights),
-            "--run-dir", str(run_dir), "--lr", "1e-4", "--micro-batch", "2", "--save-every", "1"]
+            "--run-dir", str(run_dir), "--lr", "1e-4", "--micro-batch", "3", "--save-every", "1"]
     if stage < 3:
         return [*both, "--steps", "5", "--batch-size", "4", "--warmup", "0", "--log-every", "2", *more]
     return [*both, "--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-steps", "3",
-            "--warmup", "0", "--num-eval", "4", "--eval-steps", "2", "--guidance-scale", "1",
+            "--warmup", "0", "--num-eval", "5", "--eval-steps", "2", "--guidance-scale", "1",
             "--rewards", f"{weights}/rewards.py:bright,{weights}/rewards.py:red", *more]
 
 

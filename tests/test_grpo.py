@@ -1,8 +1,6 @@
 """Stage III in pieces: the objective by hand, the rollout's exactness, the gradient against naive ones,
 LDAM's noise, scoring."""
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +9,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-import grpo
 import naive
 from common import Dist, Refused, derive_seed, generator
-from dit import euler_grid, guided_velocity
 from grpo import (
-    GRPOConfig, Perturbation, Rollout, accumulate_gradient, check_flags, check_ratio, chunk_kv, chunks,
-    encode_conditions, group_advantages, keep_noise, open_prompts, rollout, score_heldout,
-    stochastic_steps,
+    GRPOConfig, Perturbation, Rollout, accumulate_gradient, check_flags, check_ratio, encode_conditions,
+    group_advantages, keep_noise, open_prompts, rollout, score_heldout, stochastic_steps,
 )
 from helpers import TINY, moved, tiny_model
 from model import ParaUni, Prefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # of diffusers
 
-CPU = torch.device("cpu")
+ALONE = Dist(0, 1, torch.device("cpu"))
 CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_batch=8, guidance_scale=3.0,
                  eval_steps=2)
 # of different lengths: one is padded
@@ -65,12 +60,11 @@ def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], toler
 
 # ----------------------------------------------------------------------------- the objective
 
-@pytest.mark.parametrize("value, size", [(0.1, 7), (1e4 / 3, 24), (0.0, 2), (-0.7, 11)])
-def test_a_group_without_spread_has_advantages_of_exactly_0(value: float, size: int) -> None:
+def test_a_group_without_spread_has_advantages_of_exactly_0() -> None:
     """Equal, and equal but for rounding. The trap: the mean of seven times 0.1 is not 0.1."""
-    rewards = torch.full((3, size), value)
-    rewards[2, 0] += 0.01 * (1 + abs(value))
+    rewards = torch.full((3, 7), 0.1)
     rewards[1, 0] = torch.nextafter(rewards[1, 0], torch.tensor(9e9))
+    rewards[2, 0] += 0.01
     a = group_advantages(rewards)
     assert (a[:2] == 0).all() and (a[2] != 0).any()
 
@@ -82,19 +76,6 @@ def test_a_reward_that_is_not_finite_silences_its_group_only(bad: float) -> None
 
 
 # ----------------------------------------------------------------------------- rollout
-
-def test_chunks_visit_every_picture_once_with_its_own_group() -> None:
-    for groups in range(1, 6):
-        for size in range(2, 7):
-            for micro_batch in [*(m for m in range(1, size) if size % m == 0), *range(size, 14)]:
-                parts = list(chunks(groups, size, micro_batch))
-                assert [i for _, b in parts for i in range(b.start, b.stop)] == list(range(groups * size))
-                for g, b in parts:
-                    assert b.stop - b.start <= micro_batch
-                    assert {i // size for i in range(b.start, b.stop)} == set(range(g.start, g.stop))
-                    # the DiT shares its conditions out evenly
-                    assert (b.stop - b.start) % (g.stop - g.start) == 0
-
 
 def test_the_window_slides_over_the_first_half() -> None:
     assert stochastic_steps(5, 0, 9) == [0, 1, 2, 3]
@@ -109,22 +90,18 @@ def test_pictures_of_a_prompt_share_their_first_latent_where_asked(policy: ParaU
     assert distinct == [2 if shared else 8, 8, 8]
 
 
-@pytest.mark.parametrize("micro_batch, guidance, gamma", [
-    (1, 1.0, 0.5), (2, 4.5, 0.5), (4, 4.5, 0.0), (7, 4.5, 0.5), (8, 1.0, 0.0), (8, 4.5, 0.5)])
-def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float, gamma: float) -> None:
-    cfg = replace(CFG, micro_batch=micro_batch, guidance_scale=guidance)
+@pytest.mark.parametrize("micro_batch, guidance, gamma, window", [
+    (1, 1.0, 0.5, 0), (2, 4.5, 0.5, 1), (4, 4.5, 0.0, 0), (7, 4.5, 0.5, 2), (8, 1.0, 0.0, 0)])
+def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float, gamma: float,
+                              window: int) -> None:
+    """Of the steps of the window, and no other is stochastic."""
+    cfg = replace(CFG, micro_batch=micro_batch, guidance_scale=guidance, sde_window=window)
     prefix, perturbation, rolled = roll(policy, cfg, gamma)
-    assert (rolled.log_prob[:-1] != 0).all() and (rolled.log_prob[-1] == 0).all()
+    drawn = [[k in rolled.trained] * 8 for k in range(4)]
+    assert rolled.log_prob.bool().tolist() == drawn
     figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, perturbation, cfg, first=True)
-    assert figures["ratio_dev"].shape == (8 * 3,)
+    assert figures["ratio_dev"].shape == (8 * len(rolled.trained),)
     assert figures["ratio_dev"].max() <= 1e-6 and figures["kl"].max() <= 1e-9
-
-
-def test_other_noise_in_the_update_than_in_the_rollout_is_noticed(policy: ParaUni) -> None:
-    prefix, _, rolled = roll(policy, CFG, 0.5)
-    for other in (None, Perturbation(0.5, [2, 3], KEYS[::-1]), Perturbation(0.5, [3, 4], KEYS)):
-        figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, other, CFG, first=True)
-        assert figures["ratio_dev"].max() > 1e-5
 
 
 def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> None:
@@ -133,35 +110,6 @@ def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> N
     before = rolled.log_prob.clone()
     figures = accumulate_gradient(moved(policy, 0.05), prefix, rolled, ADVANTAGES, None, cfg, first=True)
     assert figures["ratio_dev"].max() == 0 and (rolled.log_prob != before)[:-1].all()
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5])
-def test_a_picture_depends_neither_on_chunks_nor_on_other_pictures(policy: ParaUni, gamma: float) -> None:
-    _, perturbation, whole = roll(policy, CFG, gamma)
-    _, _, parts = roll(policy, replace(CFG, micro_batch=2), gamma)
-    torch.testing.assert_close(whole.latents, parts.latents, atol=1e-4, rtol=1e-4)
-    # the second group by itself
-    second = perturbation and perturbation._replace(keys=KEYS[4:])
-    prefix = policy.encode_prefix([PROMPTS[1], None])
-    alone = rollout(policy, policy, prefix, KEYS[4:], second, [0, 1, 2], CFG)
-    assert torch.equal(whole.latents[0, 4:], alone.latents[0])
-    torch.testing.assert_close(whole.latents[:, 4:], alone.latents, atol=1e-4, rtol=1e-4)
-    assert (whole.latents[-1, :4] - whole.latents[-1, 4:]).abs().max() > 0.1
-
-
-def test_steps_outside_the_window_are_euler_steps(policy: ParaUni) -> None:
-    cfg = replace(CFG, sde_window=1)
-    prefix, _, rolled = roll(policy, cfg)
-    times = euler_grid(cfg.num_steps, cfg.shift)[0].tolist()
-    with torch.no_grad():
-        conditions = encode_conditions(policy, prefix, None, cfg)
-        kv = chunk_kv(policy, conditions, slice(0, 2), [], cfg.guidance_scale, cfg)
-        for k in range(4):
-            x = rolled.latents[k]
-            v = guided_velocity(policy.dit, x, torch.full((8,), times[k]), kv, cfg.guidance_scale)
-            off = (rolled.latents[k + 1] - x - (times[k + 1] - times[k]) * v).abs().max()
-            assert off > 0.1 if k == 1 else off < 1e-5
-            assert (rolled.log_prob[k] != 0).all() if k == 1 else (rolled.log_prob[k] == 0).all()
 
 
 # ----------------------------------------------------------------------------- update
@@ -201,7 +149,7 @@ def naive_steps(peer: ParaUni, b: int, noise: list[Tensor], rolled: Rollout,
     return steps
 
 
-@pytest.mark.parametrize("guidance, gamma, micro_batch", [(1.0, 0.0, 8), (3.0, 0.5, 4), (1.0, 0.5, 2)])
+@pytest.mark.parametrize("guidance, gamma, micro_batch", [(1.0, 0.0, 16), (3.0, 0.5, 4), (1.0, 0.5, 2)])
 def test_the_gradient_is_that_of_the_objective_written_out(policy: ParaUni, guidance: float, gamma: float,
                                                            micro_batch: int) -> None:
     """All pictures and steps as one graph, LDAM's noise and both sides of the clip included."""
@@ -302,37 +250,18 @@ def bright(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def heldout_on(world: int, *args: object) -> list[dict]:
-    """What each of so many ranks, as threads, gets from score_heldout."""
-    barrier, shares = threading.Barrier(world), [None] * world
-
-    def gather(tensor: Tensor, dist: Dist) -> Tensor:
-        shares[dist.rank] = tensor
-        barrier.wait(60)
-        whole = torch.cat(shares)
-        barrier.wait(60)
-        return whole
-
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(world) as ranks:
-        patch.setattr(grpo, "gather", gather)
-        return list(ranks.map(lambda rank: score_heldout(*args, Dist(rank, world, CPU)), range(world)))
-
-
-def test_heldout_scores_are_the_same_however_they_are_shared_out(policy: ParaUni) -> None:
-    prompts = [*PROMPTS, "a pink moon", "a circle", "three rings"]
-
+def test_heldout_pictures_have_their_own_noise_and_one_that_cannot_be_scored_costs_no_other(
+        policy: ParaUni) -> None:
     def touchy(images: Tensor, texts: list[str]) -> Tensor:
         if "a circle" in texts:
             raise ConnectionError("the server is gone")
         return bright(images, texts)
-    cfg = replace(CFG, micro_batch=2)
-    seeds = [derive_seed(cfg.seed, "heldout", i) for i in range(5)]
+    prompts, cfg = [*PROMPTS, "a circle"], replace(CFG, micro_batch=2)
+    seeds = [derive_seed(cfg.seed, "heldout", i) for i in range(3)]
     want = bright(policy.generate(prompts, cfg.eval_steps, cfg.eval_guidance_scale, seeds), prompts).tolist()
-    for world in (1, 2, 3, 7):
-        for scores in heldout_on(world, policy, {"touchy": touchy, "bright": bright}, prompts, cfg):
-            assert scores["bright"] == pytest.approx(want, abs=1e-5)
-            want_touchy = [*want[:3], math.nan, want[4]]
-            assert scores["touchy"] == pytest.approx(want_touchy, abs=1e-5, nan_ok=True)
+    scores = score_heldout(policy, {"touchy": touchy, "bright": bright}, prompts, cfg, ALONE)
+    assert scores["bright"] == pytest.approx(want, abs=1e-5)
+    assert scores["touchy"] == pytest.approx([*want[:2], math.nan], abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("change", [{"group_size": 1}, {"num_groups": 3}, {"micro_batch": 3},
