@@ -14,11 +14,9 @@ import common
 import data
 import ldam
 from common import (
-    Dist, Refused, RunConfig, adamw, clip_gradients, compile_parts, derive_seed, ema_update, find_checkpoint,
-    fingerprint, generator, knob, open_run, parse_config, read_log, refuse_changes, resolve, save_checkpoint,
-    swapped,
+    Dist, Refused, RunConfig, adamw, clip_gradients, derive_seed, ema_update, find_checkpoint, fingerprint,
+    generator, knob, open_run, parse_config, read_log, refuse_changes, resolve, save_checkpoint, swapped,
 )
-from helpers import tiny_model
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 
@@ -29,8 +27,6 @@ class Flags:
     stage: int = knob(1, "which one", choices=(1, 2))
     lr: float = knob(1e-4, "learning rate, 100% at the peak")
     compile: bool = knob(False, "compile the model")
-    rewards: tuple[str, ...] = knob(("clip", "pickscore"), "in order")
-    words: tuple[str, ...] = knob((), "prompts", words=True)
 
 
 def recipe(flags: dict) -> dict:
@@ -43,12 +39,6 @@ def test_defaults_then_recipe_then_flags() -> None:
     # a flag that equals the default still beats the recipe
     given = ["--lr", "1e-4", "--size=large", "--no-compile"]
     assert parse_config(Flags, given, recipe) == Flags(size="large")
-
-
-def test_lists_with_commas_and_words_that_stand_anywhere() -> None:
-    cfg = parse_config(Flags, ["a red star", "--rewards", "a,b", "--stage", "2", "two moons"])
-    assert (cfg.rewards, cfg.stage, list(cfg.words)) == (("a", "b"), 2, ["a red star", "two moons"])
-    assert parse_config(Flags, ["--rewards", ""]).rewards == ()
 
 
 def test_a_flag_that_is_younger_than_a_run_had_its_default_there() -> None:
@@ -66,10 +56,8 @@ def test_what_auto_means_on_each_device() -> None:
     assert decided("cuda", dtype="fp32", compile=False) == decided("cpu") == ("fp32", False)
 
 
-def test_seeds_are_stable_and_distinct() -> None:
+def test_seeds_are_stable() -> None:
     assert derive_seed(0, "rollout", 1, 2, 3) == 6855106362326582050
-    keys = [(1, 2), (2, 1), ("1", 2), (12,), ("1, 2",), (1, 2, 0), ("ab",), ("a", "b"), (-1, 2)]
-    assert len({derive_seed(*key) for key in keys}) == len(keys)
     assert derive_seed(np.int64(-3), np.int32(7)) == derive_seed(-3, 7)
     before = torch.get_rng_state()
     assert torch.rand(1, generator=generator("x")) == torch.rand(1, generator=generator("x"))
@@ -168,13 +156,6 @@ def test_the_average_follows_in_place_and_changes_places_with_the_weights() -> N
     with swapped(params, ema):
         assert params["w"].item() == pytest.approx(0.1) and ema["w"] == 1
     assert params["w"] == 1 and ema["w"].item() == pytest.approx(0.1)
-
-
-def test_on_a_gpu_the_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    dit, compiled = tiny_model().dit, []
-    monkeypatch.setattr(nn.Module, "compile", lambda block: compiled.append(block))
-    compile_parts(torch.device("cuda"), dit)
-    assert compiled == list(dit.transformer_blocks)
 
 
 @pytest.mark.parametrize("module", [common, data, ldam], ids=lambda module: module.__name__)

@@ -14,9 +14,8 @@ from torch.distributions import Normal
 
 import dit as dit_file
 from dit import DiT, DiTConfig, dpm_grid, euler_grid, flow_matching_loss, sample_ode, sde_step
-from naive import diffusers_dit, diffusers_pipeline
+from naive import diffusers_dit
 from tools.meter import Meter
-from vae import DCAE, DCAEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 
@@ -96,6 +95,8 @@ def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool) -
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0, 1] * 3 + [0]]) if masked else None
     theirs, leaves = diffusers_dit(dit), [[a.clone().requires_grad_() for a in (x, c)] for _ in range(2)]
     v = dit(leaves[0][0], t, leaves[0][1], mask)
+    # a row that drops every token is no NaN
+    assert dit(x, t, c, torch.zeros(3, 7)).isfinite().all()
     want = theirs(leaves[1][0], leaves[1][1], 1000 * t, encoder_attention_mask=mask, return_dict=False)[0]
     assert error(v, want) < 1e-5
     torch.autograd.backward([v, want], [torch.randn(v.shape, generator=rng(2))] * 2)
@@ -105,13 +106,6 @@ def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool) -
     for name, p in dit.named_parameters():  # without qk-norm the key bias has gradient 0, up to rounding
         want = parameters[name].grad
         assert (p.grad - want).abs().max() < 3e-5 * want.abs().max() + 1e-6 * largest, name
-
-
-def test_a_block_at_the_width_of_1_6b_equals_diffusers() -> None:
-    dit = build(DiTConfig(num_layers=1))
-    x, t, c = inputs(dit.config, B=1)
-    with torch.no_grad():
-        assert error(dit(x, t, c), diffusers_dit(dit)(x, c, 1000 * t, return_dict=False)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -134,34 +128,9 @@ def test_autocast_leaves_linear_attention_in_fp32(monkeypatch: pytest.MonkeyPatc
     assert error(v.float(), build()(x, t, c)) < 0.05
 
 
-def test_shared_kv_equals_the_condition_and_carries_gradient() -> None:
-    dit, (x, t, c) = build(), inputs()
-    # a row that drops every token is finite too
-    mask = torch.tensor([[1] * 7, [1] * 2 + [0] * 5, [0] * 7])
-    results = []
-    for shared in (False, True):
-        leaf = c.clone().requires_grad_()
-        kv = dit.cross_kv(leaf, mask)
-        v = [dit(x, s, kv=kv) if shared else dit(x, s, leaf, mask) for s in (t, t / 2)]
-        (v[0].square().sum() + v[1].sum()).backward()
-        results.append((torch.cat(v).detach(), leaf.grad))
-    assert torch.equal(results[0][0], results[1][0]) and results[0][0].isfinite().all()
-    assert error(results[1][1], results[0][1]) < 1e-5
-
-
-def test_one_condition_serves_a_group_of_images() -> None:
-    dit, (x, t, c) = build(), inputs(B=6)
-    c, mask = c[:2], torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
-    alone = dit(x, t, c.repeat_interleave(3, 0), mask.repeat_interleave(3, 0))
-    assert error(dit(x, t, c, mask), alone) < 1e-5
-    with pytest.raises(AssertionError, match="5 images for 2 conditions"):
-        dit(x[:5], t[:5], c)
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_computing_again_for_the_gradient_changes_nothing(dtype: torch.dtype, frozen: bool,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputing_is_exact(dtype: torch.dtype, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks (gradient checkpointing) and wide tensors of the feed-forward, each alone and both."""
     x, t, c = inputs()
     results, calls, conv2d = [], [], F.conv2d
@@ -207,35 +176,21 @@ def test_compiles_without_a_graph_break() -> None:
         v.sum().backward()
 
 
-def test_init_weights_is_seeded_and_starts_at_zero_with_a_gradient() -> None:
-    first, second = DiT(TINY), DiT(TINY)
-    first.init_weights(rng(3))
-    second.init_weights(rng(3))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    x, t, c = inputs()
-    assert first(x, t, c).abs().max() == 0
-    flow_matching_loss(first, x, c, t, torch.ones_like(x)).backward()
-    assert first.proj_out.weight.grad.abs().max() > 0
-
-
-def test_flow_matching_loss_is_the_formula() -> None:
-    dit, (x0, t, c) = build(), inputs()
-    noise = torch.randn(x0.shape, generator=rng(2))
-    x_t = torch.stack([(1 - s) * a + s * e for s, a, e in zip(t, x0, noise, strict=True)])
-    want = (dit(x_t, t, c) - (noise - x0)).pow(2).mean()
-    assert flow_matching_loss(dit, x0, c, t, noise).item() == pytest.approx(want.item(), rel=1e-6)
-    half = flow_matching_loss(copy.deepcopy(dit).bfloat16(), x0.bfloat16(), c.bfloat16(), t, noise)
-    assert half.dtype == torch.float32 and half.item() == pytest.approx(want.item(), rel=0.02)
+def test_a_new_one_starts_at_zero_with_a_gradient() -> None:
+    dit, (x, t, c) = DiT(TINY), inputs()
+    dit.init_weights(rng(3))
+    assert dit(x, t, c).abs().max() == 0
+    flow_matching_loss(dit, x, c, t, torch.ones_like(x)).backward()
+    assert dit.proj_out.weight.grad.abs().max() > 0
 
 
 # ---- time grids and deterministic sampling
 
 def make_scheduler(solver: str, num_steps: int, shift: float = 3.0):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     if solver == "dpm++":
         scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
                                                 flow_shift=shift)
-    else:
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(num_steps)
     return scheduler
 
@@ -275,21 +230,6 @@ def test_sampling_follows_the_diffusers_scheduler(solver: str, num_steps: int, g
     assert error(ours, x) < 2e-5
 
 
-def test_20_steps_with_guidance_equal_diffusers_own_pipeline() -> None:
-    dit, g = build(replace(PLAIN, in_channels=32)), rng(2)
-    noise, c = torch.randn(2, 32, 8, 8, generator=g), torch.randn(2, 7, 20, generator=g)
-    c_uncond, ones = torch.randn(2, 7, 20, generator=g), torch.ones(2, 7, dtype=torch.long)
-    with torch.device("meta"):  # not used for latents, but asked for its compression
-        vae = DCAE(DCAEConfig())
-    pipe = diffusers_pipeline(diffusers_dit(dit), vae)
-    want = pipe(prompt=None, prompt_embeds=c, prompt_attention_mask=ones, negative_prompt=None,
-                negative_prompt_embeds=c_uncond, negative_prompt_attention_mask=ones, latents=noise,
-                height=256, width=256, use_resolution_binning=False, num_inference_steps=20,
-                guidance_scale=4.5, output_type="latent").images
-    assert error(sample_ode(dit, noise, c, c_uncond), want) < 1e-4
-    assert error(sample_ode(dit, noise, c, None, guidance_scale=1.0), want) > 0.01   # guidance matters here
-
-
 # ---- stochastic step
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.2])
@@ -307,13 +247,9 @@ def test_every_noise_level_has_the_marginals_of_the_ode(noise_level: float) -> N
             assert x.std().item() == pytest.approx(math.hypot((1 - s) * 0.4, s), abs=0.015)
 
 
-def step_inputs() -> tuple[Tensor, ...]:
-    x, v = torch.randn(2, 3, 2, 4, 5, generator=rng(7))
-    return x, v, torch.tensor([1.0, 0.8, 0.3]), torch.tensor([0.9, 0.5, 0.0])
-
-
 def test_sde_step_is_the_formula_and_its_density_the_normal_one() -> None:
-    x, v, t, t_next = step_inputs()
+    x, v = torch.randn(2, 3, 2, 4, 5, generator=rng(7))
+    t, t_next = torch.tensor([1.0, 0.8, 0.3]), torch.tensor([0.9, 0.5, 0.0])
     # bf16 comes in, fp32 is computed
     x, v = x.bfloat16(), v.bfloat16()
     x_next, log_prob, mean, std = drawn = sde_step(x, v, t, t_next, 0.7, generator=rng(8))
@@ -334,14 +270,8 @@ def test_sde_step_is_the_formula_and_its_density_the_normal_one() -> None:
     # a stored sample scores as when it was drawn
     scored = sde_step(x, v, t, t_next, 0.7, x_next=x_next)
     assert all(torch.equal(a, b) for a, b in zip(drawn, scored, strict=True))
+    # without noise it is the Euler step
+    x_next, log_prob, _, _ = sde_step(x, v, t, t_next, 0.0)
+    assert torch.equal(x_next, x + v * (t_next - t)[:, None, None, None]) and not log_prob.any()
     with pytest.raises(AssertionError):
         sde_step(x, v, t_next, t, 0.7)
-
-
-def test_noise_level_zero_is_the_euler_step() -> None:
-    x, v, t, t_next = step_inputs()
-    x_next, log_prob, mean, std = sde_step(x, v, t, t_next, 0.0, generator=rng())
-    euler = x + v * (t_next - t)[:, None, None, None]
-    assert torch.equal(x_next, euler) and torch.equal(mean, euler)
-    assert std.tolist() == log_prob.tolist() == [0, 0, 0]
-    assert sde_step(x.bfloat16(), v.bfloat16(), t, t_next, 0.0)[1].dtype == torch.float32

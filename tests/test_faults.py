@@ -139,8 +139,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(stage: int, ranks: int,
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_preempted_machine_saves_and_leaves_in_peace(stage: int, tiny_weights: Path,
-                                                       tmp_path: Path) -> None:
+def test_a_preempted_run_saves_and_leaves(stage: int, tiny_weights: Path, tmp_path: Path) -> None:
     log = tmp_path / "run" / "metrics.jsonl"
     argv = flags(stage, tiny_weights, tmp_path / "run", "--steps", "300", "--save-every", "9999")
     ended = launch(argv, 2, lambda: log.exists() and log.read_text().count("\n") > 2, signal.SIGTERM)
@@ -204,8 +203,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert [line["loss"] is None for line in lines] == [False, True, False]
 
 
-def test_too_many_in_a_row_stop_the_run(tiny_weights: Path, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_stop_the_run(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "batch_loss", lambda cfg, model, data, step, items: (
         batch_loss(cfg, model, data, step, items) * (math.nan if step >= 1 else 1)))
     with pytest.raises(Refused, match="3 steps in a row"):

@@ -44,18 +44,14 @@ def draw_series(kind: str, seed: int) -> Series:
         grad_norm = 10 ** rng.uniform(-4, 1)
         reward = rng.gauss(0.5, 0.2)
         if kind == "few values":
-            # exact ties, and exact jumps by a hundred
-            grad_norm = rng.choice([0.01, 0.5, 1.0, 100.0])
+            # exact ties, norms of zero, and exact jumps by a hundred
+            grad_norm = rng.choice([0.0, 0.01, 0.5, 1.0, 100.0])
             reward = rng.choice([0.0, 0.25, 0.5])
-        elif kind == "constant rewards":
-            reward = 0.75
-        elif kind == "zero norms":
-            grad_norm *= rng.random() < 0.5
         series.append((grad_norm, reward))
     return series
 
 
-@pytest.mark.parametrize("kind", ["continuous", "few values", "constant rewards", "zero norms"])
+@pytest.mark.parametrize("kind", ["continuous", "few values"])
 def test_it_is_algorithm_1_to_the_letter(kind: str) -> None:
     fired = 0
     for seed in range(300):
@@ -86,15 +82,6 @@ def test_which_signals_trigger() -> None:
     assert [ldam.update(*epoch) for epoch in [(0.2, 0.5), (0.6, 0.4)]] == [None, pytest.approx(0.05)]
 
 
-def test_gamma_is_bounded_and_the_log_says_so() -> None:
-    series = [(0.1, 0.5), (50.0, 0.4)]                          # 0.1 (49.9 + 0.1) = 5
-    narrow, wide = LDAM(patience=1), LDAM(patience=1, gamma_max=9.0)
-    assert [narrow.update(*epoch) for epoch in series] == [None, 1.0]
-    assert narrow.last["gamma_raw"] == pytest.approx(5.0) and narrow.last["bounded"] == 1
-    assert narrow.last["n_cool"] == 2
-    assert [wide.update(*epoch) for epoch in series][1] == pytest.approx(5.0) and wide.last["bounded"] == 0
-
-
 @pytest.mark.parametrize("stop", [3, 40])
 def test_a_resumed_one_goes_on_identically(stop: int) -> None:
     series = draw_series("few values", 0)
@@ -109,24 +96,10 @@ def test_a_resumed_one_goes_on_identically(stop: int) -> None:
         assert resumed.last == whole.last
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_numbers_that_would_spoil_the_window_are_refused_and_leave_no_trace(bad: float) -> None:
-    ldam = LDAM()
-    ldam.update(1.0, 0.5)
-    before = ldam.state_dict()
-    for epoch in ((bad, 0.1), (0.1, bad)):
-        with pytest.raises(AssertionError):
-            ldam.update(*epoch)
-    assert ldam.state_dict() == before
-
-
-def test_regions_part_every_depth_without_gap_or_overlap() -> None:
+def test_regions_part_every_depth_and_each_reward_has_its_own() -> None:
     for depth in range(3, 101):
         parts = [region_layers(region, depth) for region in REGIONS]
         assert all(parts) and sum(parts, []) == list(range(1, depth + 1)), depth
-
-
-def test_layers_of_rewards() -> None:
     middle, deep = list(range(12, 24)), list(range(24, 29))
     assert perturbed_layers(["clip"], 28) == deep
     assert perturbed_layers(["clip", "aesthetic", "pickscore"], 28) == middle + deep

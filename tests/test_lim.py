@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lim import LIM, LIMConfig
 from naive import siglip_connector
-from tools.meter import Meter
 
 SMALL = LIMConfig(vlm_layers=5, width=16, num_layers=2, num_heads=4, mlp_width=24, caption_channels=10)
 
@@ -67,12 +66,10 @@ def test_what_is_computed_again_changes_no_bit(switch: str) -> None:
     assert all(map(torch.equal, gradients, gradients_again))
 
 
-def test_the_start_is_siglips_and_follows_the_generator() -> None:
+def test_the_start_is_siglips() -> None:
     config = LIMConfig(vlm_layers=5, width=64, num_layers=1, num_heads=4, mlp_width=128, caption_channels=96)
-    lim, twin = LIM(config), LIM(config)
-    for each in (lim, twin):
-        each.init_weights(torch.Generator().manual_seed(3))
-    assert all(map(torch.equal, lim.parameters(), twin.parameters()))
+    lim = LIM(config)
+    lim.init_weights(torch.Generator().manual_seed(3))
     layer = lim.connector.layers[0]
     for linear in (*layer.self_attn.children(), layer.mlp.fc1, layer.mlp.fc2):
         bound = (6 / sum(linear.weight.shape)) ** 0.5
@@ -99,17 +96,6 @@ def test_perturb_is_the_mean_of_the_perturbed_layers() -> None:
     want = (c[1] * (1 + noise[0]) + c[2] + c[3] * (1 + noise[1])) / 3
     got = lim.perturb(lim.fuse(c_layers), c_layers[[1, 3]], list(noise))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
-
-
-def test_perturbing_more_layers_takes_no_more_memory() -> None:
-    lim, peaks = LIM(SMALL), []
-    for S in (1, 4):
-        c, perturbed = draw(2, 4, 10), draw(S, 2, 4, 10)
-        noise = list(draw(S, 6, 4, 10))
-        with Meter() as meter:
-            lim.perturb(c, perturbed, noise)
-        peaks.append(meter.peak)
-    assert peaks[0] == peaks[1]
 
 
 def test_kept_noise_multiplies_each_layer_for_all_prompts() -> None:

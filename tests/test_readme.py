@@ -5,7 +5,6 @@ import shlex
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from torch.distributed.run import get_args_parser
 
@@ -104,4 +103,3 @@ def test_prompts_of_the_readme_are_held_out() -> None:
     prompts = [word for page, words in commands() if page == "README.md" and "sample.py" in words
                and "--chat" not in words for word in words if " " in word]
     assert len(prompts) >= 3 and all(world.is_test(world.parse_prompt(text)) for text in prompts)
-    assert np.all([text.islower() for text in prompts])

@@ -19,8 +19,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.array(Image.open(path)).astype(int)
 
 
-def test_pictures_are_those_of_generate_enlarged(tmp_path: Path, tiny_weights: Path,
-                                                 capsys: pytest.CaptureFixture) -> None:
+def test_pictures_and_their_names(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "list.txt").write_text("\ufefftwo moons\r\n\r\n", encoding="utf-8")
     flags = ["--prompts", str(tmp_path / "list.txt"), "--out", str(tmp_path / "new/pictures"), "--seed", "-1",
              "--weights", str(tiny_weights), "--num-steps", "2"]

@@ -1,7 +1,6 @@
 """tools/: what is counted is right, and every measurement runs."""
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import bench
 import gpu_check
 import naive
 import plan
-from common import generator
+from common import generator, prepare
 from grpo import GRPOConfig, Perturbation, accumulate_gradient, rollout, stochastic_steps
 from helpers import TINY, tiny_model
 from meter import Meter
@@ -28,13 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 PROMPTS = ["a red heart", "two blue stars above a green ring"]         # of different lengths: one is padded
 CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=3, num_steps=3, micro_batch=3, kl_coef=0.5,
                  guidance_scale=3.0)
-
-
-def learner() -> ParaUni:
-    model = tiny_model().requires_grad_(False)
-    for p in model.trainable(3).values():
-        p.requires_grad_(True)
-    return model
 
 
 def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Meter:
@@ -49,7 +41,8 @@ def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Meter:
 
 
 def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
-    cfg, model = replace(CFG, group_size=4, micro_batch=4), learner()
+    cfg, model = replace(CFG, group_size=4, micro_batch=4), tiny_model()
+    prepare(cfg, model)
     peer, prompts = naive.peer_of(model), [prompt for prompt in PROMPTS for _ in range(4)]
     ours = epoch(model, cfg, None)
     with Meter() as theirs:
@@ -59,8 +52,8 @@ def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
 
 
 def test_where_ldam_has_fired_an_epoch_takes_little_more_memory_however_many_pictures_it_has() -> None:
-    model, more = learner(), []
-    for p in model.trainable(3).values():
+    model, more = tiny_model(), []
+    for p in prepare(CFG, model).values():
         p.grad = torch.zeros_like(p)
     for group_size in (4, 16):
         cfg = replace(CFG, group_size=group_size, micro_batch=4, num_steps=2)
@@ -102,11 +95,9 @@ def test_flops_are_two_for_a_multiplication_and_an_addition() -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_fake_tensors_say_real_ones_do(stage: int) -> None:
     def costs() -> list[plan.Cost]:
-        model = plan.build(TINY).requires_grad_(False)
-        for p in model.trainable(stage).values():
-            p.requires_grad_(True)
+        model, cfg = plan.build(TINY), plan.recipe(TINY, stage)
+        for p in prepare(cfg, model).values():
             p.grad = torch.zeros_like(p)
-        cfg = plan.recipe(TINY, stage)
         work = plan.reinforced(model, cfg, 2, 4) if stage == 3 else plan.supervised(model, cfg, 4)
         return plan.measure(work)
     with FakeTensorMode():
@@ -139,16 +130,6 @@ def test_every_side_makes_one_run_after_another(what: str, is_peer: bool, tiny_p
             raise gpu_check.Enough
     with pytest.raises(gpu_check.Enough):
         bench.SIDES[what](args, turn, is_peer)
-
-
-def test_sides_take_turns_and_the_first_run_does_not_count() -> None:
-    order = []
-
-    def side(name: str) -> Callable[[str], int]:
-        return lambda command: order.append(name + command[0]) or len(order)
-    reports = bench.alternate({"a": side("a"), "b": side("b")}, rounds=2)
-    assert " ".join(order) == "ar br br ar ar br bc ac"
-    assert reports == {"a": [4, 5, 8], "b": [3, 6, 7]}
 
 
 def test_the_check_of_a_gpu_runs_at_toy_size_whatever_becomes_of_a_part(tmp_path: Path) -> None:

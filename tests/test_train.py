@@ -21,7 +21,7 @@ from dit import randn
 from grpo import GRPOConfig, nano_prompts, score_heldout
 from helpers import TINY, TINY_VISION, assert_equal, assert_same_run, log_of, newest, tiny_model
 from model import PRESETS, ParaUni, internvl
-from train import TrainConfig, batch_loss, draw_times
+from train import TrainConfig, batch_loss
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 SHORT = ("--steps", "5", "--batch-size", "4", "--micro-batch", "4", "--warmup", "1", "--log-every", "2",
@@ -29,10 +29,6 @@ SHORT = ("--steps", "5", "--batch-size", "4", "--micro-batch", "4", "--warmup", 
 REINFORCE = ("--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-steps", "3", "--warmup", "0",
              "--micro-batch", "4", "--num-eval", "4", "--eval-steps", "2", "--rewards", "bright,red",
              "--guidance-scale", "4.5")
-# what other programs may read from a line of the log of stage 3
-KEYS = {"epoch", "phase", "reward/bright", "reward/red", "kl", "ratio_dev", "clip_frac", "zero_std",
-        "grad_norm", "ldam/fired", "ldam/gamma", "ldam/r_s", "ldam/g_s", "ldam/n_cool", "time/rollout",
-        "time/reward", "time/update"}
 
 
 class Bright:
@@ -89,9 +85,16 @@ def whole(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ----------------------------------------------------------------------------- stages 1 and 2
 
-def test_stage_1_has_the_loss_and_gradient_of_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+# as published, and more often near the noise
+TIMES = {"uniform": lambda rng: torch.randint(1, 1001, (1,), generator=rng) / 1000,
+         "noisy": lambda rng: torch.sigmoid(1 + torch.randn(1, generator=rng))}
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_stage_1_is_that_of_the_naive_loop(times: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers' DiT and transformers' SigLIP, a condition for each picture; see naive.py."""
-    cfg, model, items = TrainConfig(dtype="fp32", caption_dropout=0.5), tiny_model(), list(range(6))
+    cfg, items = TrainConfig(dtype="fp32", caption_dropout=0.5, times=times), list(range(6))
+    model = tiny_model()
     read, encode = [], model.encode_prefix
     monkeypatch.setattr(model, "encode_prefix",
                         lambda prompts, **more: read.append(prompts) or encode(prompts, **more))
@@ -104,7 +107,7 @@ def test_stage_1_has_the_loss_and_gradient_of_the_naive_loop(monkeypatch: pytest
     for item, caption in zip(items, batch.captions):
         rng = generator(cfg.seed, "item", 5, item)
         prompts.append(None if torch.rand((), generator=rng) < 0.5 else caption)
-        t.append(draw_times("uniform", [rng]))
+        t.append(TIMES[times](rng))
         noise.append(randn((1, *batch.latents.shape[1:]), rng, "cpu"))
     want = naive.stage1_loss(peer, batch.latents, prompts, torch.cat(t), torch.cat(noise))
     want.backward()
@@ -116,18 +119,8 @@ def test_stage_1_has_the_loss_and_gradient_of_the_naive_loop(monkeypatch: pytest
     assert len(read) == 1 and len(read[0]) == len(set(prompts)) < 6 and None in prompts
 
 
-def test_times_are_drawn_as_published_and_noisier() -> None:
-    rngs = [generator("times", i) for i in range(4000)]
-    uniform = draw_times("uniform", rngs)
-    assert uniform.min() >= 0.001 and uniform.max() <= 1 and abs(uniform.mean().item() - 0.5005) < 0.02
-    torch.testing.assert_close((uniform * 1000).round() / 1000, uniform)
-    noisy = draw_times("noisy", rngs)
-    assert 0 < noisy.min() and noisy.max() < 1 and abs(torch.logit(noisy).mean().item() - 1) < 0.06
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_stage_trains_its_parts_and_leaves_the_rest_bit_identical(
-        stage: int, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_trains_its_parts_only(stage: int, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     models, real = [], ParaUni.for_training
     monkeypatch.setattr(ParaUni, "for_training", lambda *args: models.append(real(*args)) or models[0])
     folder = run(stage, "run")
@@ -144,32 +137,21 @@ def test_a_stage_trains_its_parts_and_leaves_the_rest_bit_identical(
     assert any(not torch.equal(tensors[name], p) for name, p in state["trained"].items())
 
 
-def test_gradients_do_not_depend_on_the_micro_batch(run: Callable) -> None:
-    whole, *others = (log_of(run(2, size, "--micro-batch", size, "--steps", "1"))[0]
-                      for size in ("4", "3", "1"))
-    for line in others:
-        assert line["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-        assert line["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
-
-
 # ----------------------------------------------------------------------------- stage 3
 
 def test_the_log_and_the_files_of_stage_3(tiny_weights: Path, tmp_path: Path) -> None:
     final = command(tiny_weights, 3, tmp_path, "--eval-every", "1")
     first, *lines = read_log(tmp_path / "metrics.jsonl")
     assert first.keys() == {"epoch", "phase", "heldout/bright", "heldout/red"} and first["epoch"] == 0
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
-    assert [line["phase"] for line in lines] == ["bright", "bright", "red", "red"]
+    assert [(line["epoch"], line["phase"]) for line in lines] == [(1, "bright"), (2, "bright"),
+                                                                  (3, "red"), (4, "red")]
     for line in lines:
-        assert line.keys() >= KEYS | {"heldout/bright", "heldout/red"}
         assert line["ratio_dev"] <= 1e-6 and line["grad_norm"] > 0 and line["zero_std"] == 0
     # each phase has its own schedule
     assert lines[0]["lr"] == lines[2]["lr"] > lines[1]["lr"] == lines[3]["lr"]
     assert final == {name: lines[3][f"heldout/{name}"] for name in ("bright", "red")}
     state = newest(tmp_path)
     assert {entry["step"].item() for entry in state["optimizer"]["state"].values()} == {2}
-    # before the first phase, and after it
-    assert len(state["evals"]) == 2
     files = {path.name for path in tmp_path.iterdir()}
     assert files >= {"stage3.safetensors", "stage3.json", "config.json", "rewards.png", "before_after.png"}
     made = json.loads((tmp_path / "stage3.json").read_text())
@@ -310,21 +292,18 @@ def test_reinforcement_raises_the_reward(run: Callable) -> None:
 def test_a_run_is_not_mixed_with_another(run: Callable, tmp_path: Path) -> None:
     run(1, "run", "--steps", "1")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for flags, words in ((("--steps", "1"), "--resume auto"),
-                         (("--steps", "9", "--resume", "auto"), "--steps 1 -> 9"),
-                         (("--steps", "1", "--resume", "auto", "--lr", "0.5"), "--lr 0.001 -> 0.5")):
+    for stage, flags, words in ((1, ("--steps", "1"), "--resume auto"),
+                                (1, ("--steps", "9", "--resume", "auto"), "--steps 1 -> 9"),
+                                (2, ("--steps", "1", "--resume", "auto"), "--stage 1 -> 2"),
+                                (3, ("--steps", "1", "--resume", "auto"), "--stage 1 -> 3")):
         with pytest.raises(Refused, match=words):
-            run(1, "run", *flags)
-    for stage in (2, 3):
-        with pytest.raises(Refused, match="--stage 1 -> "):
-            run(stage, "run", "--resume", "auto")
+            run(stage, "run", *flags)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_stages_are_chained_strictly(run: Callable, tiny_weights: Path, tmp_path: Path) -> None:
+def test_stages_are_chained_strictly(run: Callable, tiny_weights: Path) -> None:
     for stage, init, words in ((2, tiny_weights / "stage2.safetensors", "stage 1, it is of stage 2"),
-                               (3, tiny_weights / "stage1.safetensors", "stage 2, it is of stage 1"),
-                               (2, tmp_path / "none.safetensors", "missing")):
+                               (3, tiny_weights / "stage1.safetensors", "stage 2, it is of stage 1")):
         with pytest.raises(Refused, match=words):
             run(stage, "run", "--init", str(init))
 
@@ -340,9 +319,8 @@ def test_layers_and_norm_of_stage_1_are_kept_by_later_stages(run: Callable, tiny
     assert [bool((field != 1).any()) for field in model.lim.kept_noise] == [False, True, False, False]
 
 
-def test_a_new_preset_is_one_entry_and_trains_in_all_stages(run: Callable, tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the nano world: latents with captions, prompts of a file, a tokenizer of bytes."""
+def test_a_new_preset_is_one_entry(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stages, without the nano world: latents with captions, prompts of a file, a tokenizer of bytes."""
     vlm = internvl(width=32, layers=4, heads=2, kv_heads=1, mlp_width=64, vision=TINY_VISION)
     monkeypatch.setitem(PRESETS, "mine", replace(TINY, name="mine", vlm=vlm, shapes_world=False, recipes={}))
     vae = ParaUni.from_preset("mine", "random").vae
