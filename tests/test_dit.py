@@ -95,8 +95,6 @@ def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool) -
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0, 1] * 3 + [0]]) if masked else None
     theirs, leaves = diffusers_dit(dit), [[a.clone().requires_grad_() for a in (x, c)] for _ in range(2)]
     v = dit(leaves[0][0], t, leaves[0][1], mask)
-    # a row that drops every token is no NaN
-    assert dit(x, t, c, torch.zeros(3, 7)).isfinite().all()
     want = theirs(leaves[1][0], leaves[1][1], 1000 * t, encoder_attention_mask=mask, return_dict=False)[0]
     assert error(v, want) < 1e-5
     torch.autograd.backward([v, want], [torch.randn(v.shape, generator=rng(2))] * 2)
