@@ -29,6 +29,10 @@ SHORT = ("--steps", "5", "--batch-size", "4", "--micro-batch", "4", "--warmup", 
 REINFORCE = ("--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-steps", "3", "--warmup", "0",
              "--micro-batch", "4", "--num-eval", "4", "--eval-steps", "2", "--rewards", "bright,red",
              "--guidance-scale", "4.5")
+# what other programs may read from a line of the log of stage 3
+KEYS = {"epoch", "phase", "reward/bright", "reward/red", "heldout/bright", "heldout/red", "kl", "ratio_dev",
+        "clip_frac", "zero_std", "grad_norm", "ldam/fired", "ldam/gamma", "ldam/r_s", "ldam/g_s",
+        "ldam/n_cool", "time/rollout", "time/reward", "time/update"}
 
 
 class Bright:
@@ -146,6 +150,7 @@ def test_the_log_and_the_files_of_stage_3(tiny_weights: Path, tmp_path: Path) ->
     assert [(line["epoch"], line["phase"]) for line in lines] == [(1, "bright"), (2, "bright"),
                                                                   (3, "red"), (4, "red")]
     for line in lines:
+        assert line.keys() >= KEYS
         assert line["ratio_dev"] <= 1e-6 and line["grad_norm"] > 0 and line["zero_std"] == 0
     # each phase has its own schedule
     assert lines[0]["lr"] == lines[2]["lr"] > lines[1]["lr"] == lines[3]["lr"]
