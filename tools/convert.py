@@ -93,25 +93,15 @@ def fetch(repository: str, files: tuple[str, ...], source: Path | None) -> Path:
 # ----------------------------------------------------------------------------- reading, with nothing trusted
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """All tensors of a folder, mapped into memory and not read yet: of the only file, or of those that its
-    index names."""
-    names = [f"{stem}.safetensors"]
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    """All tensors of a folder, mapped into memory and not read yet: of its shards, else of its only file."""
     tensors = {}
-    # only what lies in the folder itself, whatever the index says
-    for path in [folder / Path(name).name for name in names]:
+    for path in sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]:
         try:
             tensors |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise Refused(f"{path} is missing or truncated ({error}): fetch it again") from error
     # a constant that older files have among their weights
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise Refused(f"{name} in {folder} is {tensor.dtype}: quantised files are not read")
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -129,12 +119,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: Path) -> None:
     """Names and shapes are exactly those of an architecture's state dict, which may be on the meta device."""
-    missing = sorted(expected.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - expected.keys())
-    misshaped = sorted(name for name, x in tensors.items() if x.shape != expected.get(name, x).shape)
-    if missing or unknown or misshaped:
-        raise Refused(f"{what} is of another architecture: {len(missing)} tensors are missing {missing[:2]}, "
-                      f"{len(unknown)} unknown {unknown[:2]}, {len(misshaped)} misshaped {misshaped[:2]}")
+    faults = {"missing": expected.keys() - tensors.keys(),
+              "unknown": tensors.keys() - expected.keys(),
+              "misshaped": {name for name, x in tensors.items() if x.shape != expected.get(name, x).shape},
+              "quantised": {name for name, x in tensors.items() if x.itemsize < 2}}
+    found = [f"{len(names)} {fault} {sorted(names)[:2]}" for fault, names in faults.items() if names]
+    if found:
+        raise Refused(f"{what} is of another architecture: {', '.join(found)}")
 
 
 # ----------------------------------------------------------------------------- the parts of a preset
@@ -201,10 +192,12 @@ def convert_openuni(preset: Preset, path: Path, target: Path) -> None:
     """What OpenUni trained, as the weights of a stage: of stage 2 if the DiT is among it, else of stage 1."""
     tensors = {}
     for key, tensor in read_pickle(path).items():
-        if not key.startswith(OPENUNI_FROZEN):
-            prefix = next((prefix for prefix in OPENUNI_NAMES if key.startswith(prefix)), "")
-            name = OPENUNI_NAMES.get(prefix, "") + key.removeprefix(prefix)
-            tensors[name] = tensor.contiguous()
+        if key.startswith(OPENUNI_FROZEN):
+            continue
+        for theirs, ours in OPENUNI_NAMES.items():
+            if key.startswith(theirs):
+                key = ours + key.removeprefix(theirs)
+        tensors[key] = tensor.contiguous()
 
     stage = 2 if any(name.startswith("dit.") for name in tensors) else 1
     with torch.device("meta"):
