@@ -151,7 +151,6 @@ def test_recomputing_is_exact(dtype: torch.dtype, frozen: bool, monkeypatch: pyt
 
 def test_a_wide_feed_forward_keeps_one_wide_tensor_for_its_gradient() -> None:
     """Four without recomputing: what SiLU reads, what the convolution reads, its result, and two halves."""
-    assert build().transformer_blocks[0].ff.recompute is False
     ff, x = build(WIDE).transformer_blocks[0].ff, torch.randn(2, 24, WIDE.width, generator=rng())
     wide, narrow = 4 * 2 * 24 * ff.conv_depth.out_channels, 4 * x.numel()
     for ff.recompute, wide_tensors in ((True, 1), (False, 4)):

@@ -182,8 +182,7 @@ def test_pictures_of_ones_own_are_cropped_and_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argv", [["--limit", "3", "geneval"], ["reconstruct"], ["compare", "--other", "x"]])
-def test_what_lacks_its_command_or_its_data_is_refused(argv: list[str], tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_is_refused(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No preset but nano has pictures and prompts of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "load", lambda *args: SimpleNamespace(preset=PRESETS["l-1024"]))

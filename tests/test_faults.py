@@ -33,8 +33,6 @@ from train import TrainConfig, batch_loss
 KILLS = int(os.environ.get("PARAUNI_KILLS", "1"))
 NANO = os.environ.get("PARAUNI_PRESET") == "nano"
 pytestmark = pytest.mark.usefixtures("tiny_preset")
-
-
 FORKS = multiprocessing.get_context("forkserver")
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lim import LIM, LIMConfig
 from naive import siglip_connector
+from tools.meter import Meter
 
 SMALL = LIMConfig(vlm_layers=5, width=16, num_layers=2, num_heads=4, mlp_width=24, caption_channels=10)
 
@@ -94,8 +95,14 @@ def test_perturb_is_the_mean_of_the_perturbed_layers() -> None:
     noise = draw(2, 6, 4, 10, seed=2)
     c = c_layers.repeat_interleave(3, 1)                                                # (L, B G, N, E)
     want = (c[1] * (1 + noise[0]) + c[2] + c[3] * (1 + noise[1])) / 3
-    got = lim.perturb(lim.fuse(c_layers), c_layers[[1, 3]], list(noise))
+    fused, perturbed = lim.fuse(c_layers), c_layers[[1, 3]]
+    with Meter() as both:
+        got = lim.perturb(fused, perturbed, list(noise))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    # more layers take no more memory
+    with Meter() as one:
+        lim.perturb(fused, perturbed[:1], list(noise[:1]))
+    assert one.peak == both.peak
 
 
 def test_kept_noise_multiplies_each_layer_for_all_prompts() -> None:
