@@ -515,9 +515,11 @@ class ParaUni(nn.Module):
         images  as in `condition`; guidance then compares with no instruction about the same picture
         """
         c = self.condition(prompts, images, layers)                                     # (B, N, E)
-        # one for all, unless each goes with its own picture
-        nothing = [None] * (1 if images is None else len(images))
-        c_uncond = self.condition(nothing, images, layers)                              # (1 or B, N, E)
+        c_uncond = None
+        if guidance_scale > 1:
+            # one for all, unless each goes with its own picture
+            nothing = [None] * (1 if images is None else len(images))
+            c_uncond = self.condition(nothing, images, layers)                          # (1 or B, N, E)
         # each picture's noise has a stream of its own
         seeds = seed
         if not isinstance(seed, list):
