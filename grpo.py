@@ -30,7 +30,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -77,6 +77,7 @@ class GRPOConfig(RunConfig):
     # objective
     clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
     kl_coef: float = knob(0.01, "weight of the KL to the reference")
+    kl_of: tuple[str, ...] = knob((), "rewards with a --kl-coef of their own, as clip=0.05,red=0.1")
     kl_reference: str = knob("stage2", "what the KL refers to: the model of stage 2, or that which the phase "
                              "began with", choices=("stage2", "phase"))
     inner_updates: int = knob(1, "optimizer steps on each epoch's pictures")
@@ -103,6 +104,11 @@ class GRPOConfig(RunConfig):
     eval_every: int = knob(50, "epochs between evaluations, over all phases; each phase ends with one")
     eval_steps: int = knob(20, "sampling steps")
     eval_guidance_scale: float = knob(4.5, "guidance")
+
+    def for_reward(self, name: str) -> "GRPOConfig":
+        """The flags in the phase of a reward: how far it may lead from the reference is its own matter."""
+        own = dict(word.split("=") for word in self.kl_of)
+        return replace(self, kl_coef=float(own.get(name, self.kl_coef)))
 
 
 # ----------------------------------------------------------------------------- the objective
@@ -561,8 +567,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         ldam.load_state_dict(state["ldam"])
         copy_weights(state["reference"], params_ref)
         model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"]
-        done, skipped, record, evals, gamma = (
-            state[key] for key in ("epoch", "skipped", "record", "evals", "gamma"))
+        done, skipped, record, evals, gamma = map(state.get, ("epoch", "skipped", "record", "evals", "gamma"))
     before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
     per_phase = math.ceil(cfg.steps / cfg.inner_updates)
@@ -587,6 +592,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # the next reward begins, from the weights that the last one left
             if step == 0:
                 optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
+            now = cfg.for_reward(names[phase])
             clock = [time.perf_counter()]
 
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
@@ -601,7 +607,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 
             # 2. roll out G pictures of each prompt along the SDE
             steps = stochastic_steps(cfg.num_steps, cfg.sde_window, epoch)
-            rolled = rollout(model, reference, prefix, keys, perturbation, steps, cfg)
+            rolled = rollout(model, reference, prefix, keys, perturbation, steps, now)
             clock.append(time.perf_counter())
 
             # 3. decode, score
@@ -622,7 +628,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 lr = cosine_lr(step * cfg.inner_updates + update, num_updates, cfg.warmup, cfg.lr)
                 set_lr(optimizer, lr)
                 optimizer.zero_grad(set_to_none=True)
-                logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
+                logged = accumulate_gradient(model, prefix, rolled, own, perturbation, now, first=update == 0)
                 average_gradients(params.values(), dist)
                 norms.append(clip_gradients(params.values(), cfg.clip_norm))
                 figures.append(summarise(logged, dist))
