@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,8 @@ def parse_config(cls: type, argv: list[str] | None = None, recipe: Callable[[dic
         else:
             kind = knob_field.type
             if kind not in (int, float, str):
-                kind = lambda text: tuple(filter(None, text.split(",")))                # noqa: E731
+                item, _ = get_args(kind)
+                kind = lambda text, item=item: tuple(map(item, filter(None, text.split(","))))  # noqa: E731
             parser.add_argument(flag, type=kind, choices=meta["choices"], help=text)
     flags = vars(parser.parse_intermixed_args(argv))
     return cls(**{**(recipe(flags) if recipe else {}), **flags})

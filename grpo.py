@@ -76,8 +76,7 @@ class GRPOConfig(RunConfig):
                               "all but the last")
     # objective
     clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
-    kl_coef: float = knob(0.01, "weight of the KL to the reference")
-    kl_of: tuple[str, ...] = knob((), "rewards with a --kl-coef of their own, as clip=0.05,red=0.1")
+    kl_coef: tuple[float, ...] = knob((0.01,), "weight of the KL to the reference, of all phases or one each")
     kl_reference: str = knob("stage2", "what the KL refers to: the model of stage 2, or that which the phase "
                              "began with", choices=("stage2", "phase"))
     inner_updates: int = knob(1, "optimizer steps on each epoch's pictures")
@@ -105,10 +104,9 @@ class GRPOConfig(RunConfig):
     eval_steps: int = knob(20, "sampling steps")
     eval_guidance_scale: float = knob(4.5, "guidance")
 
-    def for_reward(self, name: str) -> "GRPOConfig":
-        """The flags in the phase of a reward: how far it may lead from the reference is its own matter."""
-        own = dict(word.split("=") for word in self.kl_of)
-        return replace(self, kl_coef=float(own.get(name, self.kl_coef)))
+    def in_phase(self, phase: int) -> "GRPOConfig":
+        """The flags of one phase, whose kl_coef is a number; the last one serves what is left."""
+        return replace(self, kl_coef=self.kl_coef[:phase + 1][-1])
 
 
 # ----------------------------------------------------------------------------- the objective
@@ -592,7 +590,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # the next reward begins, from the weights that the last one left
             if step == 0:
                 optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
-            now = cfg.for_reward(names[phase])
+            now = cfg.in_phase(phase)
             clock = [time.perf_counter()]
 
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch

@@ -265,7 +265,7 @@ def test_the_other_ways_of_an_update(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a red heart\na blue ring\n")
     (tmp_path / "eval.txt").write_text("two green stars\na moon\n")
     flags = ("--steps", "3", "--inner-updates", "2", "--anchor", "recompute", "--sde-window", "1",
-             "--no-ldam", "--dtype", "bf16", "--kl-of", "red=0", "--prompts", f"{tmp_path}/train.txt",
+             "--no-ldam", "--dtype", "bf16", "--kl-coef", "0.01,0", "--prompts", f"{tmp_path}/train.txt",
              "--eval-prompts", f"{tmp_path}/eval.txt")
     folder = run(3, "run", *flags)
     lines = log_of(folder)[1:]

@@ -208,7 +208,7 @@ def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
         shared = sum(cost.flops for cost in few) - flops + 2 * condition
         # at rest, keys and values and their gradient are a group's and not a picture's
         update = flops - 3 * kv
-        forwards = K + (K - 1 if cfg.kl_coef > 0 else 0)
+        forwards = K + (K - 1 if any(cfg.kl_coef) else 0)
         flops = (shared + decode) / B + forwards * step + (K - 1) * cfg.inner_updates * update
 
     copies = 6 if reinforces else 5
