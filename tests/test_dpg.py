@@ -20,41 +20,43 @@ COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "categ
            "category_detailed", "tuple", "question_natural_language")
 
 
-def reference_dpg(items: list[dpg.Item], answers: dict) -> tuple[dict, dict]:
+def reference_dpg(items: list[tuple], answers: dict) -> tuple[dict, dict]:
     """The rule in the small: prompt -> score, category -> share of yes."""
     prompts, categories = {}, {}
-    for item in items:
+    for name, rows in items:
         total = []
-        for tile in answers[item.name]:
+        for tile in answers[name]:
             value = {number: int(answer == "yes") for number, answer in tile.items()}
-            for p in item.propositions:
-                for level in {p.category, p.category.split("-")[0].strip()}:
-                    categories.setdefault(level, []).append(int(tile[p.number] == "yes"))
-                for parent in p.parents:
+            for row in rows:
+                number, detailed = row["proposition_id"], row["tuple"].split("(")[0].strip()
+                for level in {detailed, detailed.split("-")[0].strip()}:
+                    categories.setdefault(level, []).append(int(tile[number] == "yes"))
+                for parent in row["dependency"].split(", "):
                     if parent in value and value[parent] == 0:
-                        value[p.number] = 0
+                        value[number] = 0
             total.append(sum(value.values()) / len(value))
-        prompts[item.name] = sum(total) / len(total)
+        prompts[name] = sum(total) / len(total)
     return prompts, {name: 100 * sum(marks) / len(marks) for name, marks in categories.items()}
 
 
-def made_up_item(name: str, rng: np.random.Generator) -> dpg.Item:
+def made_up_item(name: str, rng: np.random.Generator) -> tuple[str, list[dict]]:
     """Up to 12 propositions, most hanging on others, a few on later ones or on ones that are not there."""
-    propositions = []
+    rows = []
     for n in range(1, int(rng.integers(2, 13))):
         parents = rng.permutation(range(1, n))[:rng.integers(0, 3)].tolist() if rng.random() < 0.8 else []
         parents += [n + 1] if rng.random() < 0.05 else []
         kind = ["entity - whole", "attribute - color", "relation - spatial", "global"][rng.integers(4)]
-        propositions.append(dpg.Proposition(str(n), [str(parent) for parent in parents or [0]], kind, "?"))
-    return dpg.Item(name, "a prompt", propositions)
+        rows.append({"proposition_id": str(n), "dependency": ", ".join(map(str, parents)) or "0",
+                     "tuple": f"{kind} (thing {n})"})
+    return name, rows
 
 
 def test_scores_are_those_of_a_second_writing_of_the_rule() -> None:
     rng = np.random.default_rng(3)
     items = [made_up_item(f"item_{i}", rng) for i in range(300)]
     said = ["yes"] * 15 + ["no"] * 3 + ["yes please", "Yes"]
-    answers = {item.name: [{p.number: str(rng.choice(said)) for p in item.propositions} for _ in range(4)]
-               for item in items}
+    answers = {name: [{row["proposition_id"]: str(rng.choice(said)) for row in rows} for _ in range(4)]
+               for name, rows in items}
     got = dpg.dpg_scores(items, answers)
     prompts, categories = reference_dpg(items, answers)
     assert got["prompts"] == pytest.approx(prompts, abs=1e-12)
