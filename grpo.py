@@ -30,7 +30,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -76,7 +76,7 @@ class GRPOConfig(RunConfig):
                               "all but the last")
     # objective
     clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
-    kl_coef: tuple[float, ...] = knob((0.01,), "weight of the KL to the reference, of all phases or one each")
+    kl_coef: tuple[float, ...] = knob((0.01,), "weight of the KL: one number a phase, the last for all left")
     kl_reference: str = knob("stage2", "what the KL refers to: the model of stage 2, or that which the phase "
                              "began with", choices=("stage2", "phase"))
     inner_updates: int = knob(1, "optimizer steps on each epoch's pictures")
@@ -103,10 +103,6 @@ class GRPOConfig(RunConfig):
     eval_every: int = knob(50, "epochs between evaluations, over all phases; each phase ends with one")
     eval_steps: int = knob(20, "sampling steps")
     eval_guidance_scale: float = knob(4.5, "guidance")
-
-    def in_phase(self, phase: int) -> "GRPOConfig":
-        """The flags of one phase, whose kl_coef is a number; the last one serves what is left."""
-        return replace(self, kl_coef=self.kl_coef[:phase + 1][-1])
 
 
 # ----------------------------------------------------------------------------- the objective
@@ -154,6 +150,7 @@ class Rollout(NamedTuple):
     latents: Tensor             # (K + 1, B, C, H, W)   the first is noise, the last one clean
     log_prob: Tensor            # (K, B)                under the policy that drew them
     mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
+    kl_coef: float              # weight of the KL to the reference
 
 
 def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int, advantages: Tensor,
@@ -175,9 +172,9 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
 
     # the rein: not too far from the reference
     kl = torch.zeros_like(log_prob)                                                     # (b,)
-    if cfg.kl_coef > 0:
+    if rolled.kl_coef > 0:
         kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
-        loss = loss + cfg.kl_coef * kl.mean()
+        loss = loss + rolled.kl_coef * kl.mean()
     # the gradient grows as the noise shrinks: late steps would drown early ones, which decide what is where
     if cfg.step_weights == "noise":
         loss = loss * std.mean() / cfg.noise_level
@@ -294,7 +291,8 @@ def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple
 
 @torch.no_grad()
 def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tuple],
-            perturbation: Perturbation | None, trained: list[int], cfg: GRPOConfig) -> Rollout:
+            perturbation: Perturbation | None, trained: list[int], kl_coef: float,
+            cfg: GRPOConfig) -> Rollout:
     """Sample the pictures of the P prompts of a prefix. keys: one a picture, from which its first latent and
     then its steps are drawn."""
     # the prefix ends with the unconditional prompt
@@ -308,12 +306,12 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
 
     # each prompt's condition, once for all of its pictures
     conditions = encode_conditions(policy, prefix, perturbation, cfg)
-    if cfg.kl_coef > 0:
+    if kl_coef > 0:
         conditions_ref = encode_conditions(reference, prefix, perturbation, cfg)
     for groups, pictures in chunks(P, B // P, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         kv = chunk_kv(policy, conditions, groups, noise, cfg.guidance_scale, cfg)
-        if cfg.kl_coef > 0:
+        if kl_coef > 0:
             kv_ref = chunk_kv(reference, conditions_ref, groups, noise, cfg.guidance_scale, cfg)
 
         # from noise to picture, step by step
@@ -330,14 +328,14 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
                 x_next, log_prob[k, pictures], _, _ = step_log_prob(
                     policy.dit, kv, x, t, t_next, cfg, generators=generators)
                 # where would the reference have gone from here?
-                if cfg.kl_coef > 0:
+                if kl_coef > 0:
                     _, _, mean_ref[k, pictures], _ = step_log_prob(
                         reference.dit, kv_ref, x, t, t_next, cfg, x_next)
             # another one follows the ODE
             else:
                 x_next = x + (t_next - t) * velocity(policy.dit, kv, x, t, cfg)         # an Euler step
             latents[k + 1, pictures] = x = x_next
-    return Rollout(times, trained, latents, log_prob, mean_ref)
+    return Rollout(times, trained, latents, log_prob, mean_ref, kl_coef)
 
 
 # ----------------------------------------------------------------------------- update
@@ -590,7 +588,6 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # the next reward begins, from the weights that the last one left
             if step == 0:
                 optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
-            now = cfg.in_phase(phase)
             clock = [time.perf_counter()]
 
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
@@ -605,7 +602,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 
             # 2. roll out G pictures of each prompt along the SDE
             steps = stochastic_steps(cfg.num_steps, cfg.sde_window, epoch)
-            rolled = rollout(model, reference, prefix, keys, perturbation, steps, now)
+            kl_coef = cfg.kl_coef[:phase + 1][-1]
+            rolled = rollout(model, reference, prefix, keys, perturbation, steps, kl_coef, cfg)
             clock.append(time.perf_counter())
 
             # 3. decode, score
@@ -626,7 +624,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 lr = cosine_lr(step * cfg.inner_updates + update, num_updates, cfg.warmup, cfg.lr)
                 set_lr(optimizer, lr)
                 optimizer.zero_grad(set_to_none=True)
-                logged = accumulate_gradient(model, prefix, rolled, own, perturbation, now, first=update == 0)
+                logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
                 average_gradients(params.values(), dist)
                 norms.append(clip_gradients(params.values(), cfg.clip_norm))
                 figures.append(summarise(logged, dist))

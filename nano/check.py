@@ -50,7 +50,7 @@ def draw(model: ParaUni, prompts: list[Prompt], cfg: GRPOConfig) -> Tensor:
         texts = [prompt.text for prompt in prompts[i:i + 64]]
         keys = [(cfg.seed, "check", i + j) for j in range(len(texts))]
         prefix = model.encode_prefix([*texts, None])
-        rolled = rollout(model, model, prefix, keys, None, steps, cfg)
+        rolled = rollout(model, model, prefix, keys, None, steps, 0.0, cfg)
         images.append(model.decode(rolled.latents[-1]))                                 # (b, 3, H, W)
     return torch.cat(images)                                                            # (B, 3, H, W)
 
@@ -76,8 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
     folder = weights_folder("nano", cfg.reward_weights)
     scorers = {name: build_reward(name, "cpu", weights=folder) for name in REWARDS}
     # as stage III samples; the reference is not asked
-    recipe = {**PRESETS["nano"].recipes[3], "kl_coef": 0.0, "seed": cfg.seed}
-    sampling = GRPOConfig(**recipe)
+    sampling = GRPOConfig(**PRESETS["nano"].recipes[3], seed=cfg.seed)
 
     # a picture of each prompt, and one of the prompt with one point changed
     rng = rng_of("check", cfg.seed)

@@ -180,4 +180,4 @@ def accumulate_gradient(peer: ParaUni, reference: ParaUni, prompts: list[str], l
             bounded = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
             loss = torch.maximum(-advantages[part] * ratio, -advantages[part] * bounded).mean()
             kl = ((step.mean - mean_ref).square() / (2 * step.variance)).mean()
-            ((loss + cfg.kl_coef * kl) * len(texts) / len(prompts) / steps).backward()
+            ((loss + cfg.kl_coef[0] * kl) * len(texts) / len(prompts) / steps).backward()

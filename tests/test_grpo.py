@@ -21,7 +21,7 @@ from model import ParaUni, Prefix
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # of diffusers
 
 ALONE = Dist(0, 1, torch.device("cpu"))
-CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_batch=8, kl_coef=0.01,
+CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_batch=8, kl_coef=(0.01,),
                  guidance_scale=3.0, eval_steps=2)
 # of different lengths: one is padded
 PROMPTS = ["a red heart", "two blue stars above a green ring"]
@@ -39,7 +39,7 @@ def roll(model: ParaUni, cfg: GRPOConfig, perturbation: Perturbation | None = No
          reference: ParaUni | None = None) -> tuple[Prefix, Rollout]:
     prefix = model.encode_prefix([*PROMPTS, None])
     trained = stochastic_steps(cfg.num_steps, cfg.sde_window, 1)
-    return prefix, rollout(model, reference or model, prefix, KEYS, perturbation, trained, cfg)
+    return prefix, rollout(model, reference or model, prefix, KEYS, perturbation, trained, *cfg.kl_coef, cfg)
 
 
 def gradients(model: ParaUni) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> N
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_rollout_and_gradient_are_those_of_naive_loops(policy: ParaUni, guidance: float) -> None:
     """Of diffusers' DiT and transformers' SigLIP, a condition encoded for each picture and step."""
-    cfg = replace(CFG, guidance_scale=guidance, kl_coef=0.5, micro_batch=4)
+    cfg = replace(CFG, guidance_scale=guidance, kl_coef=(0.5,), micro_batch=4)
     reference = tiny_model()
     moved(policy, 0.02)
     prefix, rolled = roll(policy, cfg, reference=reference)
@@ -149,7 +149,7 @@ def naive_steps(peer: ParaUni, b: int, noise: list[Tensor], rolled: Rollout,
 def test_the_gradient_is_that_of_the_objective(policy: ParaUni, guidance: float,
                                                fired: Perturbation | None, micro_batch: int) -> None:
     """All pictures and steps as one graph, LDAM's noise and both sides of the clip included."""
-    cfg = replace(CFG, guidance_scale=guidance, micro_batch=micro_batch, kl_coef=0.5, clip_range=2e-4,
+    cfg = replace(CFG, guidance_scale=guidance, micro_batch=micro_batch, kl_coef=(0.5,), clip_range=2e-4,
                   step_weights="noise" if fired else "equal")
     reference = moved(tiny_model(), 0.02, seed=2)
     prefix, rolled = roll(policy, cfg, fired, reference)
@@ -168,7 +168,7 @@ def test_the_gradient_is_that_of_the_objective(policy: ParaUni, guidance: float,
             ratio = (log_prob - rolled.log_prob[k, b]).exp()
             bounded = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
             kl = kl_divergence(step, ref).mean()
-            gain = torch.minimum(ratio * advantage, bounded * advantage) - cfg.kl_coef * kl
+            gain = torch.minimum(ratio * advantage, bounded * advantage) - cfg.kl_coef[0] * kl
             total = total - gain * (step.stddev.mean() / cfg.noise_level if fired else 1.0)
             kls.append(kl.item())
     (total / 24).backward()
@@ -189,7 +189,7 @@ def test_conditions_are_made_in_the_precision_of_the_run_and_summed_in_fp32(poli
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradient_checkpointing_changes_no_bit_in_any_precision(policy: ParaUni, dtype: str) -> None:
     """The trap: computed again after its `with precision`, attention must still take the same kernel."""
-    cfg, found = replace(CFG, dtype=dtype, kl_coef=0.5), []
+    cfg, found = replace(CFG, dtype=dtype, kl_coef=(0.5,)), []
     prefix, rolled = roll(policy, cfg)
     for again in (False, True):
         policy.lim.connector.gradient_checkpointing = policy.dit.gradient_checkpointing = again

@@ -25,7 +25,7 @@ from model import ParaUni
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PROMPTS = ["a red heart", "two blue stars above a green ring"]         # of different lengths: one is padded
-CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=3, num_steps=3, micro_batch=3, kl_coef=0.5,
+CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=3, num_steps=3, micro_batch=3, kl_coef=(0.5,),
                  guidance_scale=3.0)
 
 
@@ -35,7 +35,8 @@ def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Meter:
     perturbation = None if gamma is None else Perturbation(gamma, [2, 3], keys)
     with Meter() as meter:
         prefix = model.encode_prefix([*PROMPTS, None])
-        rolled = rollout(model, model, prefix, keys, perturbation, stochastic_steps(cfg.num_steps, 0, 0), cfg)
+        rolled = rollout(model, model, prefix, keys, perturbation, stochastic_steps(cfg.num_steps, 0, 0),
+                         *cfg.kl_coef, cfg)
         accumulate_gradient(model, prefix, rolled, torch.ones(len(keys)), perturbation, cfg, first=True)
     return meter
 

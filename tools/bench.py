@@ -275,7 +275,7 @@ def run_naive_stage3(args: BenchConfig, turn: Turns) -> None:
     if args.compile:
         compile_parts(DEVICE, peer.lim, peer.dit, reference.lim, reference.dit)
     cfg = SimpleNamespace(num_steps=args.num_steps, micro_batch=args.batch, dtype=args.dtype, shift=3.0,
-                          noise_level=0.7, guidance_scale=4.5, kl_coef=0.01, clip_range=1e-4)
+                          noise_level=0.7, guidance_scale=4.5, kl_coef=(0.01,), clip_range=1e-4)
     params = list(peer.trainable(3).values())
     optimizer = adamw(params, 1e-6, 0.05)
     prompts = [text for text in captions(args.num_groups) for _ in range(args.group_size)]
