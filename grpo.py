@@ -554,7 +554,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     # into; each phase makes one of its own
     optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
     done, skipped, record = 0, 0, {"epoch": 0, "phase": names[0]}
-    evals: list[dict[str, list[float]]] = []        # held-out scores before the first phase, and after each
+    # held-out scores before the first phase, and after each
+    evals: list[dict[str, list[float]]] = state["evals"] if state else []
     digest = derive_seed(*prompts, *heldout)
     if state:
         if state["prompts"] != digest:
@@ -563,7 +564,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         ldam.load_state_dict(state["ldam"])
         copy_weights(state["reference"], params_ref)
         model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"]
-        done, skipped, record, evals, gamma = map(state.get, ("epoch", "skipped", "record", "evals", "gamma"))
+        done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
     before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
     per_phase = math.ceil(cfg.steps / cfg.inner_updates)

@@ -345,7 +345,7 @@ class ParaUni(nn.Module):
         # what is fused is decided in stage 1
         if cfg.stage == 1:
             return cls.from_preset(cfg.preset, cfg.weights, stage_file, cfg.seed, device, fresh=cfg.fresh,
-                                   layers=tuple(map(int, cfg.layers)), norm=cfg.norm)
+                                   layers=cfg.layers, norm=cfg.norm)
         return cls.from_preset(cfg.preset, cfg.weights, stage_file, cfg.seed, device, fresh=cfg.fresh,
                                stage=cfg.stage - 1)
 

@@ -41,7 +41,7 @@ class TrainConfig(RunConfig):
     caption_dropout: float = knob(0.1, "share of captions replaced by the unconditional prompt")
     times: str = knob("uniform", "distribution of t; noisy: sigmoid of N(1, 1)", choices=("uniform", "noisy"))
     # the ablations of stage 1; later stages go on as their --init
-    layers: tuple[str, ...] = knob((), "stage 1: VLM layers to fuse, as 1,2,8; none: all")
+    layers: tuple[int, ...] = knob((), "stage 1: VLM layers to fuse, as 1,2,8; none: all")
     norm: bool = knob(True, "stage 1: the LN of Eq. 4")
     log_every: int = knob(10, "steps between lines of the log")
 
