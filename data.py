@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from common import Refused, derive_seed, fingerprint, read_lines
 from nano import world
 
-MIX_BLOCK = 1000        # items in which the weights of a mixture hold exactly
-
 
 # ----------------------------------------------------------------------------- prompts (stage III)
 
@@ -143,25 +141,9 @@ def parse_mixture(spec: tuple[str, ...]) -> tuple[list[list[str]], list[float]]:
     return [[folder] for folder in folders], weights
 
 
-def shuffled(n: int, size: int, *key: int | str) -> int:
-    """What stands at place n when the numbers 0 .. size - 1 are in an order drawn from the key.
-
-    A Feistel network shuffles without a list: each round keeps one half of n's bits and adds to the other
-    what it draws from the first, so that no two numbers meet. What lands beyond `size` goes round again.
-    """
-    half = (size.bit_length() + 1) // 2
-    while True:
-        for turn in range(4):
-            left, right = divmod(n, 2 ** half)
-            drawn = derive_seed(*key, turn, right) % 2 ** half
-            n = right * 2 ** half + (left ^ drawn)
-        if n < size:
-            return n
-
-
 class Latents:
-    """Latents with captions that prepare.py wrote: each comes once in every epoch of its part of the mixture.
-    Only what is asked for is read, so that memory does not grow with their number."""
+    """Latents with captions that prepare.py wrote, each item drawn at random. Only what is asked for is read, so
+    that memory does not grow with their number."""
 
     def __init__(self, spec: tuple[str, ...], batch_size: int, seed: int, model: nn.Module) -> None:
         """spec: folders, or FOLDER=WEIGHT each; model: the ParaUni that is trained on them."""
@@ -175,26 +157,16 @@ class Latents:
             paths, counts = zip(*shards)
             self.parts.append((paths, np.cumsum([0, *counts])))
 
-        # each block of items holds a quota of each part
-        shares = np.cumsum([0, *weights]) / sum(weights)
-        self.quotas = np.diff(np.rint(shares * MIX_BLOCK)).astype(int).tolist()
-        assert all(self.quotas), f"expected weights in --data of at least 1/{MIX_BLOCK} of their sum"
-        # evenly spread: the k-th of a part stands at (k + 1/2) / quota
-        self.block = sorted(
-            ((k + 0.5) / quota, part, k)
-            for part, quota in enumerate(self.quotas)
-            for k in range(quota))
+        self.weights = np.array(weights) / sum(weights)
 
     def place(self, n: int) -> tuple[Path, int]:
         """The shard of item n, and which of its samples it is."""
-        block, spot = divmod(n, MIX_BLOCK)
-        _, part, k = self.block[spot]
-        paths, firsts = self.parts[part]
-        total = int(firsts[-1])
-        epoch, number = divmod(block * self.quotas[part] + k, total)
-        number = shuffled(number, total, self.seed, "latents", part, epoch)
+        rng = np.random.default_rng(derive_seed(self.seed, "latents", n))
+        # a part of the mixture by its weight, and any of its samples
+        paths, firsts = self.parts[rng.choice(len(self.parts), p=self.weights)]
+        number = rng.integers(firsts[-1])
         shard = int(np.searchsorted(firsts, number, side="right")) - 1
-        return paths[shard], number - int(firsts[shard])
+        return paths[shard], int(number - firsts[shard])
 
     def batch(self, step: int, items: list[int]) -> Batch:
         latents, captions = [], []

@@ -394,19 +394,14 @@ def check_ratio(deviation: float, cfg: GRPOConfig, warn: bool) -> None:
 
 # ----------------------------------------------------------------------------- scoring
 
-def score(name: str, scorer: Reward, images: Tensor, prompts: list[str], part: int) -> Tensor:
-    """A reward of some pictures, (b,). Where it raises, as a user's reward may, each part of so many pictures
-    is tried alone: it costs a group or a picture, never the run."""
+def score(name: str, scorer: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """A reward of some pictures, (b,). Where it raises, as a user's reward may, these pictures have none."""
     try:
         return scorer(images, prompts)                                                  # (b,)
-    # a user's code promises nothing
+    # a user's code promises nothing, and costs a group, never the run
     except Exception as error:
-        if len(images) <= part:
-            tqdm.write(f"reward {name} failed on {prompts[0]!r}, which is left out: {error!r}")
-            return torch.full((len(images),), math.nan, device=images.device)
-    parts = [score(name, scorer, images[i:i + part], prompts[i:i + part], part)
-             for i in range(0, len(images), part)]
-    return torch.cat(parts)                                                             # (b,)
+        tqdm.write(f"reward {name} failed on {prompts[0]!r}, which is left out: {error!r}")
+        return torch.full((len(images),), math.nan, device=images.device)
 
 
 @torch.no_grad()
@@ -416,12 +411,12 @@ def score_groups(model: ParaUni, scorers: dict[str, Reward], latents: Tensor, pr
     with precision(model.device, cfg.dtype):
         images = model.decode(latents)                                                  # (B, 3, H, W)
     group_size = len(images) // len(prompts)
-    repeated = [prompt for prompt in prompts for _ in range(group_size)]                # B
     rewards = {}
     for name, scorer in scorers.items():
         # a group is compared as a whole, so it fails as a whole
-        own = score(name, scorer, images, repeated, part=group_size)                    # (B,)
-        rewards[name] = gather(own, dist).view(-1, group_size)                          # (P, G)
+        own = [score(name, scorer, group, [prompt] * group_size)
+               for group, prompt in zip(images.split(group_size), prompts)]             # P x (G,)
+        rewards[name] = gather(torch.stack(own), dist)                                  # (P, G)
     return rewards
 
 
@@ -438,7 +433,7 @@ def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str]
         seeds = [derive_seed(cfg.seed, "heldout", i) for i in items]
         with precision(model.device, cfg.dtype):
             images = model.generate(texts, cfg.eval_steps, cfg.eval_guidance_scale, seeds)
-        columns = [score(name, scorer, images, texts, part=1) for name, scorer in scorers.items()]
+        columns = [score(name, scorer, images, texts) for name, scorer in scorers.items()]
         scores = torch.cat([scores, gather(torch.stack(columns, 1), dist)])             # (so far, rewards)
     return {name: scores[:total, j].tolist() for j, name in enumerate(scorers)}
 

@@ -445,17 +445,6 @@ class ParaUni(nn.Module):
         std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]           # (3, 1, 1)
         return ((images - mean) / std).to(self.vlm.dtype)                               # (B, 3, side, side)
 
-    def embed(self, ids: Tensor, images: Tensor | None) -> Tensor:
-        """Token embeddings (B, S, D); the features of one picture a row in the places of its image tokens."""
-        embeds = self.vlm.get_input_embeddings()(ids)                                   # (B, S, D)
-        if images is None:
-            return embeds
-        # one feature a token <IMG_CONTEXT>, in reading order
-        features = self.vlm.model.get_image_features(self.pixels(images)).pooler_output
-        # in the places that image_text() has kept for them
-        is_image = (ids == self.preset.vlm.image_token_id)[..., None]                   # (B, S, 1)
-        return embeds.masked_scatter(is_image, features.to(embeds.dtype))               # (B, S, D)
-
     @torch.no_grad()
     def encode_prefix(self, prompts: list[str | None], images: Tensor | None = None,
                       max_tokens: int | None = None) -> Prefix:
@@ -468,11 +457,11 @@ class ParaUni(nn.Module):
         texts = [UNCONDITIONAL.format(image=image) if prompt is None
                  else template.format(image=image, prompt=prompt.strip()) for prompt in prompts]
         ids, mask = self.tokenize(texts, max_tokens)                                    # (B, S) each
-        # the language model alone: no words are asked for, so no logits
-        decoder = self.vlm.get_decoder()
-        cache = decoder(inputs_embeds=self.embed(ids, images), attention_mask=mask,
-                        position_ids=positions(mask), use_cache=True,
-                        past_key_values=DynamicCache(config=decoder.config)).past_key_values
+        # the pictures' features take the places that image_text() has kept for them
+        shown = {} if images is None else {"pixel_values": self.pixels(images)}
+        # without its head: no words are asked for
+        cache = self.vlm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask),
+                                    use_cache=True, **shown).past_key_values
         return Prefix([(layer.keys, layer.values) for layer in cache.layers], mask)
 
     def read_queries(self, prefix: Prefix) -> Tensor:

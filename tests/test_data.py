@@ -2,6 +2,7 @@
 import io
 import json
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,23 +184,19 @@ def test_item_n_is_a_function_of_seed_and_n(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [[[1]], [[3, 0, 5], [1, 2]], [[64]]])
-def test_every_sample_comes_once_an_epoch(counts: list[list[int]], tmp_path: Path) -> None:
+def test_every_sample_is_as_likely_as_any_other(counts: list[list[int]], tmp_path: Path) -> None:
     # a path may look like one with a weight
     folders = tuple(write(tmp_path / f"run={k}", shards) for k, shards in enumerate(counts))
     total = sum(map(sum, counts))
-    drawn = captions_of(folders, 3 * total)
-    epochs = [drawn[k:k + total] for k in range(0, 3 * total, total)]
-    assert all(len(set(epoch)) == total for epoch in epochs)
-    assert total < 9 or epochs[0] != epochs[1] != epochs[2]
+    times = Counter(captions_of(folders, 100 * total))
+    assert len(times) == total and all(60 <= count <= 140 for count in times.values())
 
 
-def test_a_mixture_is_exact_and_keeps_epochs(tmp_path: Path) -> None:
+def test_a_mixture_is_drawn_by_its_weights(tmp_path: Path) -> None:
     many, few = write(tmp_path / "many", [60, 40]), write(tmp_path / "few=1", [7])
     drawn = captions_of((f"{many}=3", f"{few}=1"), 2000)
-    few = [caption for caption in drawn if caption.startswith("few=1")]
-    assert len(few) == 500
-    assert all(len(set(few[k:k + 7])) == 7 for k in range(0, 490, 7))
-    assert all(sum(c.startswith("few=1") for c in drawn[k:k + 8]) == 2 for k in range(0, 2000, 8))
+    few = Counter(caption for caption in drawn if caption.startswith("few=1"))
+    assert len(few) == 7 and 440 <= few.total() <= 560                  # 500 +- 3 s.d.
 
 
 def test_weights_for_some_folders_only_are_refused() -> None:

@@ -242,7 +242,7 @@ def test_kept_noise_multiplies_stays_and_moves_the_reference_too(policy: ParaUni
 
 # ----------------------------------------------------------------------------- scores, refusals
 
-def test_a_heldout_picture_has_its_own_noise_and_fails_alone(policy: ParaUni) -> None:
+def test_heldout_pictures_have_their_own_noise_and_a_chunk_fails_alone(policy: ParaUni) -> None:
     bright = lambda images, texts: images.mean((1, 2, 3))                               # noqa: E731
 
     def touchy(images: Tensor, texts: list[str]) -> Tensor:
