@@ -142,8 +142,8 @@ def parse_mixture(spec: tuple[str, ...]) -> tuple[list[list[str]], list[float]]:
 
 
 class Latents:
-    """Latents with captions that prepare.py wrote, each item drawn at random. Only what is asked for is read, so
-    that memory does not grow with their number."""
+    """Latents with captions that prepare.py wrote, each item drawn at random. Only what is asked for is read:
+    memory does not grow with their number."""
 
     def __init__(self, spec: tuple[str, ...], batch_size: int, seed: int, model: nn.Module) -> None:
         """spec: folders, or FOLDER=WEIGHT each; model: the ParaUni that is trained on them."""
