@@ -238,7 +238,8 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The flags that all three stages share; the defaults are the paper's (supplement, Table 1)."""
+    """The flags that all three stages share; the defaults are the paper's (supplement, Table 1)
+    where it has any."""
     stage: int = knob(1, "1 align, 2 fine-tune, 3 reinforce (--stage 3 --help)", choices=(1, 2, 3))
     preset: str = knob("nano", "size of everything; see PRESETS in model.py")
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
@@ -300,7 +301,8 @@ def open_run(cfg: RunConfig, dist: Dist, unit: str) -> dict | None:
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     if lines and not cfg.resume:
         raise Refused(f"{cfg.run_dir} already holds a run: go on with --resume auto, or change --run-dir")
-    # what a killed run logged after its checkpoint goes, a line that was cut among it
+    # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3 writes the
+    # checkpoint's own line again
     lines = [line for line in lines if state and json.loads(line)[unit] < state[unit] + (unit == "step")]
     with atomic(log) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines))
@@ -329,9 +331,9 @@ def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: dict[str, n
         newest = Path(cfg.run_dir) / "checkpoints" / f"{number:08}.pt"
         with atomic(newest) as temporary:
             torch.save({**state, "config": config_dict(cfg)}, temporary)
-        others = sorted(path for path in newest.parent.glob("*.pt") if path < newest)
+        past = sorted(path for path in newest.parent.glob("*.pt") if path <= newest)
         for path in newest.parent.glob("*.pt"):
-            if path not in [newest, *others[len(others) - cfg.keep + 1:]]:
+            if path not in past[-max(cfg.keep, 1):]:
                 path.unlink()
 
 

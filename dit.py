@@ -226,7 +226,8 @@ class CrossAttention(Attention):
 
 
 class MixFFN(nn.Module):
-    """Gated feed-forward with a 3x3 depthwise convolution: all that a token ever learns of its position."""
+    """Gated feed-forward with a 3x3 depthwise convolution: all that a token learns of its position, where
+    there are no positional embeddings."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -499,7 +500,7 @@ def sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: float
     noise_level a in sigma = a sqrt(t / (1 - t)); 0 is the Euler step, of std 0 and log_prob 0 by definition
     x_next      (B, C, H, W)   a stored sample to score; None draws one (generator: see randn)
     Returns     x_next, log_prob (B,) in nats, mean (B, C, H, W), std (B,)
-    Differs from the paper: log_prob is the mean over C*H*W, not the sum, so clip_range is per element.
+    Differs from Flow-GRPO's formula: log_prob is a mean over C*H*W, not a sum; so clip_range is per element.
     """
     assert ((0 <= t_next) & (t_next < t) & (t <= 1)).all(), f"t = {t.tolist()}, t_next = {t_next.tolist()}"
     x, v = x.float(), v.float()

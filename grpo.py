@@ -3,7 +3,7 @@
   1. prompts: draw `num_groups`, each is read once; LDAM's noise where it fired in the last epoch
   2. roll out `group_size` pictures a prompt along the SDE, keeping every latent and its log-probability
   3. decode; score with the reward of this phase, and with the others to watch them
-  4. compare within groups: advantage = (reward - mean of its group) / std of its group
+  4. compare within groups: advantage = (reward - mean of its group) / std of all rewards
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near a reference (KL): the stage II model, or that which the phase began with
   6. LDAM looks at the gradient norm and the reward, and may fire
@@ -20,8 +20,8 @@ gradient and detached to a leaf; the leaf's gradient is summed over all pictures
 through LIM, VLM and queries once.
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
-see clean pictures; the KL is that of the two Gaussians, whose std includes dt; advantages are divided by the
-group's own std.
+see clean pictures; the KL is that of the two Gaussians, whose std includes dt. As in its runs, but unlike its
+formula, advantages are divided by one std for all groups.
 
 Letters: P prompts (groups), G members of a group, B = P G pictures, b pictures of a chunk, K steps, L VLM
 layers, S perturbed layers, N queries, E condition width, C H W latent.
@@ -108,16 +108,18 @@ class GRPOConfig(RunConfig):
 # ----------------------------------------------------------------------------- the objective
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(r - mean) / std within each group, population std (Flow-GRPO).
+    """(r - mean of its group) / std of the rewards of all groups, population std, as Flow-GRPO trains.
 
     rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward that is not finite, gets
     zeros: it teaches nothing.
     """
-    # pictures of a prompt are compared with each other only: hard prompts and easy ones weigh the same
+    # pictures of a prompt are compared with each other only
     mean = rewards.mean(1, keepdim=True)                                                # (P, 1)
-    std = rewards.std(1, correction=0, keepdim=True)                                    # (P, 1)
+    # one scale for all: a group whose pictures are nearly alike has less to teach than another
+    std = rewards[mean.isfinite().squeeze(1)].std(correction=0)
     # equal rewards are equal up to rounding
-    has_spread = std > 1e-6 * (1 + mean.abs())                                          # False for NaN too
+    spread = rewards.std(1, correction=0, keepdim=True)                                 # (P, 1)
+    has_spread = spread > 1e-6 * (1 + mean.abs())                                       # False for NaN too
     return torch.where(has_spread, (rewards - mean) / std, 0.0)                         # (P, G)
 
 
@@ -221,7 +223,7 @@ def encode_conditions(model: ParaUni, prefix: Prefix, perturbation: Perturbation
 def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: slice, noise: list[Tensor],
              guidance_scale: float, cfg: GRPOConfig) -> list:
     """Cross-attention keys and values for a chunk of pictures: one condition a group, or one a picture where
-    LDAM perturbs each; with guidance, the unconditional one in front of each."""
+    LDAM perturbs each; with guidance, as many unconditional ones in front."""
     c, c_uncond, c_of_layers = conditions
     # the DiT shares a condition among all pictures of its group
     c = c[groups]                                                                       # (groups, N, E)
@@ -293,8 +295,8 @@ def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple
 def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tuple],
             perturbation: Perturbation | None, trained: list[int], kl_coef: float,
             cfg: GRPOConfig) -> Rollout:
-    """Sample the pictures of the P prompts of a prefix. keys: one a picture, from which its first latent and
-    then its steps are drawn."""
+    """Sample the pictures of the P prompts of a prefix. keys: one a picture, (seed, epoch, group, member), to
+    draw it from."""
     # the prefix ends with the unconditional prompt
     P, B, K, device = len(prefix.mask) - 1, len(keys), cfg.num_steps, policy.device
     shape = policy.preset.latent_shape
@@ -440,7 +442,7 @@ def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str]
 
 @torch.no_grad()
 def draw_examples(cfg: GRPOConfig, model: ParaUni, prompts: list[str], dist: Dist) -> Tensor:
-    """Pictures of the first prompts, always from the same noise, (8, 3, H, W) on the CPU. All ranks draw, as
+    """Pictures of the first eight prompts, always from one noise, (8, 3, H, W) on the CPU. All ranks draw, as
     the weights may be split."""
     with precision(dist.device, cfg.dtype):
         images = model.generate(prompts[:8], cfg.eval_steps, cfg.eval_guidance_scale, seed=cfg.seed)
@@ -644,6 +646,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 gamma = None
 
             # 7. EMA, save; the line of the log is written above, after the look
+            # unless no update was made
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
             record = {"epoch": epoch + 1, "phase": names[phase], **figures[0], **figures[-1],

@@ -136,8 +136,8 @@ NANO = Preset(
              3: {"steps": 100, "micro_batch": 64, "num_groups": 4, "group_size": 16, "lr": 2e-4,
                  "num_steps": 6, "guidance_scale": 1.0, "shared_start": True, "sde_window": 1,
                  "step_weights": "noise", "clip_range": 2e-3,
-                 "kl_coef": (0.3, 0.3, 0.05), "kl_reference": "phase", "ema_decay": 0.9, "num_eval": 192,
-                 "eval_guidance_scale": 1.0}})
+                 "kl_coef": (0.3, 0.3, 0.05), "kl_reference": "phase",
+                 "num_eval": 192, "eval_guidance_scale": 1.0}})
 
 INTERNVL3_1B = internvl(width=896, layers=24, heads=14, kv_heads=2, mlp_width=4864)         # 938 M
 INTERNVL3_2B = internvl(width=1536, layers=28, heads=12, kv_heads=2, mlp_width=8960)        # 2,089 M
@@ -259,7 +259,7 @@ class ParaUni(nn.Module):
         dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
         fresh         prefixes of parameters that the files may lack
         stage         which stage the file must be of; None: any
-        layers, norm  what is fused; None: as the stage file says, else as the preset does
+        layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which sizes, which files
         if name not in PRESETS:
@@ -287,7 +287,7 @@ class ParaUni(nn.Module):
         model.init_trained(seed)
         model.fuse_as(layers or preset.layers, norm and preset.lim.norm)
         if stage_file != "none":
-            model.load_stage(Path(stage_file), stage, fresh, as_file=layers is None)
+            model.load_stage(Path(stage_file), stage, as_file=layers is None)
         # VLM and autoencoder have their own dtypes
         model.queries.data = model.queries.data.to(dtype)
         model.lim.to(dtype)
@@ -343,11 +343,8 @@ class ParaUni(nn.Module):
             if cfg.stage == 1 or cfg.weights == "random":
                 stage_file = "none"
         # what is fused is decided in stage 1
-        if cfg.stage == 1:
-            return cls.from_preset(cfg.preset, cfg.weights, stage_file, cfg.seed, device, fresh=cfg.fresh,
-                                   layers=cfg.layers, norm=cfg.norm)
-        return cls.from_preset(cfg.preset, cfg.weights, stage_file, cfg.seed, device, fresh=cfg.fresh,
-                               stage=cfg.stage - 1)
+        more = {"layers": cfg.layers, "norm": cfg.norm} if cfg.stage == 1 else {"stage": cfg.stage - 1}
+        return cls.from_preset(cfg.preset, cfg.weights, stage_file, cfg.seed, device, fresh=cfg.fresh, **more)
 
     def init_trained(self, seed: int) -> None:
         """Queries ~ N(0, 1/sqrt(D)) and a fresh LIM, as published, drawn from `seed`."""
@@ -375,10 +372,9 @@ class ParaUni(nn.Module):
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
 
-    def load_stage(self, path: Path, stage: int | None = None, fresh: tuple[str, ...] = (),
-                   as_file: bool = True) -> None:
-        """Load what a stage trained. Refused: another stage or preset, missing, unknown or misshaped tensors
-        that are not in `fresh`. `stage`: which it must be; `as_file`: fuse what it fused."""
+    def load_stage(self, path: Path, stage: int | None = None, as_file: bool = True) -> None:
+        """Load what a stage trained. Refused: another stage or preset, unknown or misshaped tensors, missing
+        ones that are not in `self.fresh`. `stage`: which it must be; `as_file`: fuse what it fused."""
         tensors, metadata = read_tensors(path)
         # which stage of which preset is it? OpenUni's parts are those of the preset it is named after
         made, of = metadata.get("stage"), metadata.get("preset", "").removeprefix("openuni-")
@@ -391,7 +387,7 @@ class ParaUni(nn.Module):
             self.fuse_as(layers, metadata["norm"] == "True")
         # LDAM's fields, where stage 3 ran with --ldam-mode keep
         self.lim.kept_noise = tensors.pop("lim.kept_noise", None)
-        load_strict(self.trainable(int(made)), tensors, fresh, str(path))
+        load_strict(self.trainable(int(made)), tensors, self.fresh, str(path))
 
     def save_stage(self, path: Path, cfg: Any, write: bool = True) -> None:
         """What a stage trained, as one safetensors file that says which stage of which preset it is, and how

@@ -64,7 +64,7 @@ def preprocess(images: Tensor, size: int, mean: tuple = MEAN, std: tuple = STD,
     # the shorter of the two becomes size
     h = int(size * max(H, W) / W)
     w = int(size * max(H, W) / H)
-    # a picture that already has the size passes untouched
+    # a picture that already has the size is not resampled
     resize = partial(F.interpolate, antialias=True)
     if like_pil:
         # PIL resizes rows, stores whole grey levels, then resizes columns: bicubic overshoot is cut twice
@@ -165,8 +165,8 @@ class Reward(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         B = len(images)
-        # a NaN is no reason to stop: what is scored NaN is masked by the caller
         assert images.shape[1] == 3 and len(prompts) == B, f"{tuple(images.shape)}, {len(prompts)} prompts"
+        # a NaN is no reason to stop: what is scored NaN is masked by the caller
         low, high = images.aminmax()
         assert not (low < -1e-3 or high > 1 + 1e-3), f"expected images in [0, 1], got [{low:g}, {high:g}]"
         # its own copy: what a function does to its pictures and prompts, no other reward sees

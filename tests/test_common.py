@@ -95,6 +95,8 @@ def test_the_newest_stay_and_another_future_goes(cfg: RunConfig) -> None:
     assert saved(cfg) == [200]
     save(replace(cfg, keep=3), 160, 170, 150, 165)
     assert saved(cfg) == [150, 165]
+    save(replace(cfg, keep=9), *range(170, 180))
+    assert saved(cfg) == list(range(171, 180))
 
 
 @pytest.mark.parametrize("module, function", [(torch, "save"), (os, "replace")])
