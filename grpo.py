@@ -3,7 +3,7 @@
   1. prompts: draw `num_groups`, each is read once; LDAM's noise where it fired in the last epoch
   2. roll out `group_size` pictures a prompt along the SDE, keeping every latent and its log-probability
   3. decode; score with the reward of this phase, and with the others to watch them
-  4. compare within groups: advantage = (reward - mean of its group) / std of all rewards
+  4. compare within groups: advantage = (reward - mean of its group) / std of its group
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near a reference (KL): the stage II model, or that which the phase began with
   6. LDAM looks at the gradient norm and the reward, and may fire
@@ -20,8 +20,8 @@ gradient and detached to a leaf; the leaf's gradient is summed over all pictures
 through LIM, VLM and queries once.
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
-see clean pictures; the KL is that of the two Gaussians, whose std includes dt. As in its runs, but unlike its
-formula, advantages are divided by one std for all groups.
+see clean pictures; the KL is that of the two Gaussians, whose std includes dt. As in its formula, but unlike
+its runs, advantages are divided by the group's own std.
 
 Letters: P prompts (groups), G members of a group, B = P G pictures, b pictures of a chunk, K steps, L VLM
 layers, S perturbed layers, N queries, E condition width, C H W latent.
@@ -108,18 +108,16 @@ class GRPOConfig(RunConfig):
 # ----------------------------------------------------------------------------- the objective
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(r - mean of its group) / std of the rewards of all groups, population std, as Flow-GRPO trains.
+    """(r - mean) / std within each group, population std (Flow-GRPO).
 
     rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward that is not finite, gets
     zeros: it teaches nothing.
     """
-    # pictures of a prompt are compared with each other only
+    # pictures of a prompt are compared with each other only: hard prompts and easy ones weigh the same
     mean = rewards.mean(1, keepdim=True)                                                # (P, 1)
-    # one scale for all: a group whose pictures are nearly alike has less to teach than another
-    std = rewards[mean.isfinite().squeeze(1)].std(correction=0)
+    std = rewards.std(1, correction=0, keepdim=True)                                    # (P, 1)
     # equal rewards are equal up to rounding
-    spread = rewards.std(1, correction=0, keepdim=True)                                 # (P, 1)
-    has_spread = spread > 1e-6 * (1 + mean.abs())                                       # False for NaN too
+    has_spread = std > 1e-6 * (1 + mean.abs())                                          # False for NaN too
     return torch.where(has_spread, (rewards - mean) / std, 0.0)                         # (P, G)
 
 
