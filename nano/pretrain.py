@@ -521,9 +521,9 @@ def answer_loss(model: ParaUni, ids: Tensor, labels: Tensor, images: Tensor) -> 
     """Next-token loss on the answers, labels (B, S); images (b, 3, H, W) belong to the rows with a place for
     one, in their order."""
     ids, labels = ids.to(DEVICE), labels.to(DEVICE)
-    embeds = model.embed(ids, images.to(DEVICE) if len(images) else None)               # (B, S, D)
+    shown = {"pixel_values": model.pixels(images.to(DEVICE))} if len(images) else {}
     # without a mask: padding comes last
-    hidden = model.vlm.get_decoder()(inputs_embeds=embeds).last_hidden_state            # (B, S, D)
+    hidden = model.vlm.base_model(input_ids=ids, **shown).last_hidden_state             # (B, S, D)
     asked = labels != -100                                                              # (B, S)
     logits = model.vlm.lm_head(hidden[asked])                                           # (answers, words)
     return F.cross_entropy(logits.float(), labels[asked])

@@ -36,6 +36,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         rng, scenes, min(count, 24), test))
     encode_rows = pretrain.encode_rows
     monkeypatch.setattr(pretrain, "encode_rows", lambda tokenizer, rows: encode_rows(tokenizer, rows[-8:]))
+    answer_loss = pretrain.answer_loss
+
+    def last_pictures(model: ParaUni, ids: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        """The pictures of the rows that are left."""
+        places = (ids == model.preset.vlm.image_token_id).any(1).sum()
+        return answer_loss(model, ids, labels, images[len(images) - places:])
+    monkeypatch.setattr(pretrain, "answer_loss", last_pictures)
     monkeypatch.setattr(pretrain, "precision", lambda device, dtype: nullcontext())
     monkeypatch.setattr(pretrain, "sample_ode", lambda dit, noise, c, c_uncond: noise)
     monkeypatch.setattr(world, "benchmark_prompts", lambda: prompts)
