@@ -644,7 +644,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 gamma = None
 
             # 7. EMA, save; the line of the log is written above, after the look
-            # unless no update was made
+            # where no update was made, the average stays too
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
             record = {"epoch": epoch + 1, "phase": names[phase], **figures[0], **figures[-1],
