@@ -248,7 +248,6 @@ class RunConfig:
     run_dir: str = knob("auto", "folder for log, checkpoints, pictures and weights; auto: runs/stageN")
     resume: str = knob("", "go on from a checkpoint: auto (the newest in --run-dir), a run folder or a file")
     seed: int = knob(0, "all randomness is derived from it")
-    steps: int = knob(2000, "optimizer steps; in stage 3, of each reward's phase")
     micro_batch: int = knob(9, "pictures a forward pass, on one device")
     lr: float = knob(1e-4, "peak learning rate (AdamW, betas 0.9 0.95; cosine to 0)")
     warmup: int = knob(0, "steps of linear warm-up")

@@ -55,6 +55,7 @@ from rewards import Reward, build_reward
 class GRPOConfig(RunConfig):
     """The flags of stage III. Where the paper gives no number, Flow-GRPO's stands."""
     stage: int = knob(3, "1 align, 2 fine-tune, 3 reinforce", choices=(1, 2, 3))
+    steps: tuple[int, ...] = knob((2000,), "optimizer steps: one number a phase, the last for all left")
     micro_batch: int = knob(8, "pictures a forward pass, on one device (the paper's 9 does not divide 24)")
     ema_decay: float = knob(0.9, "of the weights that are written at the end")
     save_every: int = knob(50, "epochs between checkpoints")
@@ -462,7 +463,7 @@ def check_flags(cfg: GRPOConfig, world_size: int) -> None:
                       f"devices, {world_size}, and --micro-batch to divide --group-size or to be as large")
     if not 0 <= cfg.sde_window <= cfg.num_steps // 2:
         raise Refused("expected --sde-window of at most half of --num-steps")
-    if min(cfg.noise_level, cfg.steps, cfg.num_eval) <= 0:
+    if min(cfg.noise_level, *cfg.steps, cfg.num_eval) <= 0:
         raise Refused("expected --noise-level, --steps and --num-eval above 0")
     if not (PRESETS[cfg.preset].shapes_world or cfg.prompts and cfg.eval_prompts):
         raise Refused(f"preset {cfg.preset} needs prompt files: --prompts and --eval-prompts")
@@ -562,14 +563,15 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
     before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
-    per_phase = math.ceil(cfg.steps / cfg.inner_updates)
-    total = per_phase * len(names)
+    # where every epoch stands: its phase, and the phase's optimizer steps before it; last, the end of the run
+    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))]
+    places = [(phase, step) for phase, length in enumerate([*lengths, 1])
+              for step in range(0, length, cfg.inner_updates)]
+    total = len(places) - 1
     mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
-    num_updates = per_phase * cfg.inner_updates
     with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
         # one turn more than epochs, for the last look
-        for epoch in range(done, total + 1):
-            phase, step = divmod(epoch, per_phase)
+        for epoch, (phase, step) in enumerate(places[done:], start=done):
             # look at held-out prompts before and after each phase, and now and then; log what has been done
             if step == 0 or epoch % cfg.eval_every == 0:
                 with swapped(params, ema):
@@ -617,7 +619,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
             norms, figures = [], []
             for update in range(cfg.inner_updates):
-                lr = cosine_lr(step * cfg.inner_updates + update, num_updates, cfg.warmup, cfg.lr)
+                lr = cosine_lr(step + update, lengths[phase], cfg.warmup, cfg.lr)
                 set_lr(optimizer, lr)
                 optimizer.zero_grad(set_to_none=True)
                 logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
@@ -639,7 +641,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             if cfg.ldam and math.isfinite(norms[0]) and math.isfinite(means[names[phase]]):
                 gamma = ldam.update(norms[0], means[names[phase]])
             # the other reading: not for an epoch but for good
-            if gamma is not None and cfg.ldam_mode == "keep" and step + 1 < per_phase:
+            if gamma is not None and cfg.ldam_mode == "keep" and places[epoch + 1][1] > 0:
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
                 gamma = None
 
@@ -656,9 +658,9 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                          zip(("rollout", "reward", "update"), clock, clock[1:])}}
             bar.update()
             bar.set_postfix_str(f"{names[phase]} {means[names[phase]]:.3f}, |g| {norms[0]:.1e}")
-            # saved before anything else may fail
+            # saved before anything else may fail, and where the phase ends
             is_stopped, gives_up = mean_over_ranks(len(stop), dist) > 0, skipped >= cfg.max_skipped
-            if is_stopped or gives_up or step + 1 == per_phase or (epoch + 1) % cfg.save_every == 0:
+            if is_stopped or gives_up or places[epoch + 1][1] == 0 or (epoch + 1) % cfg.save_every == 0:
                 save_checkpoint(cfg, dist, epoch + 1, params, ema, optimizer, {
                     "epoch": epoch + 1, "skipped": skipped, "record": record, "evals": evals, "gamma": gamma,
                     "ldam": ldam.state_dict(), "kept_noise": model.lim.kept_noise, "prompts": digest,

@@ -133,7 +133,7 @@ NANO = Preset(
              2: {"steps": 1700, "warmup": 100, "batch_size": 128, "micro_batch": 128, "lr": 8e-4,
                  "times": "noisy", "ema_decay": 0.998},
              # pictures without guidance, in training and in the looks: half the cost, and more to gain
-             3: {"steps": 100, "micro_batch": 64, "num_groups": 4, "group_size": 16, "lr": 2e-4,
+             3: {"steps": (50, 60, 180), "micro_batch": 64, "num_groups": 4, "group_size": 16, "lr": 2e-4,
                  "num_steps": 6, "guidance_scale": 1.0, "shared_start": True, "sde_window": 1,
                  "step_weights": "noise", "clip_range": 2e-3,
                  "kl_coef": (0.3, 0.3, 0.05), "kl_reference": "phase",

@@ -92,8 +92,8 @@ def test_the_mentions_are_found_at_all() -> None:
 
 
 @pytest.mark.parametrize("stage, lr, batch, steps, warmup", [
-    (1, 1e-4, 512, 100_000, 1_000), (2, 1e-5, 512, 10_000, 100), (3, 1e-4, 9, 2_000, 0)])
-def test_supplement_table_1_cell_by_cell(stage: int, lr: float, batch: int, steps: int, warmup: int,
+    (1, 1e-4, 512, 100_000, 1_000), (2, 1e-5, 512, 10_000, 100), (3, 1e-4, 9, (2_000,), 0)])
+def test_supplement_table_1_cell_by_cell(stage: int, lr: float, batch: int, steps: int | tuple, warmup: int,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (train, grpo):
         monkeypatch.setattr(module, "train", lambda cfg, dist: cfg)

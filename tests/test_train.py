@@ -266,19 +266,19 @@ def test_a_reward_that_raises_costs_its_group_or_its_figure(run: Callable, whole
 def test_the_other_ways_of_an_update(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a red heart\na blue ring\n")
     (tmp_path / "eval.txt").write_text("two green stars\na moon\n")
-    flags = ("--steps", "3", "--inner-updates", "2", "--anchor", "recompute", "--sde-window", "1",
+    flags = ("--steps", "4,2", "--inner-updates", "2", "--anchor", "recompute", "--sde-window", "1",
              "--no-ldam", "--dtype", "bf16", "--kl-coef", "0.01,0", "--prompts", f"{tmp_path}/train.txt",
              "--eval-prompts", f"{tmp_path}/eval.txt")
     folder = run(3, "run", *flags)
     lines = log_of(folder)[1:]
-    # 3 steps of 2 an epoch are 2 epochs a phase; never one at rate 0
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    # a number of steps a phase, 2 of them an epoch; none at rate 0
+    assert [line["phase"] for line in lines] == ["bright", "bright", "red"]
     assert lines[0]["lr"] > lines[1]["lr"] > 0
     assert all(line["ratio_dev"] == 0 and math.isfinite(line["grad_norm"]) for line in lines)
     # the second update is off the rollout's policy
     assert lines[0]["clip_frac"] > 0
     # a rein of its own, here none
-    assert lines[1]["kl"] > 0 == lines[2]["kl"] == lines[3]["kl"]
+    assert lines[1]["kl"] > 0 == lines[2]["kl"]
     run(3, "parts", *flags, at={3: "SIGTERM"})
     (tmp_path / "eval.txt").write_text("two green stars\na ring\n")
     with pytest.raises(Refused, match="prompt files"):
