@@ -248,10 +248,9 @@ class RunConfig:
     run_dir: str = knob("auto", "folder for log, checkpoints, pictures and weights; auto: runs/stageN")
     resume: str = knob("", "go on from a checkpoint: auto (the newest in --run-dir), a run folder or a file")
     seed: int = knob(0, "all randomness is derived from it")
-    micro_batch: int = knob(9, "pictures a forward pass, on one device")
     lr: float = knob(1e-4, "peak learning rate (AdamW, betas 0.9 0.95; cosine to 0)")
     warmup: int = knob(0, "steps of linear warm-up")
-    weight_decay: float = knob(0.05, "on matrices only")
+    weight_decay: float = knob(0.05, "on tensors of two or more dimensions")
     clip_norm: float = knob(1.0, "gradient norm above which gradients are scaled down")
     ema_decay: float = knob(0.999, "of the weights that are written at the end")
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
@@ -268,7 +267,8 @@ MAY_CHANGE = ("run_dir", "resume", "max_skipped", "save_every", "keep")
 
 
 def resolve(cfg: Any, device: torch.device, small: bool = False) -> Any:
-    """The config with every "auto" decided for this device; it also picks the process's attention kernels."""
+    """The config with precision, compiling and run folder decided for this device; also picks the process's
+    attention kernels."""
     is_cuda = device.type == "cuda"
     decided = {"dtype": cfg.dtype}
     if cfg.dtype == "auto":
@@ -442,7 +442,7 @@ def cosine_lr(step: int, total: int, warmup: int, base: float) -> float:
     """
     if step < warmup:
         return base * (step + 1) / (warmup + 1)             # + 1: a first step at rate 0 would be wasted
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    progress = (step - warmup) / (total - warmup)
     return 0.5 * base * (1 + math.cos(math.pi * progress))
 
 

@@ -7,7 +7,7 @@
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near a reference (KL): the stage II model, or that which the phase began with
   6. LDAM looks at the gradient norm and the reward, and may fire
-  7. EMA, save; the look at held-out prompts, now and then, and the line of the log open the next turn
+  7. EMA, save; the next turn begins with the look at held-out prompts, if it is due, and the line of the log
 
 Rewards come one after another (phases), each with a fresh optimizer, from the weights of the phase before.
 
@@ -441,7 +441,7 @@ def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str]
 
 @torch.no_grad()
 def draw_examples(cfg: GRPOConfig, model: ParaUni, prompts: list[str], dist: Dist) -> Tensor:
-    """Pictures of the first eight prompts, always from one noise, (8, 3, H, W) on the CPU. All ranks draw, as
+    """Pictures of at most eight prompts, always from one noise, (8, 3, H, W) on the CPU. All ranks draw, as
     the weights may be split."""
     with precision(dist.device, cfg.dtype):
         images = model.generate(prompts[:8], cfg.eval_steps, cfg.eval_guidance_scale, seed=cfg.seed)
@@ -456,11 +456,13 @@ def finite_mean(values: list[float]) -> float:
 # ----------------------------------------------------------------------------- before the first epoch
 
 def check_flags(cfg: GRPOConfig, world_size: int) -> None:
-    """The arithmetic of groups, in the flags' own names."""
+    """Flags that do not fit together, in their own names."""
     fits = cfg.micro_batch >= cfg.group_size or cfg.group_size % cfg.micro_batch == 0
     if cfg.group_size < 2 or cfg.num_groups % world_size or not fits:
         raise Refused("expected --group-size of at least 2, --num-groups to be a multiple of the number of "
                       f"devices, {world_size}, and --micro-batch to divide --group-size or to be as large")
+    if any(steps % cfg.inner_updates for steps in cfg.steps):
+        raise Refused("expected --inner-updates to divide --steps")
     if not 0 <= cfg.sde_window <= cfg.num_steps // 2:
         raise Refused("expected --sde-window of at most half of --num-steps")
     if min(cfg.noise_level, *cfg.steps, cfg.num_eval) <= 0:
@@ -629,7 +631,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 # on the first update rollout and update must agree
                 if update == 0:
                     check_ratio(figures[0].get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
-                # without a finite gradient, or any group to learn from, the weights stay as they are
+                # without a finite gradient, or a group of finite rewards, the weights stay as they are
                 skipped += 1
                 if math.isfinite(norms[-1]) and usable.any():
                     optimizer.step()
@@ -645,7 +647,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
                 gamma = None
 
-            # 7. EMA, save; the line of the log is written above, after the look
+            # 7. EMA, save
             # where no update was made, the average stays too
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)

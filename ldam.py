@@ -5,7 +5,7 @@ the perturbation itself, c_i (1 + gamma eps) (Eq. 6), belongs to whoever holds t
 Reading of the paper
 - Start: g_0 is infinite and r_0 is 0. So epoch 1 is no jump, and a decline only if its reward is 0 or less.
 - Both comparisons include equality: a reward that stands still counts as a decline, and after an epoch of
-  norm 0 (no group's rewards differed) every norm counts as a jump.
+  norm 0 (no group's rewards differed, and no KL) every norm counts as a jump.
 - Declines need not follow one another. Only firing resets g_s and r_s; both keep listening during the rest.
 - Firing in epoch n is followed by n epochs of rest, so the earliest next one is 2n + 1.
 - Both gates must be open (trigger="all"); trigger="any" is the other reading. An ablated signal drops out of

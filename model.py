@@ -285,7 +285,7 @@ class ParaUni(nn.Module):
         # queries and LIM: drawn as published, then what a stage has trained
         model.fresh = fresh
         model.init_trained(seed)
-        model.fuse_as(layers or preset.layers, norm and preset.lim.norm)
+        model.fuse_as(layers or preset.layers, norm)
         if stage_file != "none":
             model.load_stage(Path(stage_file), stage, as_file=layers is None)
         # VLM and autoencoder have their own dtypes
@@ -545,4 +545,4 @@ class ParaUni(nn.Module):
 
 def positions(mask: Tensor) -> Tensor:
     """Position of each token, (B, S), counted over real tokens only."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
+    return mask.cumsum(1) - 1

@@ -179,13 +179,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # the paper's numbers, then those of the preset, then what is typed
     def recipe(flags: dict) -> dict:
-        preset = PRESETS.get(flags.get("preset", RunConfig.preset))
-        return (STAGE_2 if stage == 2 else {}) | (preset.recipes.get(stage, {}) if preset else {})
+        name = flags.get("preset", RunConfig.preset)
+        if name not in PRESETS:
+            raise Refused(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+        return (STAGE_2 if stage == 2 else {}) | PRESETS[name].recipes.get(stage, {})
 
     config = grpo.GRPOConfig if stage == 3 else TrainConfig
     cfg = parse_config(config, argv, recipe, f"{__doc__.splitlines()[0]} Flags of stage {stage}.")
     dist = setup_dist()
-    cfg = resolve(cfg, dist.device, small=cfg.preset in PRESETS and PRESETS[cfg.preset].shapes_world)
+    cfg = resolve(cfg, dist.device, small=PRESETS[cfg.preset].shapes_world)
     result = grpo.train(cfg, dist) if cfg.stage == 3 else train(cfg, dist)
     if not result and dist.lead:
         print("stopped; everything is saved, go on with --resume auto")
