@@ -535,7 +535,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
     check_flags(cfg, dist.world_size)
     state = open_run(cfg, dist, "epoch")
-    model = ParaUni.for_training(cfg, dist.device)
+    model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)
     # a frozen copy, to which the KL refers; what nobody trains is shared
     reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
     params, params_ref = prepare(cfg, model), prepare(cfg, reference)

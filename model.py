@@ -249,16 +249,16 @@ class ParaUni(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, weights: str | Path = "auto", stage_file: str | Path = "auto",
-                    seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                    fresh: tuple[str, ...] = (), stage: int | None = None,
+                    seed: int = 0, device: str | torch.device = "cpu", fresh: tuple[str, ...] = (),
+                    dtype: torch.dtype = torch.float32, stage: int | None = None,
                     layers: tuple[int, ...] | None = None, norm: bool = True) -> "ParaUni":
         """Build a preset and load its weights.
 
         weights       "auto": weights/NAME; a folder with vlm/, transformer/, vae/; "random": from `seed`
-        stage_file    a stageN.safetensors; "auto": the folder's highest; "none": queries and LIM afresh
-        dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
+        stage_file    a stageN.safetensors; "auto": the folder's, of `stage`; "none": queries and LIM afresh
         fresh         prefixes of parameters that the files may lack
-        stage         which stage the file must be of; None: any
+        dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
+        stage         which stage the file must be of; 0: there is none yet; None: any, of "auto" the highest
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which sizes, which files
@@ -267,8 +267,12 @@ class ParaUni(nn.Module):
         preset, folder = PRESETS[name], weights_folder(name, str(weights))
         if weights != "random" and not folder.is_dir():
             raise Refused(f"no weights at {folder}: run tools/convert.py {name}, or change --weights")
-        # the file of the highest stage there is
-        if stage_file == "auto":
+        # nothing goes before stage 1, or before random weights
+        if stage_file == "auto" and (stage == 0 or weights == "random"):
+            stage_file = "none"
+        elif stage_file == "auto" and stage:
+            stage_file = folder / f"stage{stage}.safetensors"
+        elif stage_file == "auto":
             stage_file = max(folder.glob("stage[123].safetensors"), default="none")
         # what was new when the stage was trained is still not in the published files
         if stage_file != "none":
@@ -287,7 +291,7 @@ class ParaUni(nn.Module):
         model.init_trained(seed)
         model.fuse_as(layers or preset.layers, norm)
         if stage_file != "none":
-            model.load_stage(Path(stage_file), stage, as_file=layers is None)
+            model.load_stage(Path(stage_file), stage or None, as_file=layers is None)
         # VLM and autoencoder have their own dtypes
         model.queries.data = model.queries.data.to(dtype)
         model.lim.to(dtype)
@@ -331,20 +335,6 @@ class ParaUni(nn.Module):
         model.dit.init_weights(generator(seed, "dit"))
         model.vae.init_weights(generator(seed, "vae"))
         return model
-
-    @classmethod
-    def for_training(cls, cfg: Any, device: torch.device) -> "ParaUni":
-        """The model that a stage starts from: the parts of --weights, and over them --init, by default the
-        stageN.safetensors that the stage before has left there. Nothing goes before stage 1, or before random
-        weights: queries and LIM afresh."""
-        stage_file = cfg.init
-        if cfg.init == "auto":
-            stage_file = weights_folder(cfg.preset, cfg.weights) / f"stage{cfg.stage - 1}.safetensors"
-            if cfg.stage == 1 or cfg.weights == "random":
-                stage_file = "none"
-        # what is fused is decided in stage 1
-        more = {"layers": cfg.layers, "norm": cfg.norm} if cfg.stage == 1 else {"stage": cfg.stage - 1}
-        return cls.from_preset(cfg.preset, cfg.weights, stage_file, cfg.seed, device, fresh=cfg.fresh, **more)
 
     def init_trained(self, seed: int) -> None:
         """Queries ~ N(0, 1/sqrt(D)) and a fresh LIM, as published, drawn from `seed`."""

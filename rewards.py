@@ -64,7 +64,7 @@ def preprocess(images: Tensor, size: int, mean: tuple = MEAN, std: tuple = STD,
     # the shorter of the two becomes size
     h = int(size * max(H, W) / W)
     w = int(size * max(H, W) / H)
-    # a picture that already has the size is not resampled
+    # at a picture's own size this changes nothing
     resize = partial(F.interpolate, antialias=True)
     if like_pil:
         # PIL resizes rows, stores whole grey levels, then resizes columns: bicubic overshoot is cut twice
@@ -268,7 +268,7 @@ def load_clip(folder: Path) -> tuple[CLIP, EncodeFn, dict]:
 
 
 def text_encoder(tokenizer: Tokenizer | None, context_length: int, vocab_size: int) -> EncodeFn:
-    """A function from U texts to ids (U, S), S = context_length, padded with 0; a cut text keeps its end.
+    """A function from U texts to ids (U, S), S = context_length, padded with 0; a cut one keeps its end mark.
 
     tokenizer  None for open_clip's BPE, else one whose post-processor ends each text with its end token
     """

@@ -44,7 +44,8 @@ def load(cfg: Any, device: torch.device, stage_file: str = "") -> ParaUni:
     """The model of cfg.preset, cfg.weights and a stage file, to sample from."""
     # bf16 is SANA's own precision
     dtype = torch.float32 if PRESETS[cfg.preset].shapes_world else torch.bfloat16
-    return ParaUni.from_preset(cfg.preset, cfg.weights, stage_file or cfg.stage_file, cfg.seed, device, dtype)
+    return ParaUni.from_preset(cfg.preset, cfg.weights, stage_file or cfg.stage_file, cfg.seed, device,
+                               dtype=dtype)
 
 
 def save_picture(path: Path, image: Tensor, scale: int = 1) -> None:

@@ -89,8 +89,10 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     if not (cfg.data or PRESETS[cfg.preset].shapes_world):
         raise Refused(f"preset {cfg.preset} needs --data, latents with captions: prepare.py makes them")
     state = open_run(cfg, dist, "step")
-    # the model of the stage before, and what it is fed
-    model = ParaUni.for_training(cfg, dist.device)
+    # the model of the stage before, and what it is fed; what is fused is decided in stage 1
+    fused = {"layers": cfg.layers, "norm": cfg.norm} if cfg.stage == 1 else {}
+    model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh,
+                                stage=cfg.stage - 1, **fused)
     data = NanoLatents(model.vae, cfg.seed)
     if cfg.data:
         data = Latents(cfg.data, cfg.batch_size, cfg.seed, model)

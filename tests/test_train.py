@@ -126,8 +126,9 @@ def test_stage_1_is_that_of_the_naive_loop(times: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_trains_its_parts_only(stage: int, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    models, real = [], ParaUni.for_training
-    monkeypatch.setattr(ParaUni, "for_training", lambda *args: models.append(real(*args)) or models[0])
+    models, real = [], ParaUni.from_preset
+    monkeypatch.setattr(ParaUni, "from_preset", lambda *args, **named: models.append(real(*args, **named))
+                        or models[0])
     folder = run(stage, "run")
     before, after = tiny_model().state_dict(), models[0].state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -219,7 +219,7 @@ def full_size(name: str, toy: bool, planned: list[plan.Plan]) -> Iterator[dict]:
         model.lim.init_weights()
         model.dit.init_weights()
     # train.py is handed this model, whatever weights it asks for
-    ParaUni.for_training = classmethod(lambda cls, cfg, device: model)
+    ParaUni.from_preset = classmethod(lambda cls, *given, **named: model)
     for mode in ("--no-compile", "--compile"):
         # stage III has the bars, and compiling may take all of the part's time
         for p in reversed(planned):
