@@ -298,7 +298,10 @@ def open_run(cfg: RunConfig, dist: Dist, unit: str) -> dict | None:
     if not dist.lead:
         return state
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    if lines and not cfg.resume:
+    # a run goes on in its own folder, or in one that holds none
+    home = checkpoint.resolve().parents[1] if checkpoint else None
+    is_own = cfg.resume == "auto" or home == Path(cfg.run_dir).resolve()
+    if lines and not is_own:
         raise Refused(f"{cfg.run_dir} already holds a run: go on with --resume auto, or change --run-dir")
     # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3 writes the
     # checkpoint's own line again

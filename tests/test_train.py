@@ -302,7 +302,9 @@ def test_reinforcement_raises_the_reward(run: Callable) -> None:
 def test_a_run_is_not_mixed_with_another(run: Callable, tmp_path: Path) -> None:
     run(1, "run", "--steps", "1")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = run(1, "other", "--steps", "1")
     for stage, flags, words in ((1, ("--steps", "1"), "--resume auto"),
+                                (1, ("--steps", "1", "--resume", str(other)), "already holds a run"),
                                 (1, ("--steps", "9", "--resume", "auto"), "--steps 1 -> 9"),
                                 (2, ("--steps", "1", "--resume", "auto"), "--stage 1 -> 2"),
                                 (3, ("--steps", "1", "--resume", "auto"), "--stage 1 -> 3")):
