@@ -14,9 +14,10 @@ from nano import world
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
-SCRIPTS = ["train", "grpo", "sample", "evaluate", "prepare", "nano.pretrain", "evaluation.geneval",
-           "evaluation.dpg", "evaluation.understand", "evaluation.layers", "evaluation.ablate",
-           "evaluation.report", "tools.convert", "tools.bench", "tools.plan", "tools.gpu_check"]
+SCRIPTS = ["train", "grpo", "sample", "evaluate", "prepare", "nano.pretrain", "nano.check",
+           "evaluation.geneval", "evaluation.dpg", "evaluation.understand", "evaluation.layers",
+           "evaluation.ablate", "evaluation.report", "tools.convert", "tools.bench", "tools.plan",
+           "tools.gpu_check"]
 pytestmark = pytest.mark.readme
 
 
