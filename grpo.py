@@ -565,10 +565,9 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
     before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
-    # where every epoch stands: its phase, and the phase's optimizer steps before it; last, the end of the run
-    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))]
-    places = [(phase, step) for phase, length in enumerate([*lengths, 1])
-              for step in range(0, length, cfg.inner_updates)]
+    # the phase of every epoch, and the phase's optimizer steps before it; last, a phase of one turn: the end
+    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))] + [1]
+    places = [(phase, step) for phase, n in enumerate(lengths) for step in range(0, n, cfg.inner_updates)]
     total = len(places) - 1
     mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
     with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
@@ -588,6 +587,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # the next reward begins, from the weights that the last one left
             if step == 0:
                 optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
+            phase_ends = step + cfg.inner_updates == lengths[phase]
             clock = [time.perf_counter()]
 
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
@@ -643,7 +643,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             if cfg.ldam and math.isfinite(norms[0]) and math.isfinite(means[names[phase]]):
                 gamma = ldam.update(norms[0], means[names[phase]])
             # the other reading: not for an epoch but for good
-            if gamma is not None and cfg.ldam_mode == "keep" and places[epoch + 1][1] > 0:
+            if gamma is not None and cfg.ldam_mode == "keep" and not phase_ends:
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
                 gamma = None
 
@@ -660,9 +660,9 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                          zip(("rollout", "reward", "update"), clock, clock[1:])}}
             bar.update()
             bar.set_postfix_str(f"{names[phase]} {means[names[phase]]:.3f}, |g| {norms[0]:.1e}")
-            # saved before anything else may fail, and where the phase ends
+            # saved before anything else may fail
             is_stopped, gives_up = mean_over_ranks(len(stop), dist) > 0, skipped >= cfg.max_skipped
-            if is_stopped or gives_up or places[epoch + 1][1] == 0 or (epoch + 1) % cfg.save_every == 0:
+            if is_stopped or gives_up or phase_ends or (epoch + 1) % cfg.save_every == 0:
                 save_checkpoint(cfg, dist, epoch + 1, params, ema, optimizer, {
                     "epoch": epoch + 1, "skipped": skipped, "record": record, "evals": evals, "gamma": gamma,
                     "ldam": ldam.state_dict(), "kept_noise": model.lim.kept_noise, "prompts": digest,

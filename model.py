@@ -255,10 +255,10 @@ class ParaUni(nn.Module):
         """Build a preset and load its weights.
 
         weights       "auto": weights/NAME; a folder with vlm/, transformer/, vae/; "random": from `seed`
-        stage_file    a stageN.safetensors; "auto": the folder's, of `stage`; "none": queries and LIM afresh
+        stage_file    a stageN.safetensors; "auto": the folder's of `stage`; "none": queries and LIM afresh
         fresh         prefixes of parameters that the files may lack
         dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
-        stage         which stage the file must be of; 0: there is none yet; None: any, of "auto" the highest
+        stage         which stage the file must be of; None: any, and "auto" is the highest; 0: any, and none
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which sizes, which files
@@ -268,12 +268,11 @@ class ParaUni(nn.Module):
         if weights != "random" and not folder.is_dir():
             raise Refused(f"no weights at {folder}: run tools/convert.py {name}, or change --weights")
         # nothing goes before stage 1, or before random weights
-        if stage_file == "auto" and (stage == 0 or weights == "random"):
-            stage_file = "none"
-        elif stage_file == "auto" and stage:
-            stage_file = folder / f"stage{stage}.safetensors"
-        elif stage_file == "auto":
-            stage_file = max(folder.glob("stage[123].safetensors"), default="none")
+        if stage_file == "auto":
+            highest = max(folder.glob("stage[123].safetensors"), default="none")
+            stage_file = highest if stage is None else folder / f"stage{stage}.safetensors"
+            if stage == 0 or weights == "random":
+                stage_file = "none"
         # what was new when the stage was trained is still not in the published files
         if stage_file != "none":
             fresh += tuple(json.loads(read_tensors(Path(stage_file))[1].get("fresh", "[]")))

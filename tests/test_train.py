@@ -318,6 +318,8 @@ def test_stages_are_chained_strictly(run: Callable, tiny_weights: Path) -> None:
                                (3, tiny_weights / "stage1.safetensors", "stage 2, it is of stage 1")):
         with pytest.raises(Refused, match=words):
             run(stage, "run", "--init", str(init))
+    with pytest.raises(Refused, match="unknown preset 'micro'"):
+        run(3, "run", "--preset", "micro")
 
 
 def test_layers_and_norm_of_stage_1_are_kept_by_later_stages(run: Callable, tiny_weights: Path) -> None:

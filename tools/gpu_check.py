@@ -258,7 +258,8 @@ def one_step(name: str, mode: str, p: plan.Plan, limit: float, peak: float, toy:
     if p.stage == 3:
         ratio = run.memory[1] / run.memory[2]
         rows.append(row(f"{label}, memory where LDAM has fired / not", ratio, high=1.05))
-        rows += [row(f"{label}, seconds of {part}", run.log[-1][f"time/{part}"])
+        # the last one that was logged is the second
+        rows += [row(f"{label}, LDAM having fired, seconds of {part}", run.log[-1][f"time/{part}"])
                  for part in ("rollout", "reward", "update")]
     return rows
 
