@@ -221,11 +221,12 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
 
 @pytest.mark.parametrize("layers, changed", [("present", [4]), ("all", [2, 3, 4])])
 def test_which_layers_a_later_reward_perturbs(layers: str, changed: list[int], run: Callable) -> None:
-    """Of 4 layers CLIP has the last; what fires stays. It fires after the second epoch of each phase."""
-    folder = run(3, "run", "--steps", "3", "--rewards", "bright,clip", "--ldam-mode", "keep",
-                 "--ldam-layers", layers, "--ldam-spike", "1e-9", "--no-ldam-use-reward")
-    before, after = (torch.load(path)["kept_noise"] for path in sorted(folder.glob("checkpoints/*")))
+    """Of 4 layers CLIP has the last. It fires after each phase's second epoch, and stays unless that ends it."""
+    folder = run(3, "run", "--steps", "3,3,2", "--rewards", "bright,clip,red", "--ldam-mode", "keep",
+                 "--keep", "3", "--ldam-layers", layers, "--ldam-spike", "1e-9", "--no-ldam-use-reward")
+    before, after, end = (torch.load(path)["kept_noise"] for path in sorted(folder.glob("checkpoints/*")))
     assert [i for i in range(1, 5) if not torch.equal(before[i - 1], after[i - 1])] == changed
+    assert torch.equal(after, end)
 
 
 def test_an_epoch_without_a_usable_reward_changes_nothing_and_is_counted(run: Callable) -> None:
