@@ -127,8 +127,7 @@ def test_stage_1_is_that_of_the_naive_loop(times: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_trains_its_parts_only(stage: int, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     models, real = [], ParaUni.from_preset
-    monkeypatch.setattr(ParaUni, "from_preset", lambda *args, **named: models.append(real(*args, **named))
-                        or models[0])
+    monkeypatch.setattr(ParaUni, "from_preset", lambda *a, **kw: models.append(real(*a, **kw)) or models[0])
     folder = run(stage, "run")
     before, after = tiny_model().state_dict(), models[0].state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -221,7 +220,7 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
 
 @pytest.mark.parametrize("layers, changed", [("present", [4]), ("all", [2, 3, 4])])
 def test_which_layers_a_later_reward_perturbs(layers: str, changed: list[int], run: Callable) -> None:
-    """Of 4 layers CLIP has the last. It fires after each phase's second epoch, and stays unless that ends it."""
+    """Of 4 layers CLIP has the last. It fires after each phase's second epoch, in vain if that ends it."""
     folder = run(3, "run", "--steps", "3,3,2", "--rewards", "bright,clip,red", "--ldam-mode", "keep",
                  "--keep", "3", "--ldam-layers", layers, "--ldam-spike", "1e-9", "--no-ldam-use-reward")
     before, after, end = (torch.load(path)["kept_noise"] for path in sorted(folder.glob("checkpoints/*")))
