@@ -11,14 +11,14 @@ Time    The convention of all files: t = 1 is noise, t = 0 is data, which makes 
 Letters B batch (images), G images per condition, N condition tokens, E condition width, C H W latent
         channels, height, width, p patch size, P = (H/p)(W/p) image tokens, M = h d width of h heads with d
         channels, R Mix-FFN width. Tensors stay token-major (B, P, M) from the first layer to the last.
-Swap    Another DiT takes this one's place if it has four members: config, with from_json() and to_json();
+Swap    Another DiT takes this one's place if it has four members: config, a dataclass with to_json();
         cross_kv(c), what it makes of a condition once for many calls, a list of tuples of tensors with a row
         for each condition ([(c,)] will do); forward(x, t, c=None, kv=None), the velocity under c or under
         kv = cross_kv(c); init_weights(generator).
 """
 import math
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,6 @@ FIXED = {
     "_class_name": "SanaTransformer2DModel", "attention_bias": False, "dropout": 0.0,
     "guidance_embeds": False, "norm_elementwise_affine": False, "norm_eps": 1e-6,
 }
-IGNORED = {"_diffusers_version", "_name_or_path", "guidance_embeds_scale", "sample_size"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class DiTConfig:
     # positional embeddings: None for 512 and 1024 px, where the padding of the Mix-FFN's convolutions tells
     # places apart; 1 and 2 for 2K and 4K
     interpolation_scale: float | None = None
-    sample_size: int | None = None  # side of the training latents; positions need it
+    sample_size: int = 32         # side of the training latents; positions need it
 
     def __post_init__(self) -> None:
         assert self.num_cross_heads * self.cross_head_dim == self.width, "both attentions have one width"
@@ -68,30 +67,13 @@ class DiTConfig:
     def width(self) -> int:
         return self.num_heads * self.head_dim
 
-    @classmethod
-    def from_json(cls, published: dict) -> "DiTConfig":
-        """Read a transformer/config.json. Raises ValueError for what is not implemented."""
-        keys = {field.name: RENAMED.get(field.name, field.name) for field in fields(cls)}
-        sizes = {ours: published[key] for ours, key in keys.items() if key in published}
-        # trap: files of SANA-1.0 may lack the key, which means no norm
-        sizes["qk_norm"] = published.get("qk_norm") is not None
-        # the side of the training latents counts for positions alone
-        if sizes.get("interpolation_scale") is None:
-            sizes["sample_size"] = None
-        config = cls(**sizes)
-        implemented = config.to_json() | {"timestep_scale": 1.0}
-        for key in published.keys() - IGNORED:
-            if key not in implemented or published[key] != implemented[key]:
-                raise ValueError(f"the DiT's config has {key} = {published[key]!r}, which is not implemented")
-        return config
-
     def to_json(self) -> dict:
+        """The published transformer/config.json."""
         sizes = {RENAMED.get(name, name): value for name, value in asdict(self).items()}
         return FIXED | sizes | {
             "cross_attention_dim": self.width,
             "out_channels": self.in_channels,
             "qk_norm": "rms_norm_across_heads" if self.qk_norm else None,
-            "sample_size": self.sample_size or 32,
         }
 
 

@@ -13,7 +13,7 @@ gradient, and only the queries are back-propagated through.
 Letters: B prompts, L VLM layers, N queries, S prompt tokens, D VLM width, E condition width, C H W latent.
 """
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,20 @@ def load_strict(own: dict[str, Tensor], tensors: dict[str, Tensor], fresh: tuple
         own[name].copy_(tensor)
 
 
+def check_config(path: Path, config: Any) -> None:
+    """Refuse a config.json, as published, that is of other sizes or of what is not implemented here."""
+    # as JSON has it, with two defaults that younger files name
+    ours = json.loads(json.dumps(config.to_json() | {"timestep_scale": 1.0, "guidance_embeds_scale": 0.1}))
+    # a size that is not named is None: qk_norm, in files of SANA-1.0
+    found = dict.fromkeys(asdict(config)) | json.loads(path.read_text())
+    # without positions the side of the training latents says nothing
+    if ours.get("interpolation_scale") is None:
+        ours["sample_size"] = found.get("sample_size")
+    wrong = {key: value for key, value in found.items() if key[0] != "_" and value != ours.get(key)}
+    if wrong:
+        raise Refused(f"{path} is of another preset, or of what is not implemented: it has {wrong}")
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """For random weights, which know no words: text as its bytes, InternVL's marks at their published ids."""
     marks = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
@@ -312,9 +326,7 @@ class ParaUni(nn.Module):
         # the published files have the names of our modules
         for part, prefix, module, config in (("transformer", "dit.", model.dit, preset.dit),
                                              ("vae", "vae.", model.vae, preset.vae)):
-            found = type(config).from_json(json.loads((folder / part / "config.json").read_text()))
-            if found != config:
-                raise Refused(f"{folder / part} is of another preset: expected {config}, got {found}")
+            check_config(folder / part / "config.json", config)
             tensors, _ = read_tensors(folder / part / "diffusion_pytorch_model.safetensors")
             # the autoencoder stays as its checkpoint is, fp32 or bf16
             if part == "vae" and next(iter(tensors.values())).dtype == torch.bfloat16:

@@ -17,7 +17,7 @@ Memory   What no gradient asks for is overwritten in place: at 512 px a tensor o
          in fp32, and on a CPU the pages of a fresh one cost several times the arithmetic.
 """
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -49,24 +49,9 @@ class DCAEConfig:
     decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
     scaling_factor: float = 0.41407                         # 1 / root mean square of the raw latents
 
-    @classmethod
-    def from_json(cls, published: dict) -> "DCAEConfig":
-        """Read a vae/config.json. KeyError for a missing size, ValueError for what is not implemented."""
-        published = {key: to_tuple(value) for key, value in published.items()}
-        config = cls(**{field.name: published[field.name] for field in fields(cls)})
-        implemented = config.to_json()
-        for key, value in published.items():
-            if not key.startswith("_") and value != implemented.get(key):
-                raise ValueError(f"the VAE's config has {key} = {value}, which is not implemented")
-        return config
-
     def to_json(self) -> dict:
+        """The published vae/config.json."""
         return asdict(self) | FIXED
-
-
-def to_tuple(value: object) -> object:
-    """JSON knows lists only; tuples compare and hash."""
-    return tuple(map(to_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 
 # ---- blocks, each with its residual inside

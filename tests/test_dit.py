@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import dit as dit_file
+from common import Refused, write_json
 from dit import DiT, DiTConfig, dpm_grid, euler_grid, flow_matching_loss, sample_ode, sde_step
+from model import check_config
 from naive import diffusers_dit
 from tools.meter import Meter
 
@@ -68,21 +71,26 @@ def test_default_config_is_the_published_file_byte_for_byte() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_config_round_trip_through_diffusers(config: DiTConfig) -> None:
-    theirs = dict(SanaTransformer2DModel.from_config(config.to_json()).config)
-    theirs = {key: value for key, value in theirs.items() if not key.startswith("_")}
-    assert DiTConfig.from_json(theirs) == config
-    ours = json.loads(json.dumps(config.to_json()))
-    assert DiTConfig.from_json(ours) == config
+def test_config_is_checked_against_what_diffusers_writes(config: DiTConfig, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    SanaTransformer2DModel.from_config(config.to_json()).save_config(tmp_path)
+    check_config(path, config)
+    with pytest.raises(Refused, match="num_layers"):
+        check_config(path, replace(config, num_layers=9))
     # files of SANA-1.0 may lack the key
-    del ours["qk_norm"]
-    assert DiTConfig.from_json(ours) == replace(config, qk_norm=False)
+    written = json.loads(path.read_text())
+    del written["qk_norm"]
+    path.write_text(json.dumps(written))
+    check_config(path, replace(config, qk_norm=False))
+    with pytest.raises(Refused, match="qk_norm"):
+        check_config(path, replace(config, qk_norm=True))
 
 
 @pytest.mark.parametrize("key, value", [("guidance_embeds", True), ("norm_eps", 1e-5), ("unknown", 1)])
-def test_config_refuses_what_is_not_implemented(key: str, value: object) -> None:
-    with pytest.raises(ValueError, match=key):
-        DiTConfig.from_json(DiTConfig().to_json() | {key: value})
+def test_config_refuses_what_is_not_implemented(key: str, value: object, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", DiTConfig().to_json() | {key: value})
+    with pytest.raises(Refused, match=key):
+        check_config(tmp_path / "config.json", DiTConfig())
 
 
 # ---- network, loss

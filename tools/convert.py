@@ -19,7 +19,6 @@ in weights/downloads, where a second start goes on. Without a network: fetch eac
 """
 import argparse
 import copy
-import json
 import pickle
 import shutil
 import sys
@@ -40,7 +39,7 @@ from transformers import AutoTokenizer, InternVLConfig
 from common import ROOT, Refused, run, write_json
 from dit import DiT, DiTConfig
 from lim import LIM
-from model import PRESETS, Preset
+from model import PRESETS, Preset, check_config
 from rewards import AestheticHead
 from vae import DCAE, DCAEConfig
 
@@ -169,10 +168,7 @@ def convert_vlm(preset: Preset, source: Path, target: Path) -> None:
 
 def convert_diffusers(config: DiTConfig | DCAEConfig, kind: type, source: Path, target: Path) -> None:
     """transformer/ or vae/. Their names are ours; shards are put together."""
-    published = type(config).from_json(json.loads((source / "config.json").read_text()))
-    if published != config:
-        raise Refused(f"{source} is of another preset: expected {config}, got {published}")
-
+    check_config(source / "config.json", config)
     tensors = read_tensors(source, "diffusion_pytorch_model")
     with torch.device("meta"):
         check_fit(tensors, kind(config).state_dict(), source)
