@@ -152,7 +152,7 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> float:
     params = [p for p in params if p.grad is not None]
     # torch does not mix tensors that FSDP has split with whole ones: a norm of each kind, then one of both
     kinds = [[p for p in params if isinstance(p, DTensor) == is_split] for is_split in (False, True)]
-    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds if kind]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])).cpu() for kind in kinds if kind]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
