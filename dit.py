@@ -473,9 +473,10 @@ def sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: float
 
         x_next = x + [v + sigma^2 / (2t) (x + (1 - t) v)] dt + sigma sqrt(-dt) eps        dt = t_next - t < 0
 
-    Where it comes from: since x = (1 - t) x0 + t eps and v = E[eps - x0 | x], the sum x + (1 - t) v is the
-    expected noise E[eps | x], and -1/t times it the score of p_t. Fresh noise of variance sigma^2 |dt| widens
-    p_t; the drift sigma^2/2 score |dt| narrows it by as much. So every sigma has the marginals of the ODE.
+    Where it comes from: since x = (1 - t) x0 + t noise and v = E[noise - x0 | x], the sum x + (1 - t) v is
+    the expected noise, E[noise | x], and -1/t times it the score of p_t. Fresh noise eps of variance
+    sigma^2 |dt| widens p_t; the drift sigma^2/2 score |dt| narrows it by as much. So every sigma, which is no
+    time here, has the marginals of the ODE.
 
     x, v        (B, C, H, W)   latents and velocity; computed in fp32
     t, t_next   (B,)           kept on the CPU they cost no GPU synchronisation

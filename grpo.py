@@ -1,7 +1,8 @@
 """Stage III: Flow-GRPO with LDAM (paper sections 3.1 to 3.3). One epoch, in seven steps:
 
   1. prompts: draw `num_groups`, each is read once; LDAM's noise where it fired in the last epoch
-  2. roll out `group_size` pictures a prompt along the SDE, keeping every latent and its log-probability
+  2. roll out `group_size` pictures a prompt along the SDE; keep every latent, and the log-probability of
+     each stochastic step
   3. decode; score with the reward of this phase, and with the others to watch them
   4. compare within groups: advantage = (reward - mean of its group) / std of its group
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
@@ -20,8 +21,9 @@ gradient and detached to a leaf; the leaf's gradient is summed over all pictures
 through LIM, VLM and queries once.
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
-see clean pictures; the KL is that of the two Gaussians, whose std includes dt. As in its formula, but unlike
-its runs, advantages are divided by the group's own std.
+see clean pictures; an epoch has one update, not one for each half of its pictures; the KL is that of the two
+Gaussians, whose std includes dt. As in its formula, but unlike its runs with SD3, advantages are divided by
+the group's own std.
 
 Letters: P prompts (groups), G members of a group, B = P G pictures, b pictures of a chunk, K steps, L VLM
 layers, S perturbed layers, N queries, E condition width, C H W latent.
@@ -53,7 +55,7 @@ from rewards import Reward, build_reward
 
 @dataclass(frozen=True)
 class GRPOConfig(RunConfig):
-    """The flags of stage III. Where the paper gives no number, Flow-GRPO's stands."""
+    """The flags of stage III. Where the paper has no number, groups, sampling, objective are Flow-GRPO's."""
     stage: int = knob(3, "1 align, 2 fine-tune, 3 reinforce", choices=(1, 2, 3))
     steps: tuple[int, ...] = knob((2000,), "optimizer steps: one number a phase, the last for all left")
     micro_batch: int = knob(8, "pictures a forward pass, on one device (the paper's 9 does not divide 24)")

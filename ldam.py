@@ -5,14 +5,16 @@ the perturbation itself, c_i (1 + gamma eps) (Eq. 6), belongs to whoever holds t
 Reading of the paper
 - Start: g_0 is infinite and r_0 is 0. So epoch 1 is no jump, and a decline only if its reward is 0 or less.
 - Both comparisons include equality: a reward that stands still counts as a decline, and after an epoch of
-  norm 0 (no group's rewards differed, and no KL) every norm counts as a jump.
+  norm 0 (no group's rewards differed, and no pull from the KL) every norm counts as a jump.
+- All layers of a reward's region are perturbed at once, each with a noise of its own.
 - Declines need not follow one another. Only firing resets g_s and r_s; both keep listening during the rest.
 - Firing in epoch n is followed by n epochs of rest, so the earliest next one is 2n + 1.
 - Both gates must be open (trigger="all"); trigger="any" is the other reading. An ablated signal drops out of
   the gates, not out of gamma, so that an ablation changes one thing.
 - gamma has no bound in the paper, and a jump can make it huge; gamma_max is ours. Its default 1 is where the
   noise is as large as the feature it multiplies, and one entry in six changes sign: P(eps < -1) = 0.16.
-- One LDAM for each reward's phase: n starts at 1, and a firing after a phase's last epoch is not used.
+- One LDAM for each reward's phase: n counts its finite epochs from 1, and what fires after the last is not
+  used.
 """
 import math
 from dataclasses import dataclass

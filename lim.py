@@ -2,7 +2,7 @@
 
     c_i = LN(f_theta(q_i))      for every layer i = 1..L; f_theta and LN are shared by all layers     (Eq. 4)
     c   = 1/n sum_i c_i         the condition that the diffusion transformer attends to               (Eq. 5)
-    c_i <- c_i (1 + gamma eps)  the perturbation of stage III, for one epoch, of some layers          (Eq. 6)
+    c_i <- c_i (1 + gamma eps)  the perturbation of stage III, of some layers                         (Eq. 6)
 
 f_theta is a pre-LN transformer encoder (the connector: no positions, no mask, no final norm), then one Linear
 to the DiT's caption width. Sharing it makes the L layers a batch: they are merged with the samples for
@@ -65,7 +65,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.fc2 = nn.Linear(config.mlp_width, config.width)
         # keep one of the two wide tensors for the backward pass and make the other from it again: no matrix
-        # product, and a fifth of the layer's memory; narrow models have memory to spare
+        # product, and a quarter of the layer's memory; narrow models have memory to spare
         self.recompute = config.mlp_width >= 1024
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class LIM(nn.Module):
         self.register_buffer("kept_noise", None, persistent=False)
 
     def forward(self, q: Tensor) -> Tensor:
-        """Per-layer conditions c_i = LN(f_theta(q_i)) (paper Eq. 4).
+        """Per-layer conditions c_i = LN(f_theta(q_i)) (paper Eq. 4), with what LDAM has left (kept_noise).
 
         q        (L, B, N, D)    the queries' hidden states after VLM layers 1..L
         Returns  (L, B, N, E)    layer i at index i - 1

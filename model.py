@@ -141,8 +141,8 @@ NANO = Preset(
 
 INTERNVL3_1B = internvl(width=896, layers=24, heads=14, kv_heads=2, mlp_width=4864)         # 938 M
 INTERNVL3_2B = internvl(width=1536, layers=28, heads=12, kv_heads=2, mlp_width=8960)        # 2,089 M
-LIM_B = LIMConfig(vlm_layers=24, width=896, num_layers=6, num_heads=14, mlp_width=3072)     # 55 M
-LIM_L = LIMConfig()                                                                         # 226 M
+LIM_B = LIMConfig(vlm_layers=24, width=896, num_layers=6, num_heads=14, mlp_width=3072)     # 54 M
+LIM_L = LIMConfig()                                                                         # 225 M
 SANA_06B = DiTConfig(num_layers=28, num_heads=36, num_cross_heads=16, cross_head_dim=72,    # 592 M
                      qk_norm=False)
 SANA_16B = DiTConfig(qk_norm=False)                                                         # 1,604 M
