@@ -25,6 +25,9 @@ see clean pictures; an epoch has one update, not one for each half of its pictur
 Gaussians, whose std includes dt. As in its formula, but unlike its runs with SD3, advantages are divided by
 the group's own std.
 
+Reading of the paper: a reward has --steps of its own; the noise of Eq. 6 is each picture's own and lasts an
+epoch (--ldam-mode); the layers of the present reward alone are perturbed (--ldam-layers).
+
 Letters: P prompts (groups), G members of a group, B = P G pictures, b pictures of a chunk, K steps, L VLM
 layers, S perturbed layers, N queries, E condition width, C H W latent.
 """
