@@ -106,9 +106,7 @@ def save_figure(path: str | Path, figure: Figure) -> None:
 
 def smoothed(values: list[float], rate: float = 0.1) -> list[float]:
     """Exponential moving average, as in the paper's supplement, section 3."""
-    def step(average: float, value: float) -> float:
-        return (1 - rate) * average + rate * value
-    return list(itertools.accumulate(values, step))
+    return list(itertools.accumulate(values, lambda mean, value: (1 - rate) * mean + rate * value))
 
 
 def plot_rewards(path: str | Path, records: list[dict]) -> None:
@@ -117,6 +115,7 @@ def plot_rewards(path: str | Path, records: list[dict]) -> None:
     names = list(dict.fromkeys(record["phase"] for record in records))
     looks = [record for record in records if f"heldout/{names[0]}" in record]
     records = [record for record in records if record["epoch"] > 0]
+    fired = [record["epoch"] for record in records if record["ldam/fired"]]
     figure, axes = panels(len(names), height=3)
     for axis, name in zip(axes, names):
         scored = [record for record in records if record[f"reward/{name}"] is not None]
@@ -128,9 +127,8 @@ def plot_rewards(path: str | Path, records: list[dict]) -> None:
                   "o-", color="black", markersize=3, linewidth=0.8)
         own = [record["epoch"] for record in records if record["phase"] == name]
         axis.axvspan(own[0] - 0.5, own[-1] + 0.5, color="tab:blue", alpha=0.08)
-        for record in records:
-            if record["ldam/fired"]:
-                axis.axvline(record["epoch"], color="tab:red", linewidth=0.8, linestyle=":")
+        for epoch in fired:
+            axis.axvline(epoch, color="tab:red", linewidth=0.8, linestyle=":")
         axis.set(title=name, xlabel="epoch")
     save_figure(path, figure)
 

@@ -1,7 +1,6 @@
 """Draw pictures of prompts, or ask about a picture.
 
-    python sample.py "a red heart left of a blue star" "three moons"   samples/000-a-red-heart-....png and
-                                                                       samples/grid.png
+    python sample.py "a red heart left of a blue star" "three moons"   a file each in samples/, and grid.png
     python sample.py --chat picture.png "how many circles?"            the answer of the vision-language model
 
 A picture's noise depends on --seed, its prompt's place and its number there. Letters: B pictures, H W pixels.
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from common import Refused, atomic, derive_seed, knob, parse_config, precision, run
 from data import read_prompts
@@ -50,10 +49,9 @@ def load(cfg: Any, device: torch.device, stage_file: str = "") -> ParaUni:
 
 def save_picture(path: Path, image: Tensor, scale: int = 1) -> None:
     """Save (3, H, W) in [0, 1] as PNG, every pixel drawn scale x scale."""
-    pixels = (image * 255).round().byte().permute(1, 2, 0)                          # (H, W, 3)
-    pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    picture = to_pil_image((image * 255).round().byte().cpu())
     with atomic(path) as temporary:
-        Image.fromarray(pixels.cpu().numpy()).save(temporary, "PNG")
+        ImageOps.scale(picture, scale, Image.Resampling.NEAREST).save(temporary, "PNG")
 
 
 def write_pictures(cfg: SampleConfig, model: ParaUni, prompts: list[str]) -> list[Path]:

@@ -19,7 +19,6 @@ in weights/downloads, where a second start goes on. Without a network: fetch eac
 """
 import argparse
 import copy
-import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -33,13 +32,12 @@ import torch
 from open_clip.model import CLIP
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, InternVLConfig
 
 from common import ROOT, Refused, run, write_json
 from dit import DiT, DiTConfig
-from lim import LIM
-from model import PRESETS, Preset, check_config
+from model import PRESETS, ParaUni, Preset, check_config
 from rewards import AestheticHead
 from vae import DCAE, DCAEConfig
 
@@ -99,15 +97,14 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
             tensors |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise Refused(f"{path} is missing or truncated ({error}): fetch it again") from error
-    # a constant that older files have among their weights
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    return tensors
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth, mapped; a pickle with anything else in it is refused before any of it runs."""
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:
         reason = str(error).partition("\n")[0]
         raise Refused(f"{path} was refused: it is missing or truncated, or holds more than tensors and could "
                       f"run code ({reason})") from error
@@ -177,30 +174,25 @@ def convert_diffusers(config: DiTConfig | DCAEConfig, kind: type, source: Path, 
     save_file(tensors, target / "diffusion_pytorch_model.safetensors")
 
 
-# Prefixes of names in OpenUni's checkpoints. Its pre-training leaves the DiT as it is: such a file has none.
-# VLM and autoencoder are frozen and come from their own repositories.
-OPENUNI_NAMES = {"meta_queries": "queries", "connector.": "lim.connector.", "projector.": "lim.projector.",
-                 "transformer.": "dit."}
-OPENUNI_FROZEN = ("lmm.", "vae.")
+# What OpenUni's checkpoints call our parts. VLM and autoencoder are frozen and come from their own repositories.
+OPENUNI_NAMES = {"meta_queries": "queries", "connector": "lim.connector", "projector": "lim.projector",
+                 "transformer": "dit"}
+OPENUNI_FROZEN = ("lmm", "vae")
 
 
 def convert_openuni(preset: Preset, path: Path, target: Path) -> None:
     """What OpenUni trained, as the weights of a stage: of stage 2 if the DiT is among it, else of stage 1."""
     tensors = {}
     for key, tensor in read_pickle(path).items():
-        if key.startswith(OPENUNI_FROZEN):
-            continue
-        for theirs, ours in OPENUNI_NAMES.items():
-            if key.startswith(theirs):
-                key = ours + key.removeprefix(theirs)
-        tensors[key] = tensor.contiguous()
+        part = key.partition(".")[0]
+        if part not in OPENUNI_FROZEN:
+            name = key.replace(part, OPENUNI_NAMES.get(part, part), 1)
+            tensors[name] = tensor.contiguous()
 
+    # its pre-training leaves the DiT as it is: such a file has none
     stage = 2 if any(name.startswith("dit.") for name in tensors) else 1
     with torch.device("meta"):
-        expected = {"queries": torch.empty(preset.num_queries, preset.vlm_width)}
-        expected |= {f"lim.{name}": tensor for name, tensor in LIM(preset.lim).state_dict().items()}
-        if stage == 2:
-            expected |= {f"dit.{name}": tensor for name, tensor in DiT(preset.dit).state_dict().items()}
+        expected = ParaUni(preset, nn.Identity(), None).trainable(stage)
     check_fit(tensors, expected, path)
     metadata = {"stage": str(stage), "preset": preset.name, "norm": str(preset.lim.norm),
                 "layers": ",".join(map(str, preset.layers)), "source": path.name}
@@ -222,25 +214,24 @@ def convert_preset(preset: Preset, source: Path | None, target: Path, training: 
 
 # ----------------------------------------------------------------------------- the rewards
 
+# What open_clip calls the parts of a name.
 HF_NAMES = {
-    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.": "visual.ln_pre.",         # sic
-    "vision_model.post_layernorm.": "visual.ln_post.",
+    "vision_model.": "visual.",
     "visual_projection.weight": "visual.proj",
-    "text_model.encoder.layers.": "transformer.resblocks.",
-    "text_model.embeddings.token_embedding.": "token_embedding.",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.": "ln_final.",
+    "text_model.": "",
     "text_projection.weight": "text_projection",
-    ".self_attn.q_proj.": ".attn.in_proj_",
-    ".self_attn.out_proj.": ".attn.out_proj.",
-    ".layer_norm1.": ".ln_1.",
-    ".layer_norm2.": ".ln_2.",
-    ".mlp.fc1.": ".mlp.c_fc.",
-    ".mlp.fc2.": ".mlp.c_proj.",
+    "embeddings.": "",
+    "patch_embedding.": "conv1.",
+    "position_embedding.weight": "positional_embedding",
+    "pre_layrnorm.": "ln_pre.",         # sic
+    "post_layernorm.": "ln_post.",
+    "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.",
+    "self_attn.q_proj.": "attn.in_proj_",
+    "self_attn.": "attn.",
+    "layer_norm": "ln_",
+    "fc1.": "c_fc.",
+    "fc2.": "c_proj.",
 }
 
 
@@ -248,8 +239,8 @@ def open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """CLIPModel's tensors under open_clip's names: q, k, v stacked in one, both projections transposed."""
     out = {}
     for key, tensor in state.items():
-        # k and v go with q; one that lacks shows as a wrong shape
-        if ".k_proj." in key or ".v_proj." in key:
+        # k and v go with q, and one that lacks shows as a wrong shape; older files have a constant among them
+        if any(word in key for word in (".k_proj.", ".v_proj.", ".position_ids")):
             continue
         if ".q_proj." in key:
             parts = [key.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
