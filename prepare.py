@@ -36,7 +36,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from common import (Refused, atomic, derive_seed, knob, parse_config, precision, read_lines, run, setup_dist,
                     write_json)
@@ -228,41 +228,34 @@ def read_caption(caption: Place | str) -> bytes:
     return text.strip().encode()
 
 
-@dataclass
-class Pictures(Dataset):
-    """The files of a shard: of each a square (S, S, 3) uint8 with its caption, or why there is none."""
-    files: list[Sample | LeftOut]
-    side: int                           # S
-    key: tuple                          # of the seed that the crops are drawn from
+def read_sample(sample: Sample | LeftOut, S: int, seed: int) -> tuple[np.ndarray, bytes] | LeftOut:
+    """A square (S, S, 3) uint8 of the picture with its caption, or why there is none."""
+    if isinstance(sample, LeftOut):
+        return sample
+    # strangers' files promise nothing: whatever they raise costs one sample
+    try:
+        caption = read_caption(sample.caption)
+        picture = read_picture(read_bytes(sample.picture, MAX_PICTURE))
+    except Exception as error:
+        return LeftOut(sample.picture.name, "bad", str(error) or type(error).__name__)
 
-    def __len__(self) -> int:
-        return len(self.files)
+    # the filters of OpenUni
+    width, height = picture.size
+    side = min(width, height)
+    if side <= 80 or not 0.1 < width / height < 10:
+        reason = f"{width} x {height} pixels: too small, or too narrow"
+        return LeftOut(sample.picture.name, "filtered", reason)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, bytes] | LeftOut:
-        sample = self.files[i]
-        if isinstance(sample, LeftOut):
-            return sample
-        # strangers' files promise nothing: whatever they raise costs one sample
-        try:
-            caption = read_caption(sample.caption)
-            picture = read_picture(read_bytes(sample.picture, MAX_PICTURE))
-        except Exception as error:
-            return LeftOut(sample.picture.name, "bad", str(error) or type(error).__name__)
+    # and its crop: a square along the long side
+    rng = np.random.default_rng(seed)
+    left = rng.integers(width - side + 1)
+    top = rng.integers(height - side + 1)
+    picture = picture.crop((left, top, left + side, top + side)).resize((S, S), Image.Resampling.BICUBIC)
+    return np.array(picture), caption                                                   # (S, S, 3)
 
-        # the filters of OpenUni
-        width, height = picture.size
-        if min(width, height) <= 80 or not 0.1 < width / height < 10:
-            reason = f"{width} x {height} pixels: too small, or too narrow"
-            return LeftOut(sample.picture.name, "filtered", reason)
 
-        # and its crop: a square along the long side
-        rng = np.random.default_rng(derive_seed(*self.key, i))
-        side = min(width, height)
-        left = int(rng.integers(0, width - side + 1))
-        top = int(rng.integers(0, height - side + 1))
-        picture = picture.crop((left, top, left + side, top + side))
-        picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        return np.array(picture), caption                                               # (S, S, 3)
+def read_batch(jobs: list[tuple]) -> list[tuple[np.ndarray, bytes] | LeftOut]:
+    return [read_sample(*job) for job in jobs]
 
 
 # ----------------------------------------------------------------------------- shards
@@ -284,7 +277,7 @@ def encode(vae: DCAE, squares: list[np.ndarray]) -> Tensor:
         return vae.encode(images.to(weight.dtype)).bfloat16().cpu()                     # (B, C, h, w)
 
 
-def make_shard(cfg: PrepareConfig, vae: DCAE, pictures: Pictures,
+def make_shard(cfg: PrepareConfig, vae: DCAE, jobs: list[tuple],
                counts: Counter) -> tuple[dict[str, Tensor], list[LeftOut]]:
     """The tensors of a shard, and what was left out; counts: what became of this process's samples so far."""
     # an empty one first, as there may be no other
@@ -292,7 +285,7 @@ def make_shard(cfg: PrepareConfig, vae: DCAE, pictures: Pictures,
     captions: list[bytes] = []
     left_out: list[LeftOut] = []
     # what the workers send are arrays, through pipes: a container has little of /dev/shm, where tensors go
-    loader = DataLoader(pictures, cfg.micro_batch, num_workers=cfg.workers, collate_fn=list,
+    loader = DataLoader(jobs, cfg.micro_batch, num_workers=cfg.workers, collate_fn=read_batch,
                         timeout=PATIENCE if cfg.workers else 0)
     for batch in loader:
         good = [item for item in batch if not isinstance(item, LeftOut)]
@@ -364,14 +357,13 @@ def finish(out: str, sources: int, stamp: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(PrepareConfig, argv, description=__doc__.splitlines()[0])
     dist = setup_dist()
-    sources = []
+    sources: dict[Path, None] = {}      # each once, in their order
     for word in cfg.data:
         # a name may hold what means something else in a glob
         found = [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True))
         if not found:
             raise Refused(f"--data {word} matches nothing: * ? [] ** do, {{0..9}} does not, commas separate")
-        sources += map(Path, found)
-    sources = list(dict.fromkeys(sources))
+        sources |= dict.fromkeys(map(Path, found))
     vae = load_vae(cfg.preset, cfg.weights).to(dist.device)
     stamp = stamp_of(vae, PRESETS[cfg.preset])
     counts: Counter = Counter()
@@ -390,8 +382,9 @@ def main(argv: list[str] | None = None) -> None:
                 if read_facts(path)["made_of"] != made_of:
                     raise Refused(f"{path} was made of other files, or otherwise: choose another --out")
                 continue
-            pictures = Pictures(files, PRESETS[cfg.preset].image_size, (cfg.seed, "crop", number, part))
-            tensors, left_out = make_shard(cfg, vae, pictures, counts)
+            jobs = [(file, PRESETS[cfg.preset].image_size, derive_seed(cfg.seed, "crop", number, part, i))
+                    for i, file in enumerate(files)]
+            tensors, left_out = make_shard(cfg, vae, jobs, counts)
             samples = len(tensors["latents"])
             facts = {"made_of": made_of, "last": not following, "left_out": left_out, "samples": samples}
             with atomic(path) as temporary:

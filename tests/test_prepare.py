@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import prepare
-from common import Refused
+from common import Refused, derive_seed
 
 
 def picture(width: int = 100, height: int = 90, seed: int = 0) -> bytes:
@@ -190,8 +190,9 @@ def test_too_many_bad_samples_and_none_at_all_stop_it(tmp_path: Path) -> None:
 
 def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
     run(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0, 1)))
-    crops = prepare.Pictures(list(prepare.read_source(tmp_path / "a.tar")), 32, (0, "crop", 0, 0))
-    images = torch.stack([torch.from_numpy(crops[i][0]) for i in range(2)])             # (2, 32, 32, 3)
+    crops = [prepare.read_sample(sample, 32, derive_seed(0, "crop", 0, 0, i))[0]
+             for i, sample in enumerate(prepare.read_source(tmp_path / "a.tar"))]
+    images = torch.from_numpy(np.stack(crops))                                          # (2, 32, 32, 3)
     with torch.no_grad():
         vae = prepare.load_vae("nano", "auto")
         want = vae.encode((images.permute(0, 3, 1, 2) / 255 * 2 - 1).to(vae.encoder.conv_in.weight.dtype))
@@ -201,9 +202,9 @@ def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
 
 def test_a_crop_is_a_square_along_the_long_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "read_bytes", lambda place, limit: picture(200, 100))
-    pictures = prepare.Pictures([prepare.Sample(prepare.Place("a.png", ""), "x")] * 40, 50, ("key",))
+    sample = prepare.Sample(prepare.Place("a.png", ""), "x")
     # arrays: a tensor would leave a worker through shared memory, of which a container has little
-    crops = [pictures[i][0].astype(int) for i in range(40)]
+    crops = [prepare.read_sample(sample, 50, seed)[0].astype(int) for seed in range(40)]
     assert all(crop.shape == (50, 50, 3) for crop in crops)
     assert all(crop[0, 0, 1] < 6 and crop[-1, 0, 1] > 192 for crop in crops)            # from top to bottom
     lefts = [crop[0, 0, 0] for crop in crops]
