@@ -6,9 +6,10 @@ B pictures, H W pixels.
 import io
 import itertools
 import math
-import textwrap
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -80,22 +81,21 @@ def panels(columns: int, width: float = 4, height: float = 3.2, rows: int = 1) -
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def save_sheet(path: str | Path, images: Tensor, columns: int, captions: list[str] | None = None,
-               titles: list[str] | None = None) -> None:
+def save_sheet(path: str | Path, images: Tensor, columns: int, captions: Iterable[str] = (),
+               titles: Iterable[str] = ()) -> None:
     """A white sheet of images (B, 3, H, W) in [0, 1]: a caption under each, a title left of each row."""
     rows = math.ceil(len(images) / columns)
     figure, axes = panels(columns, 1.3, 1.6, rows)
-    for i, axis in enumerate(axes):
+    for axis in axes:
         axis.axis("off")
-        if i < len(images):
-            pixels = images[i].float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()       # (H, W, 3)
-            axis.imshow(pixels, interpolation="nearest")
-            caption = textwrap.fill(captions[i], 20) if captions else ""
-            axis.text(0.5, -0.04, caption, transform=axis.transAxes, fontsize=7, ha="center", va="top")
-    for axis, title in zip(axes[::columns], titles or []):
-        title = textwrap.fill(title, 18)
-        axis.text(-0.08, 0.5, title, transform=axis.transAxes, rotation=90, fontsize=9, ha="right",
-                  va="center", multialignment="center")
+    for axis, image in zip(axes, images):
+        pixels = image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()               # (H, W, 3)
+        axis.imshow(pixels, interpolation="nearest")
+    for axis, caption in zip(axes, captions):
+        axis.text(0.5, -0.04, fill(caption, 20), transform=axis.transAxes, fontsize=7, ha="center", va="top")
+    for axis, title in zip(axes[::columns], titles):
+        axis.text(-0.08, 0.5, fill(title, 18), transform=axis.transAxes, rotation=90, fontsize=9,
+                  ha="right", va="center", multialignment="center")
     save_figure(path, figure)
 
 
@@ -106,7 +106,9 @@ def save_figure(path: str | Path, figure: Figure) -> None:
 
 def smoothed(values: list[float], rate: float = 0.1) -> list[float]:
     """Exponential moving average, as in the paper's supplement, section 3."""
-    return list(itertools.accumulate(values, lambda mean, value: (1 - rate) * mean + rate * value))
+    def step(average: float, value: float) -> float:
+        return (1 - rate) * average + rate * value
+    return list(itertools.accumulate(values, step))
 
 
 def plot_rewards(path: str | Path, records: list[dict]) -> None:
@@ -115,7 +117,6 @@ def plot_rewards(path: str | Path, records: list[dict]) -> None:
     names = list(dict.fromkeys(record["phase"] for record in records))
     looks = [record for record in records if f"heldout/{names[0]}" in record]
     records = [record for record in records if record["epoch"] > 0]
-    fired = [record["epoch"] for record in records if record["ldam/fired"]]
     figure, axes = panels(len(names), height=3)
     for axis, name in zip(axes, names):
         scored = [record for record in records if record[f"reward/{name}"] is not None]
@@ -127,8 +128,9 @@ def plot_rewards(path: str | Path, records: list[dict]) -> None:
                   "o-", color="black", markersize=3, linewidth=0.8)
         own = [record["epoch"] for record in records if record["phase"] == name]
         axis.axvspan(own[0] - 0.5, own[-1] + 0.5, color="tab:blue", alpha=0.08)
-        for epoch in fired:
-            axis.axvline(epoch, color="tab:red", linewidth=0.8, linestyle=":")
+        for record in records:
+            if record["ldam/fired"]:
+                axis.axvline(record["epoch"], color="tab:red", linewidth=0.8, linestyle=":")
         axis.set(title=name, xlabel="epoch")
     save_figure(path, figure)
 

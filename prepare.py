@@ -158,7 +158,7 @@ def pair(places: Iterable[Place]) -> Iterator[Sample | LeftOut]:
             groups.setdefault(stem, []).append(place)
     for group in groups.values():
         pictures = [place for place in group if place.name.lower().endswith(PICTURES)]
-        captions = [place for place in group if place.name.lower().endswith(CAPTIONS)]
+        captions = [place for place in group if place not in pictures]
         if len(pictures) == 1 and captions:
             yield Sample(pictures[0], max(captions))
         else:
@@ -171,7 +171,8 @@ def read_list(path: Path) -> Iterator[Sample | LeftOut]:
     root = os.path.realpath(path.parent)
     try:
         text = "\n".join(read_lines(path))
-        for entry in json.loads(text) if text.startswith("[") else map(json.loads, text.split("\n")):
+        entries = json.loads(text) if text.startswith("[") else map(json.loads, text.split("\n"))
+        for entry in entries:
             fields = entry if isinstance(entry, dict) else {}
             image, annotation = fields.get("image"), fields.get("annotation")
             caption = caption_in(fields)
@@ -250,7 +251,8 @@ def read_sample(sample: Sample | LeftOut, S: int, seed: int) -> tuple[np.ndarray
     rng = np.random.default_rng(seed)
     left = rng.integers(width - side + 1)
     top = rng.integers(height - side + 1)
-    picture = picture.crop((left, top, left + side, top + side)).resize((S, S), Image.Resampling.BICUBIC)
+    picture = picture.crop((left, top, left + side, top + side))
+    picture = picture.resize((S, S), Image.Resampling.BICUBIC)
     return np.array(picture), caption                                                   # (S, S, 3)
 
 
@@ -262,8 +264,9 @@ def read_batch(jobs: list[tuple]) -> list[tuple[np.ndarray, bytes] | LeftOut]:
 
 def load_vae(preset: str, weights: str) -> DCAE:
     tensors, _ = read_tensors(weights_folder(preset, weights) / "vae" / "diffusion_pytorch_model.safetensors")
-    vae = DCAE(PRESETS[preset].vae).to(next(iter(tensors.values())).dtype)
-    vae.load_state_dict(tensors)
+    vae = DCAE(PRESETS[preset].vae)
+    # in the dtype of its file
+    vae.load_state_dict(tensors, assign=True)
     return vae.requires_grad_(False).eval()
 
 
@@ -295,7 +298,8 @@ def make_shard(cfg: PrepareConfig, vae: DCAE, jobs: list[tuple],
             latents.append(encode(vae, squares))                                        # (B, C, h, w)
             captions += texts
         left_out += rest
-        counts.update(["good"] * len(good) + [item.kind for item in rest if item.kind != "other"])
+        counts["good"] += len(good)
+        counts.update(item.kind for item in rest if item.kind != "other")
         if counts["bad"] > FREE_FAULTS + cfg.max_bad * counts.total():
             write_left_out(cfg.out, left_out)
             raise Refused(f"{counts['bad']} of {counts.total()} samples are bad, more than --max-bad allows: "
@@ -307,9 +311,9 @@ def make_shard(cfg: PrepareConfig, vae: DCAE, jobs: list[tuple],
 
 
 def write_left_out(out: str, left_out: Iterable[LeftOut]) -> None:
-    with atomic(Path(out) / "left-out.jsonl") as temporary, open(temporary, "w") as file:
-        for item in left_out:
-            file.write(json.dumps(dict(zip(LeftOut._fields, item))) + "\n")
+    lines = [json.dumps(item._asdict()) + "\n" for item in left_out]
+    with atomic(Path(out) / "left-out.jsonl") as temporary:
+        temporary.write_text("".join(lines))
 
 
 def cut(files: Iterator, size: int) -> Iterator[tuple[list, list]]:
@@ -331,7 +335,7 @@ def read_facts(path: Path) -> dict:
 def finish(out: str, sources: int, stamp: dict) -> None:
     """The index and the list of what was left out, once all shards are there."""
     shards: dict[str, int] = {}
-    left_out: list[list[str]] = []
+    left_out: list[LeftOut] = []
     for source in range(sources):
         for part in itertools.count():
             path = shard_path(out, source, part)
@@ -341,11 +345,11 @@ def finish(out: str, sources: int, stamp: dict) -> None:
                 return
             facts = read_facts(path)
             shards[path.name] = facts["samples"]
-            left_out += facts["left_out"]
+            left_out += [LeftOut(*entry) for entry in facts["left_out"]]
             if facts["last"]:
                 break
     write_left_out(out, left_out)
-    kinds = Counter(kind for _, kind, _ in left_out)
+    kinds = Counter(item.kind for item in left_out)
     summary = (f"{sum(shards.values())} samples in {out}; left out and named in left-out.jsonl: "
                f"{kinds['bad']} bad, {kinds['filtered']} filtered by size, {kinds['other']} other files")
     if not any(shards.values()):

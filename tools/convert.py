@@ -4,23 +4,16 @@
     python tools/convert.py openuni-l-1024  the same with OpenUni's trained queries, connector and DiT
     python tools/convert.py rewards         CLIP, PickScore and LAION's aesthetic head
 
-What is written to weights/NAME:
-
-    vlm/             as transformers saves it, with the tokenizer and its chat template
-    transformer/     SANA: config.json and diffusion_pytorch_model.safetensors, in one file
-    vae/             DC-AE, likewise
-    stage2.safetensors, or stage1 where the DiT was not trained: what an OpenUni checkpoint holds
-    clip/  pickscore/  aesthetic/    the rewards, see rewards.py
-
-Numbers and their dtype stay as published. Every name and shape is compared with the preset's architecture,
-and what would compute something else is refused, before the folder appears under its name. The originals stay
-in weights/downloads, where a second start goes on. Without a network: fetch each repository elsewhere, as
-`hf download REPOSITORY --local-dir DIR/ITS-NAME`, and give --source DIR.
+They go to weights/NAME (docs/reference.md), with numbers and dtype as published. Every name and shape is
+compared with the preset's architecture; what would compute something else is refused, before the folder
+appears under its name. The originals stay in weights/downloads, where a second start goes on. Without a
+network: `hf download REPOSITORY --local-dir DIR/ITS-NAME` elsewhere, for each of them, and --source DIR.
 """
 import argparse
 import copy
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # a script in a folder: the project's root goes on the path before what is imported from there
@@ -79,11 +72,11 @@ LAION_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0
 
 def fetch(repository: str, files: tuple[str, ...], source: Path | None) -> Path:
     """The folder with a repository's files: in --source, or in weights/downloads, where it is fetched to."""
-    folder, revision = (source or DOWNLOADS) / repository.partition("/")[2], REVISIONS[repository]
+    folder = (source or DOWNLOADS) / repository.partition("/")[2]
     if not source:
-        print(f"{repository} at {revision} -> {folder}")
-        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files),
-                                          local_dir=folder)
+        print(f"{repository} at {REVISIONS[repository]} -> {folder}")
+        huggingface_hub.snapshot_download(repository, revision=REVISIONS[repository], local_dir=folder,
+                                          allow_patterns=list(files))
     return folder
 
 
@@ -113,8 +106,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return stored
 
 
-def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: Path) -> None:
-    """Names and shapes are exactly those of an architecture's state dict, which may be on the meta device."""
+def check_fit(tensors: dict[str, Tensor], build: Callable[[], dict[str, Tensor]], what: Path) -> None:
+    """Names and shapes are exactly those of the tensors that build() makes, here without memory."""
+    with torch.device("meta"):
+        expected = build()
     faults = {"missing": expected.keys() - tensors.keys(),
               "unknown": tensors.keys() - expected.keys(),
               "misshaped": {name for name, x in tensors.items() if x.shape != expected.get(name, x).shape},
@@ -167,14 +162,13 @@ def convert_diffusers(config: DiTConfig | DCAEConfig, kind: type, source: Path, 
     """transformer/ or vae/. Their names are ours; shards are put together."""
     check_config(source / "config.json", config)
     tensors = read_tensors(source, "diffusion_pytorch_model")
-    with torch.device("meta"):
-        check_fit(tensors, kind(config).state_dict(), source)
+    check_fit(tensors, lambda: kind(config).state_dict(), source)
     target.mkdir()
     shutil.copy(source / "config.json", target)
     save_file(tensors, target / "diffusion_pytorch_model.safetensors")
 
 
-# What OpenUni's checkpoints call our parts. VLM and autoencoder are frozen and come from their own repositories.
+# OpenUni's names of our parts. VLM and autoencoder are frozen and come from their own repositories.
 OPENUNI_NAMES = {"meta_queries": "queries", "connector": "lim.connector", "projector": "lim.projector",
                  "transformer": "dit"}
 OPENUNI_FROZEN = ("lmm", "vae")
@@ -191,9 +185,7 @@ def convert_openuni(preset: Preset, path: Path, target: Path) -> None:
 
     # its pre-training leaves the DiT as it is: such a file has none
     stage = 2 if any(name.startswith("dit.") for name in tensors) else 1
-    with torch.device("meta"):
-        expected = ParaUni(preset, nn.Identity(), None).trainable(stage)
-    check_fit(tensors, expected, path)
+    check_fit(tensors, lambda: ParaUni(preset, nn.Identity(), None).trainable(stage), path)
     metadata = {"stage": str(stage), "preset": preset.name, "norm": str(preset.lim.norm),
                 "layers": ",".join(map(str, preset.layers)), "source": path.name}
     save_file(tensors, target / f"stage{stage}.safetensors", metadata)
@@ -239,7 +231,7 @@ def open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """CLIPModel's tensors under open_clip's names: q, k, v stacked in one, both projections transposed."""
     out = {}
     for key, tensor in state.items():
-        # k and v go with q, and one that lacks shows as a wrong shape; older files have a constant among them
+        # k and v go with q, and one that lacks shows as a wrong shape; older files hold a constant too
         if any(word in key for word in (".k_proj.", ".v_proj.", ".position_ids")):
             continue
         if ".q_proj." in key:
@@ -257,11 +249,9 @@ def convert_clip(name: str, source: Path, target: Path) -> None:
     """A CLIPModel of transformers as open_clip's model of that name."""
     model_cfg = open_clip.get_model_config(name)
     tensors = open_clip_tensors(read_tensors(source, "model"))
-    with torch.device("meta"):
-        check_fit(tensors, CLIP(**model_cfg).state_dict(), source)
-    target.mkdir()
-    save_file(tensors, target / "model.safetensors")
+    check_fit(tensors, lambda: CLIP(**model_cfg).state_dict(), source)
     write_json(target / "open_clip_config.json", {"model_cfg": model_cfg})
+    save_file(tensors, target / "model.safetensors")
 
 
 def convert_rewards(source: Path | None, target: Path) -> None:
@@ -272,8 +262,7 @@ def convert_rewards(source: Path | None, target: Path) -> None:
     if not source and not path.is_file():
         torch.hub.download_url_to_file(LAION_URL, str(path), hash_prefix=LAION_SHA256)
     head = read_pickle(path)
-    with torch.device("meta"):
-        check_fit(head, AestheticHead(768).state_dict(), path)
+    check_fit(head, lambda: AestheticHead(768).state_dict(), path)
     (target / "aesthetic").mkdir()
     save_file(head, target / "aesthetic" / "aesthetic.safetensors")
 
