@@ -29,10 +29,10 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from common import Refused, derive_seed, knob, run
-from evaluation import (DrawConfig, HeldoutConfig, Job, ScoreConfig, ablate, dpg, draw, draw_files, finish,
+from evaluation import (DrawConfig, HeldoutConfig, ScoreConfig, ablate, dpg, draw, draw_files, finish,
                         heldout_prompts, layers, load, mean_and_error, report, spread, start, table,
                         title_of, understand, write_lines)
-from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, task_scores
+from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, sample_job, task_scores
 from grpo import open_rewards, score_heldout
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
@@ -49,8 +49,7 @@ def geneval(argv: list[str] | None = None) -> dict:
     # nano: its held-out prompts
     prompts, folder = world.benchmark_prompts(), Path(cfg.out)
     keys = [(i, j) for i in spread(cfg.limit, len(prompts)) for j in range(cfg.per_prompt)]
-    jobs = [Job(folder / f"images/{i:05}/samples/{j:05}.png", prompts[i].text,
-                [derive_seed(cfg.seed, "geneval", i, j)]) for i, j in keys]
+    jobs = [sample_job(cfg, folder / "images", i, j, prompts[i].text) for i, j in keys]
     draw_files(cfg, dist, jobs)
     if not dist.lead:
         return {}
@@ -60,12 +59,12 @@ def geneval(argv: list[str] | None = None) -> dict:
     write_lines(folder / "verdicts.jsonl", [{"prompt": i, "sample": j, "right": verdicts[i, j],
                                              "task": prompts[i].task, "text": prompts[i].text}
                                             for i, j in keys])
-    whole = len(keys) == len(prompts) * PER_PROMPT and cfg.per_prompt == PER_PROMPT
+    is_whole = len(keys) == len(prompts) * PER_PROMPT and cfg.per_prompt == PER_PROMPT
     part = f"{len(keys)} pictures of {len(prompts)} x {PER_PROMPT}"
-    name = title_of("nano GenEval", [] if whole else [part])
+    title = title_of("nano GenEval", {part: not is_whole})
     scores = task_scores(verdicts, [prompt.task for prompt in prompts])
-    return finish(cfg, "geneval", {"name": name, "benchmark": whole, **scores},
-                  f"{name}\n{table(scores['tasks'])}\npictures {folder / 'images'}")
+    return finish(cfg, "geneval", {**title, **scores},
+                  f"{title['name']}\n{table(scores['tasks'])}\npictures {folder / 'images'}")
 
 
 def paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> list[dict]:
@@ -156,7 +155,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     guidance compares with no prompt about the same picture. The ends of the scale are how near any other
     picture is, and how much of a picture the DC-AE alone keeps.
     """
-    cfg, dist = start(ReconstructConfig, argv, reconstruct.__doc__.split("\n")[0])
+    cfg, dist = start(ReconstructConfig, argv, reconstruct.__doc__)
     model = load(cfg, dist.device)
     originals = pictures_to_keep(cfg, model)                                        # (B, 3, H, W)
     seeds = [derive_seed(cfg.seed, "reconstruct", i) for i in range(len(originals))]

@@ -1,6 +1,5 @@
 """What the commands of evaluate.py share: flags, tables, files, pictures, work that goes on.
 
-A command is `main(argv) -> dict`. It prints a table and writes it, with its settings, as JSON into --out.
 What is slow is written piece by piece, beside a settings.json with all that it depends on: killed or not, the
 same command goes on from there, one with other settings is refused. An error (s.e.) is a sample standard
 deviation / sqrt(n), over prompts or over questions.
@@ -29,10 +28,11 @@ from sample import load, save_picture
 
 
 # ----------------------------------------------------------------------------- flags
+# of every command that asks a model; then, each with all that stand before, of those that draw pictures, that
+# draw held-out prompts, and that score these
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The flags of every command that asks a model."""
     preset: str = knob("nano", "size of everything", choices=PRESETS)
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
     stage_file: str = knob("auto", "a stageN.safetensors; auto: the highest N in --weights; none")
@@ -44,28 +44,26 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class DrawConfig(EvalConfig):
-    """The flags of every command that draws pictures."""
     num_steps: int = knob(20, "sampling steps")
     guidance_scale: float = knob(4.5, "classifier-free guidance; 1 turns it off")
 
 
 @dataclass(frozen=True)
 class HeldoutConfig(DrawConfig):
-    """The flags of every command that draws held-out prompts."""
     prompts: str = knob("", "file with one held-out prompt a line; empty: the nano world's")
     limit: int = knob(0, "the first so many prompts; 0: all of them")
 
 
 @dataclass(frozen=True)
 class ScoreConfig(HeldoutConfig):
-    """The flags of every command that scores them."""
     rewards: tuple[str, ...] = knob(("clip", "pickscore", "aesthetic"), "names, or file.py:function")
     reward_weights: str = knob("auto", "folder of the reward models; auto: nano's own, or weights/rewards")
 
 
-def start(cls: type, argv: list[str] | None, description: str) -> tuple[Any, Dist]:
-    """The flags of a command with every "auto" decided, and this process's place."""
-    cfg = parse_config(cls, argv, description=description)
+def start(cls: type, argv: list[str] | None, doc: str) -> tuple[Any, Dist]:
+    """The flags of a command with every "auto" decided, and this process's place. doc: what --help begins
+    with, to the end of its first line."""
+    cfg = parse_config(cls, argv, description=doc.split("\n")[0])
     dist = setup_dist()
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     return resolve(cfg, dist.device), dist
@@ -141,9 +139,8 @@ def same_settings(folder: Path, settings: dict) -> None:
 
 def drawing_settings(cfg: DrawConfig, model: ParaUni) -> dict:
     """All that a picture depends on, apart from its prompt."""
-    names = ("preset", "seed", "num_steps", "guidance_scale", "dtype")
-    settings = {name: getattr(cfg, name) for name in names}
-    return {"weights": f"sha256:{fingerprint(model)[:16]}", **settings}
+    return {"weights": f"sha256:{fingerprint(model)[:16]}", "preset": cfg.preset, "seed": cfg.seed,
+            "num_steps": cfg.num_steps, "guidance_scale": cfg.guidance_scale, "dtype": cfg.dtype}
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
@@ -237,6 +234,11 @@ def read_judged(path: Path) -> tuple[str, dict]:
     return names.pop(), {item: said for part in parts for item, said in part["items"].items()}
 
 
-def title_of(benchmark: str, lacks: list[str]) -> str:
-    """What is not the whole benchmark, or not by its own judge, does not bear its name alone."""
-    return f"{benchmark}'s rules, not the benchmark: {'; '.join(lacks)}" if lacks else benchmark
+def title_of(benchmark: str, lacks: dict[str, bool]) -> dict:
+    """What is not the whole benchmark, or not by its own judge, does not bear its name alone.
+
+    lacks  what may be said against it -> is it so?
+    """
+    found = [text for text, is_so in lacks.items() if is_so]
+    name = f"{benchmark}'s rules, not the benchmark: {'; '.join(found)}" if found else benchmark
+    return {"name": name, "benchmark": not found}

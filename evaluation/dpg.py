@@ -119,7 +119,7 @@ class Answerer:
 
 def main(argv: list[str] | None = None) -> dict:
     """Draw, ask, score, each unless it is there. {} with --no-score, and on all ranks but the first."""
-    cfg, dist = start(DpgConfig, argv, __doc__.split("\n")[0])
+    cfg, dist = start(DpgConfig, argv, __doc__)
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
     items = read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist))
     items = [items[i] for i in spread(cfg.limit, len(items))]
@@ -137,14 +137,11 @@ def main(argv: list[str] | None = None) -> dict:
 
     judge, answers = read_judged(Path(cfg.answers or out / "answers"))
     scores = dpg_scores(items, answers)
-    lacks = []
-    if len(scores["prompts"]) != NUM_PROMPTS:
-        lacks.append(f"{len(scores['prompts'])} prompts of {NUM_PROMPTS}")
-    if "mplug" not in judge.lower():
-        lacks.append("the judge is not mPLUG-large")
-    title = title_of("DPG-Bench", lacks)
-    result = {"name": title, "benchmark": not lacks, "judge": judge, **scores}
-    return finish(cfg, "dpg", result, f"{title}\njudge {judge}\n{table(scores['rows'])}")
+    count = len(scores["prompts"])
+    title = title_of("DPG-Bench", {f"{count} prompts of {NUM_PROMPTS}": count != NUM_PROMPTS,
+                                   "the judge is not mPLUG-large": "mplug" not in judge.lower()})
+    return finish(cfg, "dpg", {**title, "judge": judge, **scores},
+                  f"{title['name']}\njudge {judge}\n{table(scores['rows'])}")
 
 
 def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[tuple]) -> None:

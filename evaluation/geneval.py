@@ -19,9 +19,9 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import numpy as np
 import open_clip
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor
 from tqdm import tqdm
 from transformers import Mask2FormerForUniversalSegmentation
 
@@ -126,13 +127,13 @@ def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict
     """
     rows = []
     for task in TASKS:
-        by_prompt: dict[int, list[float]] = {}
+        by_prompt: dict[int, list[bool]] = {}
         for (i, _), right in verdicts.items():
             if tasks[i] == task:
-                by_prompt.setdefault(i, []).append(float(right))
+                by_prompt.setdefault(i, []).append(right)
         if by_prompt:
-            every = [right for group in by_prompt.values() for right in group]
-            error = mean_and_error([fmean(group) for group in by_prompt.values()])[1]
+            every = list(chain(*by_prompt.values()))
+            _, error = mean_and_error(list(map(fmean, by_prompt.values())))
             rows.append({"task": task, "right": fmean(every), "s.e.": error, "prompts": len(by_prompt),
                          "pictures": len(every)})
     errors = [row["s.e."] for row in rows]
@@ -146,7 +147,8 @@ def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict
 # ----------------------------------------------------------------------------- the detector
 
 SHORT, LONG = 800, 1333                         # sides of the picture that the detector sees, at most, pixels
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)      # ImageNet's, of levels 0 .. 255
+MEAN = (123.675, 116.28, 103.53)                # ImageNet's, of levels 0 .. 255
+STD = (58.395, 57.12, 57.375)
 TOP = 100                                       # pairs of query and class that are looked at
 
 
@@ -160,12 +162,12 @@ class Detector:
 
     def prepare(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """The picture as the network sees it, (1, 3, P, P), padded right and below; h, w without padding."""
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()        # (1, 3, H, W)
+        x = pil_to_tensor(image)[None].float()                                      # (1, 3, H, W)
         H, W = x.shape[-2:]
         scale = min(LONG / max(H, W), SHORT / min(H, W))
         h, w = int(H * scale + 0.5), int(W * scale + 0.5)
-        x = F.interpolate(x, (h, w), mode="bilinear", align_corners=False).round()  # (1, 3, h, w)
-        x = (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+        x = F.interpolate(x, (h, w), mode="bilinear").round()                       # (1, 3, h, w)
+        x = normalize(x, MEAN, STD)
         return F.pad(x, (0, -w % 32, 0, -h % 32)), (h, w)                           # (1, 3, P, P)
 
     @torch.no_grad()
@@ -174,7 +176,7 @@ class Detector:
 
         score = probability of the class times the mean of the mask's sigmoid inside the mask
         box   = the mask's extent, one beyond it on the right and below
-        mask  = where the object is, (H, W) bool
+        mask  = where the object is, a picture of one bit
         """
         x, (h, w) = self.prepare(image)
         out = self.model(pixel_values=x.to(self.model.device))
@@ -192,10 +194,9 @@ class Detector:
             inside = mask > 0
             score = prob * ((mask.sigmoid() * inside).sum() / (inside.sum() + 1e-6)).item()
             if score > MIN_SCORE:
-                rows, columns = (inside.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
-                box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-                objects.append({"class": self.classes[label], "score": score, "box": box,
-                                "mask": inside.cpu().numpy()})
+                mask = Image.fromarray(inside.cpu().numpy())
+                objects.append({"class": self.classes[label], "score": score,
+                                "box": list(mask.getbbox()), "mask": mask})
         return sorted(objects, key=lambda thing: -thing["score"])
 
 
@@ -209,7 +210,7 @@ GREY = (0x99,) * 3                              # in place of what is not the ob
 def crop(image: Image.Image, thing: dict) -> Image.Image:
     """The object's box, all outside its mask grey."""
     grey = Image.new("RGB", image.size, GREY)
-    return Image.composite(image, grey, Image.fromarray(thing["mask"])).crop(thing["box"])
+    return Image.composite(image, grey, thing["mask"]).crop(thing["box"])
 
 
 class ColorNamer:
@@ -225,12 +226,11 @@ class ColorNamer:
                                               std=tuple(picture["std"]))
 
     @torch.no_grad()
-    def __call__(self, image: Image.Image, objects: list[dict]) -> list[str]:
-        """The colour of each object of a picture."""
-        crops = torch.stack([self.look(crop(image, thing)) for thing in objects])   # (B, 3, T, T)
-        seen = F.normalize(self.clip.encode_image(crops.to(self.device)), dim=-1)   # (B, E)
-        best = [(self.describe(thing["class"]) @ row).argmax().item() for row, thing in zip(seen, objects)]
-        return [COLORS[i] for i in best]
+    def __call__(self, image: Image.Image, thing: dict) -> str:
+        """The colour of an object of a picture."""
+        pixels = self.look(crop(image, thing))[None]                                # (1, 3, T, T)
+        seen = self.clip.encode_image(pixels.to(self.device))[0]                    # (E,)
+        return COLORS[(self.describe(thing["class"]) @ seen).argmax()]
 
     def describe(self, name: str) -> Tensor:
         """A unit embedding for each colour of a thing called `name`, (10, E)."""
@@ -242,21 +242,13 @@ class ColorNamer:
 
 # ----------------------------------------------------------------------------- the command
 
-class Prompt(NamedTuple):
-    """A folder of GenEval's layout."""
-    folder: str                 # "00000"
-    request: dict               # what its metadata.jsonl asks for
-    samples: list[str]          # "00000/samples/00000.png" ...
-
-
 def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
     """Draw, detect, judge, each unless it is there. {} with --no-score, and on all ranks but the first."""
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
     if not cfg.images:
-        path = fetched(cfg.metadata, PROMPTS_URL, cfg, dist)
-        requests = [json.loads(line) for line in read_lines(path)]
-        draw_files(cfg, dist, drawing_jobs(cfg, dist, requests, folder))
+        draw_files(cfg, dist, drawing_jobs(cfg, dist, folder))
     prompts = read_layout(folder)
+    requests = [request for request, _ in prompts.values()]
     if cfg.score and not cfg.detections:
         detect_all(cfg, dist, folder, prompts)
     if not cfg.score or not dist.lead:
@@ -266,79 +258,82 @@ def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
     wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
     if wrong:
         raise Refused(f"the detections name {sorted(wrong)}, which GenEval calls {list(RENAMED.values())}")
-    # a picture that is not in `found` is an error: an empty list would say that nothing is there
-    verdicts = {(i, j): verdict(found[name], prompt.request)
-                for i, prompt in enumerate(prompts) for j, name in enumerate(prompt.samples)}
-    write_lines(out / "verdicts.jsonl", [{"filename": prompts[i].samples[j], "right": right,
-                                          "task": prompts[i].request["tag"],
-                                          "prompt": prompts[i].request["prompt"]}
-                                         for (i, j), right in verdicts.items()])
-    scores = task_scores(verdicts, [prompt.request["tag"] for prompt in prompts])
-    lacks = []
-    if prompts_digest([prompt.request for prompt in prompts]) != PROMPTS_DIGEST:
-        lacks.append(f"{len(prompts)} prompts that are not the published 553")
-    if any(len(prompt.samples) != PER_PROMPT for prompt in prompts):
-        lacks.append(f"prompts without exactly {PER_PROMPT} pictures")
-    if "mmdet" not in detector:
-        lacks.append("the detector is not mmdet's")
-    title = title_of("GenEval", lacks)
-    result = {"name": title, "benchmark": not lacks, "detector": detector, **scores}
-    return finish(cfg, "geneval", result, f"{title}\ndetector {detector}\n{table(scores['tasks'])}\n"
-                                          f"verdicts {out / 'verdicts.jsonl'}")
+    verdicts, records = {}, []
+    for i, (request, names) in enumerate(prompts.values()):
+        for j, name in enumerate(names):
+            # a picture that is not in `found` is an error: an empty list would say that nothing is there
+            right = verdicts[i, j] = verdict(found[name], request)
+            records.append({"filename": name, "right": right, "task": request["tag"],
+                            "prompt": request["prompt"]})
+    write_lines(out / "verdicts.jsonl", records)
+    scores = task_scores(verdicts, [request["tag"] for request in requests])
+    counts = {len(names) for _, names in prompts.values()}
+    title = title_of("GenEval", {
+        f"{len(prompts)} prompts that are not the published 553": prompts_digest(requests) != PROMPTS_DIGEST,
+        f"prompts without exactly {PER_PROMPT} pictures": counts != {PER_PROMPT},
+        "the detector is not mmdet's": "mmdet" not in detector})
+    return finish(cfg, "geneval", {**title, "detector": detector, **scores},
+                  f"{title['name']}\ndetector {detector}\n{table(scores['tasks'])}\n"
+                  f"verdicts {out / 'verdicts.jsonl'}")
 
 
-def drawing_jobs(cfg: GenevalConfig, dist: Dist, requests: list[dict], folder: Path) -> list[Job]:
+def sample_job(cfg: GenevalConfig, folder: Path, i: int, j: int, text: str) -> Job:
+    """Picture j of prompt i, where GenEval has it."""
+    path = folder / f"{i:05}" / "samples" / f"{j:05}.png"
+    return Job(path, text, [derive_seed(cfg.seed, "geneval", i, j)])
+
+
+def drawing_jobs(cfg: GenevalConfig, dist: Dist, folder: Path) -> list[Job]:
     """What is to be drawn, after each prompt's metadata.jsonl has been written, or found to be the same."""
+    lines = read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))
     jobs = []
-    for i in spread(cfg.limit, len(requests)):
-        path = folder / f"{i:05}" / "metadata.jsonl"
-        if path.is_file() and read_json(path) != requests[i]:
+    for i in spread(cfg.limit, len(lines)):
+        path, request = folder / f"{i:05}" / "metadata.jsonl", json.loads(lines[i])
+        if path.is_file() and read_json(path) != request:
             raise Refused(f"{path} asks for something else than --metadata there: choose another --out")
         if dist.lead:
-            write_lines(path, [requests[i]])
-        for j in range(cfg.per_prompt):
-            picture = path.parent / "samples" / f"{j:05}.png"
-            jobs.append(Job(picture, requests[i]["prompt"], [derive_seed(cfg.seed, "geneval", i, j)]))
+            write_lines(path, [request])
+        jobs += [sample_job(cfg, folder, i, j, request["prompt"]) for j in range(cfg.per_prompt)]
     return jobs
 
 
-def read_layout(folder: Path) -> list[Prompt]:
-    prompts = []
+def read_layout(folder: Path) -> dict[str, tuple[dict, list[str]]]:
+    """{"00000": (what its metadata.jsonl asks for, its pictures, as "00000/samples/00000.png")}"""
+    prompts = {}
     for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
         pictures = sorted(path.parent.glob("samples/*.png"))
         names = [picture.relative_to(folder).as_posix() for picture in pictures]
-        prompts.append(Prompt(path.parent.name, read_json(path), names))
+        prompts[path.parent.name] = read_json(path), names
     if not prompts:
         raise Refused(f"expected folders with metadata.jsonl and samples/00000.png in {folder}, found none")
     return prompts
 
 
-def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Prompt]) -> None:
+def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: dict[str, tuple]) -> None:
     """Detections of all prompts, shared by the processes."""
     # the CLIP that names colours is that of the published CLIP score
     namer = ColorNamer(weights_folder("rewards", "auto") / "clip", dist.device)
     detector = Detector(cfg.detector, dist.device)
-    asked = {clause["class"] for prompt in prompts for clause in prompt.request["include"]}
-    if not asked <= set(detector.classes):
-        raise Refused(f"{cfg.detector} does not know {sorted(asked - set(detector.classes))[:3]}")
-    for prompt in tqdm(prompts[dist.rank::dist.world_size], disable=not dist.lead):
-        path = Path(cfg.out) / "detections" / f"{prompt.folder}.json"
-        digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in prompt.samples}
-        made_of = {"judge": detector.name, "clip": namer.name, "request": prompt.request, "sha256": digests}
+    asked = {clause["class"] for request, _ in prompts.values() for clause in request["include"]}
+    unknown = sorted(asked - set(detector.classes))
+    if unknown:
+        raise Refused(f"{cfg.detector} does not know {unknown[:3]}")
+    for number in tqdm(list(prompts)[dist.rank::dist.world_size], disable=not dist.lead):
+        request, names = prompts[number]
+        path = Path(cfg.out) / "detections" / f"{number}.json"
+        digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in names}
+        made_of = {"judge": detector.name, "clip": namer.name, "request": request, "sha256": digests}
         if is_judged(path, made_of):
             continue
         found = {}
-        for name in prompt.samples:
+        for name in names:
             picture = read_picture(folder / name)
-            objects = detector(picture)
+            objects = found[name] = detector(picture)
             # a colour where it decides
-            nameless = need_color(objects, prompt.request)
-            if nameless:
-                for thing, color in zip(nameless, namer(picture, nameless)):
-                    thing["color"] = color
+            for thing in need_color(objects, request):
+                thing["color"] = namer(picture, thing)
             for thing in objects:
                 del thing["mask"]
-            found[name] = objects
         write_json(path, {**made_of, "items": found})
     wait(dist)
 

@@ -47,7 +47,7 @@ class LayersConfig(ScoreConfig):
 
 def main(argv: list[str] | None = None) -> dict:
     """The paper's analyses of layers. Returns the rows of claims and figures."""
-    cfg, dist = start(LayersConfig, argv, __doc__.splitlines()[0])
+    cfg, dist = start(LayersConfig, argv, __doc__)
     folder = Path(cfg.out)
     # what is missing shows before the first picture, not after the last one
     if "clip" not in cfg.rewards:

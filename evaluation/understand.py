@@ -168,7 +168,7 @@ class UnderstandConfig(EvalConfig):
 
 def main(argv: list[str] | None = None) -> dict:
     """Ask, score, compare with the untouched VLM."""
-    cfg, dist = start(UnderstandConfig, argv, __doc__.splitlines()[0])
+    cfg, dist = start(UnderstandConfig, argv, __doc__)
     questions = read_questions(cfg)
     model = load(cfg, dist.device)
     answers = ask(cfg, model, questions, Path(cfg.out))
