@@ -8,18 +8,18 @@ Three steps, each with files of its own: what is done stays done, and another pr
     verdicts    --out/verdicts.jsonl, and the table
 
 An object is {"class", "score" 0..1, "box" [left, top, right, bottom], "color" where the prompt asks for one}.
-Processes of torchrun share pictures and detections, prompt by prompt. GenEval runs on mmdet's Mask2Former
-Swin-S; the one here is Facebook's, of the same size and classes, and a score by it says so. Thresholds and
-rules are those of GenEval's code.
+GenEval runs on mmdet's Mask2Former Swin-S; the one here is Facebook's, of the same size and classes, and a
+score by it says so. Thresholds and rules are those of GenEval's code.
 
-Letters: P padded, h w resized, H W picture, Q queries of the detector, B crops, E embedding, T tower side.
+Letters: P padded, h w resized, H W picture, Q queries of the detector, E embedding, T side of CLIP's tower.
 """
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
 
@@ -70,9 +70,9 @@ MAX_PER_CLASS = 16
 def keep(objects: list[dict], task: str) -> dict[str, list[dict]]:
     """What counts as seen: by class, best first, above the task's threshold, at most 16 of a class."""
     least = MIN_SCORE_COUNTING if task == "counting" else MIN_SCORE
-    seen: dict[str, list[dict]] = {}
+    seen = defaultdict(list)
     for thing in sorted(objects, key=lambda thing: -thing["score"]):
-        group = seen.setdefault(thing["class"], [])
+        group = seen[thing["class"]]
         if thing["score"] > least and len(group) < MAX_PER_CLASS:
             group.append(thing)
     return seen
@@ -90,31 +90,25 @@ def need_color(objects: list[dict], request: dict) -> list[dict]:
     """The objects whose colour decides: the best `count` of each class that a colour is asked of."""
     seen = keep(objects, request["tag"])
     return [thing for clause in request["include"] if "color" in clause
-            for thing in seen.get(clause["class"], [])[:clause["count"]]]
-
-
-def holds(clause: dict, best: list[dict], groups: list[list[dict]]) -> bool:
-    """Does a clause of "include" hold?
-
-    best    the best `count` objects of its class;  groups  those of all clauses
-    """
-    right = [thing for thing in best if "color" not in clause or thing["color"] == clause["color"]]
-    if len(right) < clause["count"]:
-        return False
-    if "position" not in clause:
-        return True
-    relation, target = clause["position"]
-    return all(relation in position(thing, other) for thing in best for other in groups[target])
+            for thing in seen[clause["class"]][:clause["count"]]]
 
 
 def verdict(objects: list[dict], request: dict) -> bool:
     """GenEval's verdict on one picture. Those of `need_color` must have a colour. Extra objects do not hurt,
     except those of classes under "exclude" (counting)."""
     seen = keep(objects, request["tag"])
-    wanted, unwanted = request["include"], request.get("exclude", [])
-    groups = [seen.get(clause["class"], [])[:clause["count"]] for clause in wanted]
-    return (all(holds(clause, best, groups) for clause, best in zip(wanted, groups))
-            and all(len(seen.get(clause["class"], [])) < clause["count"] for clause in unwanted))
+    # of each clause the best `count` objects of its class
+    groups = [seen[clause["class"]][:clause["count"]] for clause in request["include"]]
+    for clause, best in zip(request["include"], groups):
+        right = [thing for thing in best if "color" not in clause or thing["color"] == clause["color"]]
+        if len(right) < clause["count"]:
+            return False
+        if "position" in clause:
+            relation, target = clause["position"]
+            pairs = product(best, groups[target])
+            if not all(relation in position(*pair) for pair in pairs):
+                return False
+    return all(len(seen[clause["class"]]) < clause["count"] for clause in request.get("exclude", []))
 
 
 def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict:
@@ -125,22 +119,22 @@ def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict
     An error counts prompts, not pictures, since the pictures of a prompt fail together; those of tasks add in
     squares.
     """
+    by_prompt = defaultdict(list)
+    for (i, _), right in verdicts.items():
+        by_prompt[i].append(right)
     rows = []
     for task in TASKS:
-        by_prompt: dict[int, list[bool]] = {}
-        for (i, _), right in verdicts.items():
-            if tasks[i] == task:
-                by_prompt.setdefault(i, []).append(right)
-        if by_prompt:
-            every = list(chain(*by_prompt.values()))
-            _, error = mean_and_error(list(map(fmean, by_prompt.values())))
-            rows.append({"task": task, "right": fmean(every), "s.e.": error, "prompts": len(by_prompt),
+        groups = [group for i, group in by_prompt.items() if tasks[i] == task]
+        if groups:
+            every = list(chain(*groups))
+            _, error = mean_and_error(list(map(fmean, groups)))
+            rows.append({"task": task, "right": fmean(every), "s.e.": error, "prompts": len(groups),
                          "pictures": len(every)})
     errors = [row["s.e."] for row in rows]
     overall = fmean(row["right"] for row in rows)
     error = None if None in errors else math.hypot(*errors) / len(errors)
-    rows.append({"task": "overall", "right": overall, "s.e.": error,
-                 "prompts": sum(row["prompts"] for row in rows), "pictures": len(verdicts)})
+    rows.append({"task": "overall", "right": overall, "s.e.": error, "prompts": len(by_prompt),
+                 "pictures": len(verdicts)})
     return {"overall": overall, "tasks": rows}
 
 
