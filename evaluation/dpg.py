@@ -8,12 +8,13 @@ Three steps, each with files of its own: what is done stays done, and another pr
     score     the share of questions answered yes, where a question counts as no if one that it hangs on got a
               no; a mean over pictures, then over prompts
 
-Processes of torchrun share pictures and answers, prompt by prompt. DPG-Bench asks mPLUG-large; the model here
-is BLIP, and a score by it says so. Differs from the official script: that one loses the file's first row, and
-takes the categories from the last picture of each prompt alone.
+DPG-Bench asks mPLUG-large; the model here is BLIP, and a score by it says so. Differs from the official
+script: that one loses the file's first row, and takes the categories from the last picture of each prompt
+alone.
 """
 import itertools
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -50,12 +51,13 @@ def read_items(path: Path) -> list[tuple]:
     """The name (item_id) of each prompt of a question file, and its rows, one for each thing (proposition)
     that it says: `dependency` are those without which it means nothing; `tuple` begins with its category, as
     "attribute - color (dog, red)"; the question's answer is yes if the picture shows it."""
-    items: dict[str, list[dict]] = {}
+    items = defaultdict(list)
     for row in read_csv(path):
-        # the name becomes a path
-        if not re.fullmatch(r"[\w-]+", row["item_id"]):
-            raise Refused(f"expected the stem of a file name as item_id in {path}, got {row['item_id']!r}")
-        items.setdefault(row["item_id"], []).append(row)
+        name = row["item_id"]
+        # it becomes a path
+        if not re.fullmatch(r"[\w-]+", name):
+            raise Refused(f"expected the stem of a file name as item_id in {path}, got {name!r}")
+        items[name].append(row)
     return list(items.items())
 
 
@@ -65,8 +67,7 @@ def tile_scores(rows: list[dict], answers: dict[str, str]) -> dict[str, float]:
     A parent further down the file still has the score of its own answer, as in the official loop. "0", no
     parent, and what else is no proposition of the prompt decide nothing.
     """
-    numbers = [row["proposition_id"] for row in rows]
-    scores = {number: float(answers[number] == "yes") for number in numbers}
+    scores = {row["proposition_id"]: float(answers[row["proposition_id"]] == "yes") for row in rows}
     for row in rows:
         parents = row["dependency"].split(",")
         if any(scores.get(parent.strip()) == 0 for parent in parents):
@@ -81,8 +82,7 @@ def dpg_scores(items: list[tuple], answers: dict[str, list[dict]]) -> dict:
     answers  item -> {proposition: answer} of each picture; items that are not in it are left out
     Categories are shares of yes without the dependencies, as official.
     """
-    scores: dict[str, float] = {}
-    marks: dict[str, list[float]] = {}
+    scores, marks = {}, defaultdict(list)
     for name, rows in items:
         if name not in answers:
             continue
@@ -90,13 +90,12 @@ def dpg_scores(items: list[tuple], answers: dict[str, list[dict]]) -> dict:
         scores[name] = fmean(fmean(tile_scores(rows, tile).values()) for tile in tiles)
         for row in rows:
             category = row["tuple"].split("(")[0].strip()
-            said = [float(tile[row["proposition_id"]] == "yes") for tile in tiles]
             for level in {category, category.split("-")[0].strip()}:
-                marks.setdefault(level, []).extend(said)
+                marks[level] += [tile[row["proposition_id"]] == "yes" for tile in tiles]
     mean, error = mean_and_error([100 * score for score in scores.values()])
     rows = [{"questions": "prompts", "score": mean, "s.e.": error, "n": len(scores)}]
-    rows += [{"questions": name, "score": 100 * fmean(said), "s.e.": None, "n": len(said)}
-             for name, said in sorted(marks.items())]
+    for name, said in sorted(marks.items()):
+        rows.append({"questions": name, "score": 100 * fmean(said), "s.e.": None, "n": len(said)})
     return {"score": mean, "error": error, "prompts": scores, "rows": rows}
 
 
@@ -110,8 +109,8 @@ class Answerer:
     @torch.no_grad()
     def __call__(self, image: Image.Image, questions: list[str]) -> list[str]:
         """The answers in lower case, without a full stop."""
-        images = [image] * len(questions)
-        inputs = self.processor(images=images, text=questions, padding=True, return_tensors="pt")
+        inputs = self.processor(images=[image] * len(questions), text=questions, padding=True,
+                                return_tensors="pt")
         out = self.model.generate(**inputs.to(self.model.device), max_new_tokens=10)
         texts = self.processor.batch_decode(out, skip_special_tokens=True)
         return [text.strip().rstrip(".").lower() for text in texts]
