@@ -1,4 +1,6 @@
 """A sentence of the paper and what was measured of it; the figures of `layers`, `ablate` and `report`."""
+from collections.abc import Iterable
+
 from matplotlib.axes import Axes
 
 from evaluation import mean_and_error
@@ -14,19 +16,19 @@ def t_quantile(df: int) -> float:
     return T95[df - 1] if df <= len(T95) else 1.960 + 2.372 / df + 2.822 / df ** 2
 
 
-def claim(text: str, measure: str, values: list[float], over: str) -> dict:
+def claim(text: str, measure: str, values: Iterable[float], over: str = "prompts") -> dict:
     """A row of the table of claims: a sentence is supported, contradicted or undecided at 95 %.
 
     measure  what the values are: positive where they speak for the claim
     values   one for each of what `over` names: prompts, seeds
     """
-    n = len(values)
+    values = list(map(float, values))
     estimate, error = mean_and_error(values)
     verdict = "undecided"
-    if error is not None and abs(estimate) > t_quantile(n - 1) * error:
+    if error is not None and abs(estimate) > t_quantile(len(values) - 1) * error:
         verdict = "supported" if estimate > 0 else "contradicted"
     return {"claim": text, "verdict": verdict, "measure": measure, "estimate": estimate,
-            "standard error": error, "n": n, "over": over}
+            "standard error": error, "n": len(values), "over": over}
 
 
 def draw_curve(axis: Axes, log: list[dict], key: str, color: str, label: str) -> None:

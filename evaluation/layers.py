@@ -4,15 +4,11 @@
     Figure 4   how alike the layers are: q_i, the visual tokens that the paper compares, and c_i, what the
                LIM makes of them; with --last-file beside a model that was trained on the last layer only
     Figure 5   each region of layers removed: what every reward loses
-    Figure 9   the reward curves of stage III runs (--runs)
+    Figure 9   the reward curves of stage III runs; of one with LDAM and one without they are the
+               supplement's Figures 1-3: `--runs runs/ldam,runs/no-ldam`
 
-The supplement's Figures 1-3 are Figure 9 of two runs, one with LDAM (red) and one without (blue), raw and as
-EMA 0.1: `--runs runs/ldam,runs/no-ldam`. Their captions call the blue line "only the last layer", the text
-"the removal of LDAM, with all other settings remaining unchanged"; the text is followed.
-
-Every figure is a PNG. Its numbers (of curves: in the runs' logs) and a verdict on each sentence of the paper
-(claims.py) are in layers.json. All pictures of a prompt start from the same noise, so that differences are
-paired by prompt.
+Every figure is a PNG; the numbers and a verdict on each sentence of the paper (claims.py) are in layers.json.
+All pictures of a prompt start from the same noise, so that differences are paired by prompt.
 
 Letters: L VLM layers, P pairs of layers, B prompts, N queries, D width, H W pixels.
 """
@@ -139,14 +135,13 @@ def figure2(scores: Scores, L: int, folder: Path) -> tuple[list[dict], list[dict
     clip = torch.stack([scores[name]["clip"] for name in names[1:]])            # (L, B)
     x = torch.tensor(depth, dtype=torch.float64) - (L + 1) / 2                  # (L,)
     slopes = x @ clip / x.square().sum()                                        # (B,)
+    rising = claim("The CLIP score of a single layer rises with its depth (Figure 2)", "CLIP score a layer",
+                   slopes)
     # the best layer is chosen by the same pictures, which leans against the claim
     best = clip[clip.mean(1).argmax()]                                          # (B,)
-    more = scores["all"]["clip"] - best                                         # (B,)
-    return rows, [
-        claim("The CLIP score of a single layer rises with its depth (Figure 2)", "CLIP score a layer",
-              slopes.tolist(), "prompts"),
-        claim("All layers together say more than the best single one (section 1)",
-              "CLIP score, all - best layer", more.tolist(), "prompts")]
+    more = claim("All layers together say more than the best single one (section 1)",
+                 "CLIP score, all - best layer", scores["all"]["clip"] - best)
+    return rows, [rising, more]
 
 
 @torch.no_grad()
@@ -216,7 +211,7 @@ def figure4_claims(kind: str, every: Tensor, last: Tensor | None = None) -> list
              every.mean(1) - last.mean(1)),
             ("Clusters are weaker when trained on the last layer only",
              "neighbours, inside - across, all - last", clusters(every) - clusters(last))]
-    return [claim(f"{text} (Figure 4, {kind})", f"cosine similarity, {measure}", values.tolist(), "prompts")
+    return [claim(f"{text} (Figure 4, {kind})", f"cosine similarity, {measure}", values)
             for text, measure, values in found]
 
 
@@ -255,8 +250,7 @@ def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
         found.append((f"Shallow layers have little impact on {reward}",
                       f"{reward}: half the fall without another region - change without shallow",
                       (middle + deep) / 4 - change))
-    return rows, [claim(f"{text} (Figure 5)", measure, values.tolist(), "prompts")
-                  for text, measure, values in found]
+    return rows, [claim(f"{text} (Figure 5)", measure, values) for text, measure, values in found]
 
 
 def stage3_log(run: Path) -> list[dict]:

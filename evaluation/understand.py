@@ -5,10 +5,8 @@ Table 3).
     POPE       yes or no   accuracy, F1
     MMBench    a letter    circular accuracy
 
-A benchmark is a reader, from its published file to Questions, and a metric, from Questions and answers to
-rows of the table. Metrics are those of each benchmark's own code; where one differs it says so. Each picture
-is shown as one square tile, as the model sees it everywhere here: InternVL's own evaluation cuts large ones
-into up to 12.
+Metrics are those of each benchmark's own code. Each picture is shown as one square tile, as the model sees it
+everywhere here: InternVL's own evaluation cuts large ones into up to 12.
 
 The VLM is frozen in all stages: --reference asks the untouched one the same, and compares weights too. Left
 out of the paper's table, as frozen weights answer what the published InternVL3 answers: MME, MMMU, TextVQA,
@@ -20,6 +18,7 @@ import base64
 import hashlib
 import json
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,9 +36,6 @@ from model import PRESETS, ParaUni, weights_folder
 from nano import world
 from pictures import read_picture
 
-
-# ----------------------------------------------------------------------------- questions
-
 WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJ"
@@ -50,7 +46,7 @@ class Question(NamedTuple):
     group: str                          # task, category or subject
     image: Path | bytes | Tensor        # a file, the content of one, or (3, H, W) in [0, 1]
     text: str                           # as it is put to the model
-    answers: list[str]                  # all that are right
+    right: str                          # the answer
     choices: list[str] = []             # texts of A, B, ...
 
 
@@ -59,8 +55,8 @@ def read_pope(path: Path) -> list[Question]:
     questions = []
     for entry in map(json.loads, read_lines(path)):
         assert entry["label"] in ("yes", "no"), f"expected the label yes or no, got {entry['label']!r}"
-        questions.append(Question(str(entry["question_id"]), "all", Path(entry["image"]),
-                                  entry["text"] + WORD, [entry["label"]]))
+        name, image, text = str(entry["question_id"]), Path(entry["image"]), entry["text"] + WORD
+        questions.append(Question(name, "all", image, text, entry["label"]))
     return questions
 
 
@@ -84,7 +80,7 @@ def read_mmbench(path: Path) -> list[Question]:
             options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, turned))
             text = f"{hint}{row['question']}\n{options}{LETTER}"
             answer = LETTERS[(right - turn) % len(choices)]
-            questions.append(Question(name, row["category"], pictures[index], text, [answer], turned))
+            questions.append(Question(name, row["category"], pictures[index], text, answer, turned))
     return questions
 
 
@@ -104,22 +100,21 @@ def choice_letter(answer: str, choices: list[str]) -> str:
 
 
 def mean_row(name: str, marks: list[bool]) -> dict:
-    mean, error = mean_and_error([float(mark) for mark in marks])
+    mean, error = mean_and_error(marks)
     return {"name": name, "value": mean, "s.e.": error, "n": len(marks)}
 
 
 def grouped(questions: list[Question], marks: list[bool]) -> list[dict]:
     """A row for each group, then all questions together."""
-    groups: dict[str, list[bool]] = {}
+    groups = defaultdict(list)
     for question, mark in zip(questions, marks, strict=True):
-        groups.setdefault(question.group, []).append(mark)
+        groups[question.group].append(mark)
     rows = [mean_row(name, groups[name]) for name in sorted(groups)]
     return [*rows, mean_row("all", marks)]
 
 
 def score_nano(questions: list[Question], answers: list[str]) -> list[dict]:
-    right = [question.answers[0] for question in questions]
-    return grouped(questions, [a == b for a, b in zip(right, answers)])
+    return grouped(questions, [answer == question.right for question, answer in zip(questions, answers)])
 
 
 def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
@@ -127,7 +122,7 @@ def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
     "not" is a yes."""
     first = [answer.lower().split(".")[0] for answer in answers]
     said_yes = [not {"no", "not"} & set(re.findall(r"[a-z]+", sentence)) for sentence in first]
-    is_yes = [question.answers[0] == "yes" for question in questions]
+    is_yes = [question.right == "yes" for question in questions]
     hits, n = sum(a and b for a, b in zip(said_yes, is_yes)), len(answers)
     precision, recall = (hits / sum(side) if sum(side) else 0.0 for side in (said_yes, is_yes))
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
@@ -140,10 +135,10 @@ def score_pope(questions: list[Question], answers: list[str]) -> list[dict]:
 
 def score_mmbench(questions: list[Question], answers: list[str]) -> list[dict]:
     """CircularEval: right in every turn of its options; `first turn` is the plain share."""
-    turns: dict[int, list[bool]] = {}
+    turns = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
-        right = choice_letter(answer, question.choices) == question.answers[0]
-        turns.setdefault(int(question.name) % 10 ** 6, []).append(right)
+        is_right = choice_letter(answer, question.choices) == question.right
+        turns[int(question.name) % 10 ** 6].append(is_right)
     first = [question for question in questions if int(question.name) < 10 ** 6]
     rows = grouped(first, [all(marks) for marks in turns.values()])
     return [*rows, mean_row("first turn", [marks[0] for marks in turns.values()])]
@@ -196,7 +191,7 @@ def read_questions(cfg: UnderstandConfig) -> list[Question]:
                           "--benchmark and --questions")
         images, pairs = world.question_set(cfg.count, cfg.seed % 2 ** 32)           # (count, 3, H, W)
         # the first two words of a question are its kind
-        return [Question(str(i), " ".join(text.split()[:2]), images[i], text, [answer])
+        return [Question(str(i), " ".join(text.split()[:2]), images[i], text, answer)
                 for i, (text, answer) in enumerate(pairs)]
     # a stranger's file may be wrong in any way
     try:
@@ -210,7 +205,7 @@ def read_questions(cfg: UnderstandConfig) -> list[Question]:
 
 def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder: Path) -> list[str]:
     """The answers to all questions, in order, written as they come."""
-    asked = repr([(question.name, question.text, question.answers) for question in questions])
+    asked = repr([(question.name, question.text, [question.right]) for question in questions])
     same_settings(folder, {"weights": f"sha256:{fingerprint(model.vlm)[:16]}",
                            "questions": f"sha256:{hashlib.sha256(asked.encode()).hexdigest()[:16]}",
                            "benchmark": cfg.benchmark, "seed": cfg.seed, "dtype": cfg.dtype})
@@ -221,7 +216,7 @@ def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder
         images = torch.stack([tile(question, cfg.images, model) for question in part])      # (B, 3, H, W)
         with precision(model.device, cfg.dtype):
             answers = model.answer(images.to(model.device), [question.text for question in part])
-        records += [{"name": question.name, "question": question.text, "right": question.answers,
+        records += [{"name": question.name, "question": question.text, "right": [question.right],
                      "answer": answer} for question, answer in zip(part, answers)]
         write_lines(path, records)
     return [record["answer"] for record in records]

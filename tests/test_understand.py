@@ -38,7 +38,7 @@ def test_pope(tmp_path: Path) -> None:
     entries = [{"question_id": i, "image": f"{i}.jpg", "text": "Is there a dog in the image?", "label": label}
                for i, label in enumerate(("yes", "yes", "no", "no"))]
     asked = understand.read_pope(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, entries))))
-    assert [q.answers for q in asked] == [["yes"], ["yes"], ["no"], ["no"]]
+    assert [q.right for q in asked] == ["yes", "yes", "no", "no"]
     assert asked[2].image == Path("2.jpg")
     assert asked[0].text.startswith("Is there a dog") and "single word" in asked[0].text
     # the third is a yes since nothing is denied, as the official script has it
@@ -53,7 +53,7 @@ def test_mmbench_asks_every_turn_of_the_options(tmp_path: Path) -> None:
              "8\tWhere?\t\tup\tdown\t\t\tA\tplaces\t7\n")
     asked = understand.read_mmbench(write(tmp_path / "m.tsv", table))
     assert [q.name for q in asked] == ["7", "1000007", "2000007", "8", "1000008"]
-    assert [q.answers[0] for q in asked] == ["B", "A", "C", "A", "B"] and asked[4].image == asked[0].image
+    assert [q.right for q in asked] == ["B", "A", "C", "A", "B"] and asked[4].image == asked[0].image
     assert asked[1].text == ("Look.\nWhich?\u2028One?\nA. blue\nB. pink\nC. red\n"
                              "Answer with the option's letter from the given choices directly.")
     assert values("mmbench", asked, ["B", "(A)", "C. red", "A", "A"]) == {
@@ -136,10 +136,10 @@ def test_the_untouched_model_is_asked_the_same(pope: list[str], monkeypatch: pyt
 
 def test_pictures_of_questions_may_be_bytes() -> None:
     seer, content = Seer(), FILE.getvalue()
-    got = understand.tile(Question("q", "all", content, "", []), "", seer)
+    got = understand.tile(Question("q", "all", content, "", ""), "", seer)
     assert torch.equal(got, torch.from_numpy(PIXELS).permute(2, 0, 1) / 255)
     with pytest.raises(Refused, match="question q: "):
-        understand.tile(Question("q", "all", content[:400], "", []), "", seer)
+        understand.tile(Question("q", "all", content[:400], "", ""), "", seer)
 
 
 def test_nano_s_questions_are_marked_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
