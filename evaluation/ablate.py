@@ -1,12 +1,8 @@
 """What does each part of the method add? `python evaluate.py ablate`: many nano models, trained, in 13 rows.
 
-    layers   stages 1 and 2 from stage 0: all layers, without a region, every other layer, the last layer
-             only, without the LIM's LayerNorm
-    ldam     stage 3 from one stage 2: without LDAM, with it at the paper's thresholds, and at thresholds at
-             which it fires on nano, its noise for an epoch or kept, and without one of its two gates
-
-The rows of the paper's Table 3 are among them. The supplement's Figures 1-3 are supplement.png: LDAM at nano
-thresholds (red) against none (blue).
+Rows about layers train stages 1 and 2 from stage 0, rows about LDAM train stage 3 from one stage 2; those of
+the paper's Table 3 are among them. The supplement's Figures 1-3 are supplement.png: LDAM at nano thresholds
+(red) against none (blue).
 
 A run is a row with one seed, in a folder of its own: settings.json holds the flags of its train.py runs,
 row.json what came out. What has its row.json is not trained again; what was interrupted goes on from its
@@ -18,6 +14,7 @@ Letters: B pictures, N queries, E condition width, C h w latent.
 import hashlib
 import itertools
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -32,7 +29,6 @@ from dit import flow_matching_loss, randn
 from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, table
 from evaluation.claims import claim
 from evaluation.layers import draw_all, draw_curves, stage3_log, without_region
-from ldam import REGIONS
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
 from pictures import panels
@@ -43,7 +39,7 @@ MEASURES = ("judge", *REWARDS, "loss")                  # only the loss is bette
 SUPPLEMENT = {"pickscore": 1, "aesthetic": 2, "clip": 3}                # reward -> number of its figure
 # Where the paper asks for a jump of 100, the largest of nano's gradient norm is 14; one epoch in eight has
 # one of 2.5.
-AT_NANO = ["--ldam-spike=2.5"]
+AT_NANO = "--ldam-spike=2.5"
 # What a model is scored by: a picture of each prompt of the nano benchmark, and pictures for the held-out
 # loss. The noise is the same for all rows and all training seeds.
 NUM_LOSS = 256
@@ -54,25 +50,26 @@ class Row(NamedTuple):
     title: str
     family: str                     # "layers" or "ldam"
     paper: float | None = None      # GenEval, overall, of the paper's Table 3
-    own: list[str] = []             # what it adds to the flags of stage 3
+    own: list[str] = []             # what it adds to the flags of its first stage
+    fused: Callable | None = None   # number of layers -> those that are fused; None: all
 
 
 ROWS = {
     "all": Row("all layers", "layers", 0.87),
-    "no-shallow": Row("no shallow layers", "layers", 0.82),
-    "no-middle": Row("no middle layers", "layers", 0.85),
-    "no-deep": Row("no deep layers", "layers", 0.84),
-    "every-other": Row("every other layer", "layers", 0.86),
-    "no-norm": Row("no LayerNorm", "layers", 0.73),
-    "last": Row("last layer only", "layers"),
+    "no-shallow": Row("no shallow layers", "layers", 0.82, fused=lambda L: without_region("shallow", L)),
+    "no-middle": Row("no middle layers", "layers", 0.85, fused=lambda L: without_region("middle", L)),
+    "no-deep": Row("no deep layers", "layers", 0.84, fused=lambda L: without_region("deep", L)),
+    "every-other": Row("every other layer", "layers", 0.86, fused=lambda L: range(2 - L % 2, L + 1, 2)),
+    "no-norm": Row("no LayerNorm", "layers", 0.73, own=["--no-norm"]),
+    "last": Row("last layer only", "layers", fused=lambda L: [L]),
     "no-ldam": Row("no LDAM", "ldam", own=["--no-ldam"]),
     "ldam": Row("LDAM, the paper's thresholds", "ldam", 0.87),
-    "ldam-epoch": Row("LDAM, nano thresholds, noise for an epoch", "ldam", own=AT_NANO),
-    "ldam-keep": Row("LDAM, nano thresholds, noise kept", "ldam", own=[*AT_NANO, "--ldam-mode=keep"]),
+    "ldam-epoch": Row("LDAM, nano thresholds, noise for an epoch", "ldam", own=[AT_NANO]),
+    "ldam-keep": Row("LDAM, nano thresholds, noise kept", "ldam", own=[AT_NANO, "--ldam-mode=keep"]),
     "no-grad-norm": Row("LDAM, nano thresholds, no gradient-norm gate", "ldam", 0.86,
-                        [*AT_NANO, "--no-ldam-use-grad-norm"]),
+                        [AT_NANO, "--no-ldam-use-grad-norm"]),
     "no-reward": Row("LDAM, nano thresholds, no reward gate", "ldam", 0.86,
-                     [*AT_NANO, "--no-ldam-use-reward"])}
+                     [AT_NANO, "--no-ldam-use-reward"])}
 PAPER_NOTE = ("Table 3's \"Ours\", 0.87, stands beside all layers, here without stage 3, and beside LDAM: "
               "the paper does not say which of them it is.")
 # claim, the row that is better by it, the other row
@@ -115,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict:
     return summarise(cfg)
 
 
-# ----------------------------------------------------------------------------- the flags of a run
+# ----------------------------------------------------------------------------- one run
 
 def run_folder(cfg: AblateConfig, name: str, seed: int) -> Path:
     return Path(cfg.out) / f"{name}-seed{seed}"
@@ -126,48 +123,37 @@ def flags(**values: object) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def layer_flags(name: str, L: int) -> list[str]:
-    """What a row about layers adds to stage 1."""
-    if name == "no-norm":
-        return ["--no-norm"]
-    fused = {"last": [L], "every-other": list(range(2 - L % 2, L + 1, 2))}
-    fused |= {f"no-{region}": without_region(region, L) for region in REGIONS}
-    return flags(layers=",".join(map(str, fused[name]))) if name in fused else []
-
-
 def make_plan(cfg: AblateConfig, name: str, seed: int) -> dict:
     """All that a run depends on: the train.py flags of its stages, in order, and the weights."""
-    folder, parts = run_folder(cfg, name, seed), weights_folder("nano", cfg.weights)
+    row, folder, parts = ROWS[name], run_folder(cfg, name, seed), weights_folder("nano", cfg.weights)
     shared = flags(seed=seed, weights=cfg.weights, resume="auto", keep=1)
-    if ROWS[name].family == "layers":
+    if row.family == "layers":
         before, stages = "none", []
         for n, steps in ((1, cfg.stage1_steps), (2, cfg.stage2_steps)):
             own = flags(steps=steps, warmup=max(1, steps // 10), batch_size=64, micro_batch=64, dtype="bf16",
                         save_every=50)
             stages.append(flags(stage=n, init=before, run_dir=folder / f"stage{n}") + shared + own)
             before = folder / f"stage{n}" / f"stage{n}.safetensors"
-        stages[0] += layer_flags(name, PRESETS["nano"].vlm_layers)
     else:
         own = flags(steps=cfg.stage3_steps, num_groups=3, group_size=8, micro_batch=24, num_steps=4,
                     num_eval=24, eval_steps=DRAWING.num_steps, eval_every=10_000, save_every=10)
         start = flags(stage=3, init=parts / "stage2.safetensors", run_dir=folder / "stage3")
-        stages = [start + shared + own + ROWS[name].own]
-    return {"stages": stages, "weights": cfg.weights, "sha256": weights_digest(parts)}
-
-
-def weights_digest(parts: Path) -> str:
-    """Of the weights that a run starts from and is scored by: others must not share its table."""
+        stages = [start + shared + own]
+    stages[0] += row.own
+    if row.fused:
+        stages[0] += flags(layers=",".join(map(str, row.fused(PRESETS["nano"].vlm_layers))))
+    # runs from other weights must not share a table
     files = [path.read_bytes() for path in sorted(parts.rglob("*.safetensors"))]
-    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join(files)).hexdigest()[:16]
+    return {"stages": stages, "weights": cfg.weights, "sha256": digest}
 
-
-# ----------------------------------------------------------------------------- one run
 
 def run_row(folder: Path, plan: dict) -> bool:
     """Train what the plan says, from where it was left, and score it. False if a signal stopped it."""
     for stage in plan["stages"]:
-        number, run_dir = (stage[stage.index(flag) + 1] for flag in ("--stage", "--run-dir"))
-        weights = Path(run_dir) / f"stage{number}.safetensors"
+        # its flags begin with --stage N
+        name = f"stage{stage[1]}"
+        weights = folder / name / f"{name}.safetensors"
         if not weights.is_file() and not train.main(stage):
             return False
     write_json(folder / "row.json", {"scores": score_run(plan["weights"], weights)})
@@ -189,7 +175,7 @@ def score_run(parts: str, weights: Path) -> dict:
     texts = [prompt.text for prompt in prompts]
     images = draw_all(cfg, model, texts)                                        # (B, 3, H, W)
     judge = world.task_scores(world.judge(images, prompts), prompts)["overall"]
-    scores = {"judge": judge, "loss": heldout_loss(model, NUM_LOSS)}
+    scores = {"judge": judge, "loss": heldout_loss(model)}
     for name in REWARDS:
         reward = build_reward(name, device, weights_folder("nano", "auto"))
         scores[name] = reward(images, texts).mean().item()
@@ -197,11 +183,11 @@ def score_run(parts: str, weights: Path) -> dict:
 
 
 @torch.no_grad()
-def heldout_loss(model: ParaUni, count: int) -> float:
-    """Mean flow-matching loss on `count` pictures whose captions are never trained on, at even times."""
+def heldout_loss(model: ParaUni) -> float:
+    """Mean flow-matching loss on pictures whose captions are never trained on, at even times."""
     rng = np.random.default_rng(derive_seed(DRAWING.seed, "heldout loss"))
     scenes, texts = [], []
-    while len(texts) < count:
+    while len(texts) < NUM_LOSS:
         scene = world.sample_scene(rng)
         prompt = world.sample_prompt(rng, scene, test=True)
         if prompt:
@@ -209,10 +195,10 @@ def heldout_loss(model: ParaUni, count: int) -> float:
             texts.append(prompt.text)
     images = world.render(scenes).to(model.device)                              # (B, 3, H, W)
     x0 = model.vae.encode(images * 2 - 1).float()                               # (B, C, h, w)
-    generators = [generator(DRAWING.seed, "heldout loss", i) for i in range(count)]
+    generators = [generator(DRAWING.seed, "heldout loss", i) for i in range(NUM_LOSS)]
     noise = randn(x0.shape, generators, model.device)                           # (B, C, h, w)
     c = model.condition(texts)                                                  # (B, N, E)
-    t = (torch.arange(count) * 97 % count + 0.5) / count                        # (B,) mixed
+    t = (torch.arange(NUM_LOSS) * 97 % NUM_LOSS + 0.5) / NUM_LOSS               # (B,) mixed
     return flow_matching_loss(model.dit, x0, c, t.to(model.device), noise).item()
 
 
@@ -238,7 +224,7 @@ def summarise(cfg: AblateConfig) -> dict:
         pair = {"LDAM": runs["ldam-epoch"][0]["log"], "no LDAM": runs["no-ldam"][0]["log"]}
         draw_curves(pair, [f"reward/{reward}" for reward in SUPPLEMENT], folder / "supplement.png")
     tables = [table(part) for part in (rows, claims) if part]
-    text = "\n\n".join([*tables, f"Nano thresholds: {AT_NANO[0]}.", PAPER_NOTE])
+    text = "\n\n".join([*tables, f"Nano thresholds: {AT_NANO}.", PAPER_NOTE])
     return finish(cfg, "ablate", {"ablate": rows, "claims": claims}, text)
 
 

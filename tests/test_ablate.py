@@ -82,7 +82,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         finished(folder.parent, folder.name.split("-")[0], int(folder.name[-1]), 0.5)
         return True
     monkeypatch.setattr(ablate, "run_row", run_row)
-    monkeypatch.setattr(ablate, "weights_digest", lambda parts: "")
     return names
 
 
