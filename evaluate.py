@@ -16,9 +16,11 @@ same command; `torchrun --nproc-per-node N` shares the pictures of geneval and d
 
 Letters: B pictures, H W pixels, E embedding.
 """
+import json
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,14 +56,13 @@ def geneval(argv: list[str] | None = None) -> dict:
     if not dist.lead:
         return {}
 
-    images = torch.stack([to_tensor(read_picture(job.path)) for job in jobs])       # (B, 3, H, W)
+    images = torch.stack([to_tensor(read_picture(path)) for path, _, _ in jobs])    # (B, 3, H, W)
     verdicts = dict(zip(keys, world.judge(images, [prompts[i] for i, _ in keys])))
-    write_lines(folder / "verdicts.jsonl", [{"prompt": i, "sample": j, "right": verdicts[i, j],
-                                             "task": prompts[i].task, "text": prompts[i].text}
-                                            for i, j in keys])
-    is_whole = len(keys) == len(prompts) * PER_PROMPT and cfg.per_prompt == PER_PROMPT
-    part = f"{len(keys)} pictures of {len(prompts)} x {PER_PROMPT}"
-    title = title_of("nano GenEval", {part: not is_whole})
+    write_lines(folder / "verdicts.jsonl", [
+        {"prompt": i, "sample": j, "right": right, "task": prompts[i].task, "text": prompts[i].text}
+        for (i, j), right in verdicts.items()])
+    is_part = len(keys) != len(prompts) * PER_PROMPT or cfg.per_prompt != PER_PROMPT
+    title = title_of("nano GenEval", {f"{len(keys)} pictures of {len(prompts)} x {PER_PROMPT}": is_part})
     scores = task_scores(verdicts, [prompt.task for prompt in prompts])
     return finish(cfg, "geneval", {**title, **scores},
                   f"{title['name']}\n{table(scores['tasks'])}\npictures {folder / 'images'}")
@@ -105,9 +106,8 @@ def rewards(argv: list[str] | None = None) -> dict:
         scorers = open_rewards(cfg, model, prompts[0])
         scores.append(score_heldout(model, scorers, prompts, as_in_training, dist))
     rows = paired(*scores)
-    # of each prompt too; JSON has no NaN and no infinity
-    before, after = ({name: [value if math.isfinite(value) else None for value in values]
-                      for name, values in of_file.items()} for of_file in scores)
+    # of each prompt too; JSON has no NaN and no infinity: they become null
+    before, after = json.loads(json.dumps(scores), parse_constant=lambda name: None)
     result = {"baseline": baseline, "rewards": rows, "prompts": prompts, "before": before, "after": after}
     return finish(cfg, "rewards", result, f"before {baseline}\nafter  {cfg.stage_file}\n{table(rows)}")
 
@@ -171,9 +171,8 @@ def reconstruct(argv: list[str] | None = None) -> dict:
             "last layer": draw(cfg, last_model, prompts, seeds, originals, last_layer),
             "another": originals.roll(1, 0)}                                        # (B, 3, H, W) each
     path, columns = Path(cfg.out) / "reconstruct.png", min(8, len(originals))
-    shown = {"original": originals, **kept}
-    rows = [images[:columns] for images in shown.values()]
-    save_sheet(path, torch.cat(rows), columns, titles=list(shown))
+    rows = [images[:columns] for images in (originals, *kept.values())]
+    save_sheet(path, torch.cat(rows), columns, titles=["original", *kept])
 
     folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
     clip, _, picture = load_clip(folder / "clip")
@@ -212,22 +211,22 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * error.log10()                                                      # (B,)
 
 
-def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of pairs of pictures (B, 3, H, W) in [0, 1], (B,) fp64 (Wang et al. 2004).
 
-    Means over every square window inside the picture, sample covariance, constants 0.01 and 0.03, mean over
+    Means over every window of 7 x 7 inside the picture, sample covariance, constants 0.01 and 0.03, mean over
     colours: what scikit-image computes by default.
     """
+    mean = partial(F.avg_pool2d, kernel_size=7, stride=1)
+
+    def covariance(x: Tensor, y: Tensor) -> Tensor:
+        return 49 / 48 * (mean(x * y) - mean(x) * mean(y))                          # (B, 3, H - 6, W - 6)
+
     a, b = a.double(), b.double()
-    mean_a, mean_b, aa, bb, ab = (F.avg_pool2d(x, window, 1) for x in (a, b, a * a, b * b, a * b))
-    sample = window ** 2 / (window ** 2 - 1)
-    var_a = sample * (aa - mean_a ** 2)                                             # (B, 3, H - 6, W - 6)
-    var_b = sample * (bb - mean_b ** 2)                                             # (B, 3, H - 6, W - 6)
-    cov = sample * (ab - mean_a * mean_b)                                           # (B, 3, H - 6, W - 6)
     c1, c2 = 0.01 ** 2, 0.03 ** 2
-    similar = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    similar = similar / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))   # (B, 3, H - 6, W - 6)
-    return similar.mean((1, 2, 3))                                                  # (B,)
+    similar = (2 * mean(a) * mean(b) + c1) * (2 * covariance(a, b) + c2)
+    total = (mean(a) ** 2 + mean(b) ** 2 + c1) * (covariance(a, a) + covariance(b, b) + c2)
+    return (similar / total).mean((1, 2, 3))                                        # (B,)
 
 
 COMMANDS = {"geneval": geneval, "dpg": dpg.main, "rewards": rewards, "reconstruct": reconstruct,

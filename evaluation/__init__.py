@@ -10,9 +10,10 @@ import csv
 import json
 import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def spread(limit: int, total: int) -> list[int]:
     return [k * total // limit for k in range(limit)]
 
 
-# ----------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------- tables, files
 
 def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
     """Mean and its standard error; None where there are too few values."""
@@ -122,8 +123,6 @@ def finish(cfg: EvalConfig, name: str, result: dict, text: str) -> dict:
     print(f"{text}\nwritten to {path}")
     return result
 
-
-# ----------------------------------------------------------------------------- work that goes on
 
 def same_settings(folder: Path, settings: dict) -> None:
     """Write settings.json into a folder; refuse to go on with work of other settings."""
@@ -173,28 +172,24 @@ def draw(cfg: DrawConfig, model: ParaUni, prompts: list[str], seeds: list[int], 
     return torch.cat(drawn)                                                         # (B, 3, H, W)
 
 
-class Job(NamedTuple):
-    """A file to be drawn: one picture of a prompt, or four in a square."""
-    path: Path
-    text: str
-    seeds: list[int]
+# a file to be drawn, its prompt, and the seed of its picture, or of each of four in a square
+Job = tuple[Path, str, list[int]]
 
 
 def draw_files(cfg: DrawConfig, dist: Dist, jobs: list[Job]) -> None:
     """Draw this process's share of the files that are not there yet, and wait for the others'."""
     model = load(cfg, dist.device)
     same_settings(Path(cfg.out), drawing_settings(cfg, model))
-    todo = [job for job in jobs[dist.rank::dist.world_size] if not job.path.is_file()]
-    per_file = len(jobs[0].seeds)
+    todo = [job for job in jobs[dist.rank::dist.world_size] if not job[0].is_file()]
+    per_file = len(jobs[0][2])
     per_batch = max(1, cfg.batch_size // per_file)
     for first in tqdm(range(0, len(todo), per_batch), unit="batch", disable=not dist.lead):
-        part = todo[first:first + per_batch]
-        prompts = [job.text for job in part for _ in job.seeds]
-        seeds = [seed for job in part for seed in job.seeds]
-        images = draw(cfg, model, prompts, seeds)                                   # (B, 3, H, W)
-        for job, group in zip(part, images.split(per_file)):
+        paths, texts, seeds = zip(*todo[first:first + per_batch])
+        prompts = [text for text in texts for _ in range(per_file)]
+        images = draw(cfg, model, prompts, list(chain(*seeds)))                     # (B, 3, H, W)
+        for path, group in zip(paths, images.split(per_file)):
             # four in a square: top left, top right, bottom left, bottom right
-            save_picture(job.path, make_grid(group, nrow=2, padding=0))
+            save_picture(path, make_grid(group, nrow=2, padding=0))
     wait(dist)
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from common import Dist, Refused, derive_seed, knob, write_json
-from evaluation import (DrawConfig, Job, draw_files, fetched, finish, is_judged, load_judge, mean_and_error,
+from evaluation import (DrawConfig, draw_files, fetched, finish, is_judged, load_judge, mean_and_error,
                         read_csv, read_judged, spread, start, table, title_of, wait)
 from pictures import read_picture
 
@@ -123,8 +123,10 @@ def main(argv: list[str] | None = None) -> dict:
     items = read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist))
     items = [items[i] for i in spread(cfg.limit, len(items))]
     if not cfg.images:
-        jobs = [Job(folder / f"{name}.png", rows[0]["text"],
-                    [derive_seed(cfg.seed, "dpg", name, k) for k in range(4)]) for name, rows in items]
+        jobs = []
+        for name, rows in items:
+            seeds = [derive_seed(cfg.seed, "dpg", name, k) for k in range(4)]
+            jobs.append((folder / f"{name}.png", rows[0]["text"], seeds))
         draw_files(cfg, dist, jobs)
     if cfg.score and not cfg.answers:
         items = [item for item in items if (folder / f"{item[0]}.png").is_file()]

@@ -273,8 +273,7 @@ def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
 
 def sample_job(cfg: GenevalConfig, folder: Path, i: int, j: int, text: str) -> Job:
     """Picture j of prompt i, where GenEval has it."""
-    path = folder / f"{i:05}" / "samples" / f"{j:05}.png"
-    return Job(path, text, [derive_seed(cfg.seed, "geneval", i, j)])
+    return folder / f"{i:05}/samples/{j:05}.png", text, [derive_seed(cfg.seed, "geneval", i, j)]
 
 
 def drawing_jobs(cfg: GenevalConfig, dist: Dist, folder: Path) -> list[Job]:

@@ -282,7 +282,7 @@ def test_pictures_are_drawn_in_geneval_s_layout_and_only_once(tmp_path: Path, pa
 
 def test_processes_share_the_files(tmp_path: Path, painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "wait", lambda dist: None)
-    jobs = [evaluation.Job(tmp_path / f"{i}.png", "x", [i, 50 + i, 100 + i, 150 + i]) for i in range(5)]
+    jobs = [(tmp_path / f"{i}.png", "x", [i, 50 + i, 100 + i, 150 + i]) for i in range(5)]
     for rank, expected in ((1, {1, 3}), (0, {0, 1, 2, 3, 4})):
         evaluation.draw_files(geneval.GenevalConfig(out=str(tmp_path)), Dist(rank, 2, CPU), jobs)
         assert {int(path.stem) for path in tmp_path.glob("?.png")} == expected
