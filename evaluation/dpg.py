@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
-from common import Dist, Refused, derive_seed, knob, write_json
+from common import Refused, derive_seed, knob, write_json
 from evaluation import (DrawConfig, draw_files, fetched, finish, is_judged, load_judge, mean_and_error,
                         read_csv, read_judged, spread, start, table, title_of, wait)
 from pictures import read_picture
@@ -50,7 +50,7 @@ class DpgConfig(DrawConfig):
 def read_items(path: Path) -> list[tuple]:
     """The name (item_id) of each prompt of a question file, and its rows, one for each thing (proposition)
     that it says: `dependency` are those without which it means nothing; `tuple` begins with its category, as
-    "attribute - color (dog, red)"; the question's answer is yes if the picture shows it."""
+    "attribute - color (dog, red)"."""
     items = defaultdict(list)
     for row in read_csv(path):
         name = row["item_id"]
@@ -76,11 +76,10 @@ def tile_scores(rows: list[dict], answers: dict[str, str]) -> dict[str, float]:
 
 
 def dpg_scores(items: list[tuple], answers: dict[str, list[dict]]) -> dict:
-    """DPG's score in percent (mean over prompts of the mean over pictures of the mean over questions), with
-    s.e. over prompts, and the categories.
+    """DPG's score in percent, with s.e. over prompts, and the categories: shares of yes without the
+    dependencies, as official.
 
     answers  item -> {proposition: answer} of each picture; items that are not in it are left out
-    Categories are shares of yes without the dependencies, as official.
     """
     scores, marks = {}, defaultdict(list)
     for name, rows in items:
@@ -122,18 +121,40 @@ def main(argv: list[str] | None = None) -> dict:
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
     items = read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist))
     items = [items[i] for i in spread(cfg.limit, len(items))]
+    # pictures, four of each prompt
     if not cfg.images:
         jobs = []
         for name, rows in items:
             seeds = [derive_seed(cfg.seed, "dpg", name, k) for k in range(4)]
             jobs.append((folder / f"{name}.png", rows[0]["text"], seeds))
         draw_files(cfg, dist, jobs)
-    if cfg.score and not cfg.answers:
+    if not cfg.score:
+        return {}
+
+    # answers about each of the four, shared by the processes
+    if not cfg.answers:
         items = [item for item in items if (folder / f"{item[0]}.png").is_file()]
         if not items:
             raise Refused(f"expected grids called ITEM_ID.png in {folder}, found none")
-        ask_all(cfg, dist, folder, items)
-    if not cfg.score or not dist.lead:
+        vqa = Answerer(cfg.vqa, dist.device)
+        for name, rows in tqdm(items[dist.rank::dist.world_size], disable=not dist.lead):
+            grid, path = folder / f"{name}.png", out / "answers" / f"{name}.json"
+            questions = {row["proposition_id"]: row["question_natural_language"] for row in rows}
+            digest = sha256(grid.read_bytes()).hexdigest()
+            made_of = {"judge": vqa.name, "sha256": digest, "questions": questions}
+            if is_judged(path, made_of):
+                continue
+            picture = read_picture(grid)
+            side, odd = divmod(picture.width, 2)
+            if picture.width != picture.height or odd:
+                raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size}")
+            answers = []
+            for y, x in itertools.product((0, side), (0, side)):
+                tile = picture.crop((x, y, x + side, y + side))
+                answers.append(dict(zip(questions, vqa(tile, list(questions.values())))))
+            write_json(path, {**made_of, "items": {name: answers}})
+        wait(dist)
+    if not dist.lead:
         return {}
 
     judge, answers = read_judged(Path(cfg.answers or out / "answers"))
@@ -143,25 +164,3 @@ def main(argv: list[str] | None = None) -> dict:
                                    "the judge is not mPLUG-large": "mplug" not in judge.lower()})
     return finish(cfg, "dpg", {**title, "judge": judge, **scores},
                   f"{title['name']}\njudge {judge}\n{table(scores['rows'])}")
-
-
-def ask_all(cfg: DpgConfig, dist: Dist, folder: Path, items: list[tuple]) -> None:
-    """Answers about each of the four pictures of all grids, shared by the processes."""
-    vqa = Answerer(cfg.vqa, dist.device)
-    for name, rows in tqdm(items[dist.rank::dist.world_size], disable=not dist.lead):
-        grid = folder / f"{name}.png"
-        path = Path(cfg.out) / "answers" / f"{name}.json"
-        questions = {row["proposition_id"]: row["question_natural_language"] for row in rows}
-        made_of = {"judge": vqa.name, "sha256": sha256(grid.read_bytes()).hexdigest(), "questions": questions}
-        if is_judged(path, made_of):
-            continue
-        picture = read_picture(grid)
-        side, odd = divmod(picture.width, 2)
-        if picture.width != picture.height or odd:
-            raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size} pixels")
-        answers = []
-        for y, x in itertools.product((0, side), (0, side)):
-            tile = picture.crop((x, y, x + side, y + side))
-            answers.append(dict(zip(questions, vqa(tile, list(questions.values())))))
-        write_json(path, {**made_of, "items": {name: answers}})
-    wait(dist)

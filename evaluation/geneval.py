@@ -236,32 +236,56 @@ class ColorNamer:
 
 # ----------------------------------------------------------------------------- the command
 
+def sample_job(cfg: GenevalConfig, folder: Path, i: int, j: int, text: str) -> Job:
+    """Picture j of prompt i, where GenEval has it."""
+    return folder / f"{i:05}/samples/{j:05}.png", text, [derive_seed(cfg.seed, "geneval", i, j)]
+
+
 def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
     """Draw, detect, judge, each unless it is there. {} with --no-score, and on all ranks but the first."""
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
+    # pictures, those of a prompt in a folder with its metadata.jsonl
     if not cfg.images:
-        draw_files(cfg, dist, drawing_jobs(cfg, dist, folder))
-    prompts = read_layout(folder)
-    requests = [request for request, _ in prompts.values()]
+        lines = read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))
+        jobs = []
+        for i in spread(cfg.limit, len(lines)):
+            path, request = folder / f"{i:05}" / "metadata.jsonl", json.loads(lines[i])
+            if path.is_file() and read_json(path) != request:
+                raise Refused(f"{path} asks for something else than --metadata there: choose another --out")
+            if dist.lead:
+                write_lines(path, [request])
+            jobs += [sample_job(cfg, folder, i, j, request["prompt"]) for j in range(cfg.per_prompt)]
+        draw_files(cfg, dist, jobs)
+
+    # of each prompt its folder, what it asks for, and the names of its pictures
+    prompts = []
+    for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
+        number = path.parent.name
+        names = [f"{number}/samples/{picture.name}" for picture in sorted(path.parent.glob("samples/*.png"))]
+        prompts.append((number, read_json(path), names))
+    if not prompts:
+        raise Refused(f"expected folders with metadata.jsonl and samples/00000.png in {folder}, found none")
     if cfg.score and not cfg.detections:
         detect_all(cfg, dist, folder, prompts)
     if not cfg.score or not dist.lead:
         return {}
 
+    # verdicts
     detector, found = read_judged(Path(cfg.detections or out / "detections"))
     wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
     if wrong:
         raise Refused(f"the detections name {sorted(wrong)}, which GenEval calls {list(RENAMED.values())}")
     verdicts, records = {}, []
-    for i, (request, names) in enumerate(prompts.values()):
+    for i, (_, request, names) in enumerate(prompts):
         for j, name in enumerate(names):
             # a picture that is not in `found` is an error: an empty list would say that nothing is there
             right = verdicts[i, j] = verdict(found[name], request)
             records.append({"filename": name, "right": right, "task": request["tag"],
                             "prompt": request["prompt"]})
     write_lines(out / "verdicts.jsonl", records)
+    requests = [request for _, request, _ in prompts]
     scores = task_scores(verdicts, [request["tag"] for request in requests])
-    counts = {len(names) for _, names in prompts.values()}
+    counts = {len(names) for *_, names in prompts}
     title = title_of("GenEval", {
         f"{len(prompts)} prompts that are not the published 553": prompts_digest(requests) != PROMPTS_DIGEST,
         f"prompts without exactly {PER_PROMPT} pictures": counts != {PER_PROMPT},
@@ -271,48 +295,16 @@ def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
                   f"verdicts {out / 'verdicts.jsonl'}")
 
 
-def sample_job(cfg: GenevalConfig, folder: Path, i: int, j: int, text: str) -> Job:
-    """Picture j of prompt i, where GenEval has it."""
-    return folder / f"{i:05}/samples/{j:05}.png", text, [derive_seed(cfg.seed, "geneval", i, j)]
-
-
-def drawing_jobs(cfg: GenevalConfig, dist: Dist, folder: Path) -> list[Job]:
-    """What is to be drawn, after each prompt's metadata.jsonl has been written, or found to be the same."""
-    lines = read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))
-    jobs = []
-    for i in spread(cfg.limit, len(lines)):
-        path, request = folder / f"{i:05}" / "metadata.jsonl", json.loads(lines[i])
-        if path.is_file() and read_json(path) != request:
-            raise Refused(f"{path} asks for something else than --metadata there: choose another --out")
-        if dist.lead:
-            write_lines(path, [request])
-        jobs += [sample_job(cfg, folder, i, j, request["prompt"]) for j in range(cfg.per_prompt)]
-    return jobs
-
-
-def read_layout(folder: Path) -> dict[str, tuple[dict, list[str]]]:
-    """{"00000": (what its metadata.jsonl asks for, its pictures, as "00000/samples/00000.png")}"""
-    prompts = {}
-    for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
-        pictures = sorted(path.parent.glob("samples/*.png"))
-        names = [picture.relative_to(folder).as_posix() for picture in pictures]
-        prompts[path.parent.name] = read_json(path), names
-    if not prompts:
-        raise Refused(f"expected folders with metadata.jsonl and samples/00000.png in {folder}, found none")
-    return prompts
-
-
-def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: dict[str, tuple]) -> None:
+def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[tuple]) -> None:
     """Detections of all prompts, shared by the processes."""
     # the CLIP that names colours is that of the published CLIP score
     namer = ColorNamer(weights_folder("rewards", "auto") / "clip", dist.device)
     detector = Detector(cfg.detector, dist.device)
-    asked = {clause["class"] for request, _ in prompts.values() for clause in request["include"]}
+    asked = {clause["class"] for _, request, _ in prompts for clause in request["include"]}
     unknown = sorted(asked - set(detector.classes))
     if unknown:
         raise Refused(f"{cfg.detector} does not know {unknown[:3]}")
-    for number in tqdm(list(prompts)[dist.rank::dist.world_size], disable=not dist.lead):
-        request, names = prompts[number]
+    for number, request, names in tqdm(prompts[dist.rank::dist.world_size], disable=not dist.lead):
         path = Path(cfg.out) / "detections" / f"{number}.json"
         digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in names}
         made_of = {"judge": detector.name, "clip": namer.name, "request": request, "sha256": digests}
