@@ -97,9 +97,8 @@ class AblateConfig:
 def main(argv: list[str] | None = None) -> dict:
     """Train every row over several seeds; table, plots and verdicts. Returns the rows of the tables "ablate"
     and "claims"; {} if stopped."""
-    cfg = parse_config(AblateConfig, argv, description=__doc__.splitlines()[0])
-    unknown = set(cfg.rows) - set(ROWS)
-    if unknown or cfg.seeds < 2:
+    cfg = parse_config(AblateConfig, argv, description=__doc__.split("\n")[0])
+    if not set(cfg.rows) <= set(ROWS) or cfg.seeds < 2:
         raise Refused(f"expected --rows to be some of {', '.join(ROWS)} and --seeds at least 2, got "
                       f"{', '.join(cfg.rows)} and {cfg.seeds}")
     for name, seed in itertools.product(cfg.rows, range(cfg.seeds)):
@@ -206,10 +205,23 @@ def heldout_loss(model: ParaUni) -> float:
 
 def summarise(cfg: AblateConfig) -> dict:
     """Every finished row of this folder, of the seeds asked for: table, plots, claims."""
-    folder, runs = Path(cfg.out), read_runs(cfg)
-    rows = [table_row(name, runs) for name in runs]
+    # {row: {seed: scores}}
+    runs: dict[str, dict[int, dict]] = {}
+    for name, seed in itertools.product(ROWS, range(cfg.seeds)):
+        run = run_folder(cfg, name, seed)
+        if not (run / "row.json").is_file():
+            continue
+        scores = runs.setdefault(name, {})[seed] = read_json(run / "row.json")["scores"]
+        # of a stage 3 also its log, and the mean of each reward in training, in its own phase
+        if ROWS[name].family == "ldam":
+            scores["log"] = stage3_log(run / "stage3")
+            for reward in SUPPLEMENT:
+                own = [record[f"reward/{reward}"] for record in scores["log"] if record["phase"] == reward]
+                scores[f"{reward} in training"] = fmean(value for value in own if value is not None)
+    folder, rows = Path(cfg.out), [table_row(name, runs) for name in runs]
     plot_rows(runs, folder / "ablate.png")
 
+    # what the paper says, each measure by itself
     compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
     compared += [(f"With LDAM {reward} is higher throughout (supplement Figure {number})", "ldam-epoch",
                   "no-ldam", f"{reward} in training") for reward, number in SUPPLEMENT.items()]
@@ -226,23 +238,6 @@ def summarise(cfg: AblateConfig) -> dict:
     tables = [table(part) for part in (rows, claims) if part]
     text = "\n\n".join([*tables, f"Nano thresholds: {AT_NANO}.", PAPER_NOTE])
     return finish(cfg, "ablate", {"ablate": rows, "claims": claims}, text)
-
-
-def read_runs(cfg: AblateConfig) -> dict:
-    """{row: {seed: scores}} of finished runs. Those of a stage 3 also have its "log", and the mean of each
-    reward in training, in its own phase."""
-    runs = {}
-    for name, seed in itertools.product(ROWS, range(cfg.seeds)):
-        folder = run_folder(cfg, name, seed)
-        if not (folder / "row.json").is_file():
-            continue
-        scores = runs.setdefault(name, {})[seed] = read_json(folder / "row.json")["scores"]
-        if ROWS[name].family == "ldam":
-            scores["log"] = stage3_log(folder / "stage3")
-            for reward in SUPPLEMENT:
-                own = [record[f"reward/{reward}"] for record in scores["log"] if record["phase"] == reward]
-                scores[f"{reward} in training"] = fmean(value for value in own if value is not None)
-    return runs
 
 
 def table_row(name: str, runs: dict) -> dict:

@@ -147,7 +147,8 @@ def main(argv: list[str] | None = None) -> dict:
             picture = read_picture(grid)
             side, odd = divmod(picture.width, 2)
             if picture.width != picture.height or odd:
-                raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size}")
+                raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size} "
+                              "pixels")
             answers = []
             for y, x in itertools.product((0, side), (0, side)):
                 tile = picture.crop((x, y, x + side, y + side))

@@ -2,7 +2,7 @@
 
 The runs of train.py are compared in the same charts; then come the pictures of each, and their flags. The
 file holds everything, pictures as data. It runs no script and fetches nothing, and a content policy in it
-forbids both; texts from files are escaped. Left out: what lies in subfolders, and links.
+forbids both; texts from files are escaped.
 """
 import base64
 import html
@@ -18,7 +18,6 @@ from evaluation import read_json
 from evaluation.claims import COLORS, draw_curve
 from pictures import panels, read_picture
 
-MAX_WIDTH = 1600                # pixels; wider pictures are made smaller
 # the numbers in a log that are drawn, in this order
 CHARTS = ("reward/", "heldout/", "loss", "kl", "grad_norm", "ratio_dev", "clip_frac", "zero_std",
           "ldam/gamma_raw", "ldam/r_s", "lr", "skipped", "time/")
@@ -48,14 +47,24 @@ class ReportConfig:
 
 def main(argv: list[str] | None = None) -> dict:
     """Write the report. Returns its "path"."""
-    cfg = parse_config(ReportConfig, argv, description=__doc__.splitlines()[0])
+    cfg = parse_config(ReportConfig, argv, description=__doc__.split("\n")[0])
     folders = [Path(folder) for folder in cfg.folders]
     if not folders or not all((folder / "metrics.jsonl").is_file() for folder in folders):
         raise Refused(f"expected run folders, with a metrics.jsonl, got {' '.join(cfg.folders) or 'none'}")
     parts = [f"<h1>ParaUni: {text(cfg.folders)}</h1><h2>Curves</h2>"]
     parts.append(charts({folder: read_log(folder / "metrics.jsonl") for folder in folders}))
     for folder in folders:
-        parts += [f"<h2>{text(folder)}</h2>", *map(show, pictures_of(folder))]
+        parts.append(f"<h2>{text(folder)}</h2>")
+        # not of subfolders; links may lead anywhere
+        files = [path for path in sorted(folder.glob("*.png")) if path.is_file() and not path.is_symlink()]
+        # of what was drawn while training the first and the last
+        epochs = [path for path in files if path.name.startswith("epoch-")]
+        for path in files:
+            if path not in epochs[1:-1]:
+                picture = read_picture(path)
+                picture.thumbnail((1600, picture.height))
+                caption = f"<figcaption>{text(path.name)}</figcaption>"
+                parts.append(f'<figure class="scroll">{embed(picture.save, path.name)}{caption}</figure>')
     parts += ["<h2>Configuration</h2>", config_table(folders)]
     with atomic(cfg.out) as temporary:
         temporary.write_text(PAGE % "\n".join(parts), encoding="utf-8")
@@ -78,24 +87,10 @@ def embed(save: Callable, name: str) -> str:
     return f'<img alt="{text(name)}" src="data:image/png;base64,{data}">'
 
 
-def pictures_of(folder: Path) -> list[Path]:
-    """Those of a run; of what it drew while training the first and the last. Links may lead anywhere."""
-    files = [path for path in sorted(folder.glob("*.png")) if path.is_file() and not path.is_symlink()]
-    epochs = [path for path in files if path.name.startswith("epoch-")]
-    return [path for path in files if path not in epochs[1:-1]]
-
-
-def show(path: Path) -> str:
-    picture = read_picture(path)
-    picture.thumbnail((MAX_WIDTH, picture.height))
-    caption = f"<figcaption>{text(path.name)}</figcaption>"
-    return f'<figure class="scroll">{embed(picture.save, path.name)}{caption}</figure>'
-
-
 def charts(logs: dict[Path, list[dict]]) -> str:
     """A chart for each number in the logs that changes, all runs in it."""
     records = [record for log in logs.values() for record in log]
-    names = sorted({name for record in records for name in record})
+    names = sorted(set(itertools.chain(*records)))
     parts, constant = [], []
     for name in [name for start in CHARTS for name in names if name.startswith(start)]:
         if len({record.get(name) for record in records} - {None}) < 2:
@@ -115,7 +110,7 @@ def charts(logs: dict[Path, list[dict]]) -> str:
 def config_table(folders: list[Path]) -> str:
     """Every flag of every run; those that differ come first."""
     configs = [read_json(folder / "config.json") for folder in folders]
-    names = dict.fromkeys(name for config in configs for name in config)
+    names = dict.fromkeys(itertools.chain(*configs))
     rows = [[name, *(config.get(name) for config in configs)] for name in names]
     # false goes before true
     rows.sort(key=lambda row: len(set(map(json.dumps, row[1:]))) == 1)
