@@ -134,9 +134,6 @@ def compare(argv: list[str] | None = None) -> dict:
     return finish(cfg, "compare", {"prompts": prompts}, f"pictures {path}")
 
 
-KEEP = "Keep the image as it is."                           # the paper's prompt (supplement, section 4)
-
-
 @dataclass(frozen=True)
 class ReconstructConfig(DrawConfig):
     stage_file: str = knob("auto", "weights trained with all layers; auto: the newest in --weights")
@@ -163,7 +160,8 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     last_model, last_layer = model, [model.preset.vlm_layers]
     if cfg.last_layer_file:
         last_model, last_layer = load(cfg, dist.device, cfg.last_layer_file), None
-    prompts = [KEEP] * len(originals)
+    # the paper's prompt (supplement, section 4)
+    prompts = ["Keep the image as it is."] * len(originals)
     decoded = [model.decode(model.vae.encode(part.to(model.device) * 2 - 1)).cpu()
                for part in originals.split(cfg.batch_size)]                         # of (b, 3, H, W)
     kept = {"autoencoder": torch.cat(decoded),
@@ -184,11 +182,10 @@ def reconstruct(argv: list[str] | None = None) -> dict:
              for name, images in kept.items()}
     rows = paired(marks["last layer"], marks["all layers"])
     ends = paired(marks["another"], marks["autoencoder"])
-    last_layer = cfg.last_layer_file or "the same weights, read at the last layer"
-    result = {"last_layer": last_layer, "table": rows, "ends": ends}
-    return finish(cfg, "reconstruct", result, f"before: {last_layer}; after: all layers\n{table(rows)}\n\n"
-                                              f"before: another picture; after: the autoencoder alone\n"
-                                              f"{table(ends)}\npictures {path}")
+    before = cfg.last_layer_file or "the same weights, read at the last layer"
+    return finish(cfg, "reconstruct", {"last_layer": before, "table": rows, "ends": ends},
+                  f"before: {before}; after: all layers\n{table(rows)}\n\n"
+                  f"before: another picture; after: the autoencoder alone\n{table(ends)}\npictures {path}")
 
 
 def pictures_to_keep(cfg: ReconstructConfig, model: ParaUni) -> Tensor:
@@ -207,8 +204,7 @@ def pictures_to_keep(cfg: ReconstructConfig, model: ParaUni) -> Tensor:
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio, dB, of pairs of pictures (B, 3, H, W) in [0, 1], (B,) fp64."""
-    error = (a.double() - b.double()).square().mean((1, 2, 3))                      # (B,)
-    return -10 * error.log10()                                                      # (B,)
+    return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10()         # (B,)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

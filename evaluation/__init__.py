@@ -214,11 +214,6 @@ def load_judge(kind: type, source: str, device: torch.device) -> tuple[nn.Module
     return model.eval().to(device), f"{source} sha256:{fingerprint(model)[:16]}"
 
 
-def is_judged(path: Path, made_of: dict) -> bool:
-    """Is a judge's file there, and made of just the same: the judge's name, digests of pictures ...?"""
-    return path.is_file() and made_of.items() <= read_json(path).items()
-
-
 def read_judged(path: Path) -> tuple[str, dict]:
     """What one judge said, from a file or a folder of some: {"judge": name, "items": {item: what it said}}.
     Returns the name, and the items of all files together."""
@@ -230,10 +225,8 @@ def read_judged(path: Path) -> tuple[str, dict]:
 
 
 def title_of(benchmark: str, lacks: dict[str, bool]) -> dict:
-    """What is not the whole benchmark, or not by its own judge, does not bear its name alone.
-
-    lacks  what may be said against it -> is it so?
-    """
+    """What is not the whole benchmark, or not by its own judge, does not bear its name alone. lacks: what may
+    be said against it, and whether it is so."""
     found = [text for text, is_so in lacks.items() if is_so]
     name = f"{benchmark}'s rules, not the benchmark: {'; '.join(found)}" if found else benchmark
     return {"name": name, "benchmark": not found}

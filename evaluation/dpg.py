@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from common import Refused, derive_seed, knob, write_json
-from evaluation import (DrawConfig, draw_files, fetched, finish, is_judged, load_judge, mean_and_error,
-                        read_csv, read_judged, spread, start, table, title_of, wait)
+from evaluation import (DrawConfig, draw_files, fetched, finish, load_judge, mean_and_error, read_csv,
+                        read_json, read_judged, spread, start, table, title_of, wait)
 from pictures import read_picture
 
 QUESTIONS_URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -44,8 +44,6 @@ class DpgConfig(DrawConfig):
     limit: int = knob(0, "prompts, evenly spread over the file's, for a quick look; 0: all of them")
     score: bool = knob(True, "score the pictures; --no-score only draws them")
 
-
-# ----------------------------------------------------------------------------- the rule
 
 def read_items(path: Path) -> list[tuple]:
     """The name (item_id) of each prompt of a question file, and its rows, one for each thing (proposition)
@@ -142,7 +140,8 @@ def main(argv: list[str] | None = None) -> dict:
             questions = {row["proposition_id"]: row["question_natural_language"] for row in rows}
             digest = sha256(grid.read_bytes()).hexdigest()
             made_of = {"judge": vqa.name, "sha256": digest, "questions": questions}
-            if is_judged(path, made_of):
+            # the same judge has seen the same pictures
+            if path.is_file() and made_of.items() <= read_json(path).items():
                 continue
             picture = read_picture(grid)
             side, odd = divmod(picture.width, 2)

@@ -75,16 +75,14 @@ def read_mmbench(path: Path) -> list[Question]:
         right = LETTERS[:len(choices)].index(row["answer"])
         hint = f"{row['hint']}\n" if row.get("hint") else ""
         for turn in range(len(choices)):
-            turned = choices[turn:] + choices[:turn]
             name = str(int(index) + turn * 10 ** 6)
-            options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, turned))
+            options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices))
             text = f"{hint}{row['question']}\n{options}{LETTER}"
             answer = LETTERS[(right - turn) % len(choices)]
-            questions.append(Question(name, row["category"], pictures[index], text, answer, turned))
+            questions.append(Question(name, row["category"], pictures[index], text, answer, choices))
+            choices = choices[1:] + choices[:1]
     return questions
 
-
-# ----------------------------------------------------------------------------- metrics
 
 def choice_letter(answer: str, choices: list[str]) -> str:
     """The letter of the chosen option: at the start, in brackets or at the end; else that of the only option
