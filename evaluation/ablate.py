@@ -14,7 +14,6 @@ Letters: B pictures, N queries, E condition width, C h w latent.
 import hashlib
 import itertools
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +28,7 @@ from dit import flow_matching_loss, randn
 from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, table
 from evaluation.claims import claim
 from evaluation.layers import draw_all, draw_curves, stage3_log, without_region
+from ldam import REGIONS
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
 from pictures import panels
@@ -51,17 +51,16 @@ class Row(NamedTuple):
     family: str                     # "layers" or "ldam"
     paper: float | None = None      # GenEval, overall, of the paper's Table 3
     own: list[str] = []             # what it adds to the flags of its first stage
-    fused: Callable | None = None   # number of layers -> those that are fused; None: all
 
 
 ROWS = {
     "all": Row("all layers", "layers", 0.87),
-    "no-shallow": Row("no shallow layers", "layers", 0.82, fused=lambda L: without_region("shallow", L)),
-    "no-middle": Row("no middle layers", "layers", 0.85, fused=lambda L: without_region("middle", L)),
-    "no-deep": Row("no deep layers", "layers", 0.84, fused=lambda L: without_region("deep", L)),
-    "every-other": Row("every other layer", "layers", 0.86, fused=lambda L: range(2 - L % 2, L + 1, 2)),
+    "no-shallow": Row("no shallow layers", "layers", 0.82),
+    "no-middle": Row("no middle layers", "layers", 0.85),
+    "no-deep": Row("no deep layers", "layers", 0.84),
+    "every-other": Row("every other layer", "layers", 0.86),
     "no-norm": Row("no LayerNorm", "layers", 0.73, own=["--no-norm"]),
-    "last": Row("last layer only", "layers", fused=lambda L: [L]),
+    "last": Row("last layer only", "layers"),
     "no-ldam": Row("no LDAM", "ldam", own=["--no-ldam"]),
     "ldam": Row("LDAM, the paper's thresholds", "ldam", 0.87),
     "ldam-epoch": Row("LDAM, nano thresholds, noise for an epoch", "ldam", own=[AT_NANO]),
@@ -139,8 +138,13 @@ def make_plan(cfg: AblateConfig, name: str, seed: int) -> dict:
         start = flags(stage=3, init=parts / "stage2.safetensors", run_dir=folder / "stage3")
         stages = [start + shared + own]
     stages[0] += row.own
-    if row.fused:
-        stages[0] += flags(layers=",".join(map(str, row.fused(PRESETS["nano"].vlm_layers))))
+
+    # fewer layers than all
+    L = PRESETS["nano"].vlm_layers
+    fused = {"last": [L], "every-other": range(2 - L % 2, L + 1, 2)}
+    fused |= {f"no-{region}": without_region(region, L) for region in REGIONS}
+    if name in fused:
+        stages[0] += flags(layers=",".join(map(str, fused[name])))
     # runs from other weights must not share a table
     files = [path.read_bytes() for path in sorted(parts.rglob("*.safetensors"))]
     digest = hashlib.sha256(b"".join(files)).hexdigest()[:16]
