@@ -73,15 +73,16 @@ def paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> lis
     s.e.). Pairs that lack a finite score on either side are left out; n counts the others."""
     rows = []
     for name in before:
-        pairs = [(a, b) for a, b in zip(before[name], after[name], strict=True)
-                 if math.isfinite(a) and math.isfinite(b)]
+        pairs = [pair for pair in zip(before[name], after[name], strict=True)
+                 if all(map(math.isfinite, pair))]
         row = {"measure": name}
         row["before"], row["before s.e."] = mean_and_error([a for a, _ in pairs])
         row["after"], row["after s.e."] = mean_and_error([b for _, b in pairs])
         row["change"], error = mean_and_error([b - a for a, b in pairs])
         row["95 % from"] = None if error is None else row["change"] - 1.96 * error
         row["to"] = None if error is None else row["change"] + 1.96 * error
-        rows.append({**row, "n": len(pairs)})
+        row["n"] = len(pairs)
+        rows.append(row)
     return rows
 
 

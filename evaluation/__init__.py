@@ -217,11 +217,14 @@ def load_judge(kind: type, source: str, device: torch.device) -> tuple[nn.Module
 def read_judged(path: Path) -> tuple[str, dict]:
     """What one judge said, from a file or a folder of some: {"judge": name, "items": {item: what it said}}.
     Returns the name, and the items of all files together."""
-    parts = [read_json(file) for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
-    names = {part["judge"] for part in parts}
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    names, items = set(), {}
+    for part in map(read_json, files):
+        names.add(part["judge"])
+        items |= part["items"]
     if len(names) != 1:
         raise Refused(f"expected what one judge said in {path}, got {sorted(names)}")
-    return names.pop(), {item: said for part in parts for item, said in part["items"].items()}
+    return names.pop(), items
 
 
 def title_of(benchmark: str, lacks: dict[str, bool]) -> dict:

@@ -1,7 +1,6 @@
 """A sentence of the paper and what was measured of it; the figures of `layers`, `ablate` and `report`."""
-from collections.abc import Iterable
-
 from matplotlib.axes import Axes
+from torch import Tensor
 
 from evaluation import mean_and_error
 from pictures import smoothed
@@ -13,10 +12,12 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def t_quantile(df: int) -> float:
     """Beyond the table: its expansion in 1/df, at most 0.003 off."""
-    return T95[df - 1] if df <= len(T95) else 1.960 + 2.372 / df + 2.822 / df ** 2
+    if df <= len(T95):
+        return T95[df - 1]
+    return 1.960 + 2.372 / df + 2.822 / df ** 2
 
 
-def claim(text: str, measure: str, values: Iterable[float], over: str = "prompts") -> dict:
+def claim(text: str, measure: str, values: list[float] | Tensor, over: str = "prompts") -> dict:
     """A row of the table of claims: a sentence is supported, contradicted or undecided at 95 %.
 
     measure  what the values are: positive where they speak for the claim

@@ -192,25 +192,26 @@ def figure4_claims(kind: str, every: Tensor, last: Tensor | None = None) -> list
     same = region[i] == region[j]                                               # (P,)
     near = j - i == 1                                                           # (P,)
     every = every[:, i, j].double()                                             # (B, P)
-
     # a cluster ends at its border: judged by neighbours alone, among which nearness plays no part
-    def clusters(maps: Tensor) -> Tensor:
-        return maps[:, near & same].mean(1) - maps[:, near & ~same].mean(1)     # (B,)
+    inside, across = near & same, near & ~same                                  # (P,) each
 
+    def contrast(maps: Tensor, these: Tensor, others: Tensor) -> Tensor:
+        return maps[:, these].mean(1) - maps[:, others].mean(1)                 # (B,)
+
+    clusters = contrast(every, inside, across)                                  # (B,)
     found = [
-        ("Adjacent layers are more alike than others", "adjacent - others",
-         every[:, near].mean(1) - every[:, ~near].mean(1)),
+        ("Adjacent layers are more alike than others", "adjacent - others", contrast(every, near, ~near)),
         ("Layers of one region are more alike than layers of two", "same region - two regions",
-         every[:, same].mean(1) - every[:, ~same].mean(1)),
+         contrast(every, same, ~same)),
         ("Clusters: neighbours are more alike inside a region than across its border",
-         "neighbours, inside - across", clusters(every))]
+         "neighbours, inside - across", clusters)]
     if last is not None:
         last = last[:, i, j].double()                                           # (B, P)
         found += [
             ("Layers are less alike when trained on the last one only", "all pairs, all - last",
              every.mean(1) - last.mean(1)),
             ("Clusters are weaker when trained on the last layer only",
-             "neighbours, inside - across, all - last", clusters(every) - clusters(last))]
+             "neighbours, inside - across, all - last", clusters - contrast(last, inside, across))]
     return [claim(f"{text} (Figure 4, {kind})", f"cosine similarity, {measure}", values)
             for text, measure, values in found]
 

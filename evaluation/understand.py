@@ -6,11 +6,9 @@ Table 3).
     MMBench    a letter    circular accuracy
 
 Metrics are those of each benchmark's own code. Each picture is shown as one square tile, as the model sees it
-everywhere here: InternVL's own evaluation cuts large ones into up to 12.
-
-The VLM is frozen in all stages: --reference asks the untouched one the same, and compares weights too. Left
-out of the paper's table, as frozen weights answer what the published InternVL3 answers: MME, MMMU, TextVQA,
-SEED, RealWorldQA and MM-Vet.
+everywhere here: InternVL's own evaluation cuts large ones into up to 12. The VLM is frozen in all stages:
+--reference asks the untouched one the same, and compares weights too. Left out of the paper's table, as
+frozen weights answer what the published InternVL3 answers: MME, MMMU, TextVQA, SEED, RealWorldQA and MM-Vet.
 
 Letters: B pictures, H W pixels.
 """
