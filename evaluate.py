@@ -36,7 +36,7 @@ from evaluation import (DrawConfig, HeldoutConfig, ScoreConfig, ablate, dpg, dra
                         title_of, understand, write_lines)
 from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, sample_job, task_scores
 from grpo import open_rewards, score_heldout
-from model import PRESETS, ParaUni, weights_folder
+from model import PRESETS, weights_folder
 from nano import world
 from pictures import read_picture, save_sheet
 from rewards import embed_images, load_clip
@@ -123,14 +123,14 @@ class CompareConfig(HeldoutConfig):
 def compare(argv: list[str] | None = None) -> dict:
     """Pictures of two stage files, a row each: same prompts, same noise (paper Figures 3 and 10)."""
     cfg, dist = start(CompareConfig, argv, compare.__doc__)
-    files, rows = (cfg.stage_file, cfg.other), []
-    for file in files:
+    rows, titles = [], []
+    for file in (cfg.stage_file, cfg.other):
         model = load(cfg, dist.device, file)
         prompts = heldout_prompts(cfg, model)
         seeds = [derive_seed(cfg.seed, "picture", i) for i in range(len(prompts))]
         rows.append(draw(cfg, model, prompts, seeds))                               # (B, 3, H, W)
+        titles.append(f"{Path(file).parent.name}\n{Path(file).stem}")
     path = Path(cfg.out) / "compare.png"
-    titles = [f"{Path(file).parent.name}\n{Path(file).stem}" for file in files]
     save_sheet(path, torch.cat(rows), len(prompts), prompts * 2, titles)
     return finish(cfg, "compare", {"prompts": prompts}, f"pictures {path}")
 
@@ -155,7 +155,18 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     """
     cfg, dist = start(ReconstructConfig, argv, reconstruct.__doc__)
     model = load(cfg, dist.device)
-    originals = pictures_to_keep(cfg, model)                                        # (B, 3, H, W)
+    # centre crops of one's own pictures, or held-out pictures of the nano world
+    if cfg.images:
+        paths = sorted(path for path in Path(cfg.images).iterdir() if path.is_file())[:cfg.count]
+        if len(paths) < 2:
+            raise Refused(f"expected at least 2 pictures in {cfg.images}, found {len(paths)}")
+        size = model.preset.image_size, model.preset.image_size
+        crops = [ImageOps.fit(read_picture(path), size, Image.Resampling.BICUBIC) for path in paths]
+        originals = torch.stack(list(map(to_tensor, crops)))                        # (B, 3, H, W)
+    elif model.preset.shapes_world:
+        originals, _ = world.question_set(cfg.count, cfg.seed % 2 ** 32)            # (B, 3, H, W)
+    else:
+        raise Refused(f"preset {cfg.preset} has no pictures of its own: name a folder with --images")
     seeds = [derive_seed(cfg.seed, "reconstruct", i) for i in range(len(originals))]
     # the model that reads its last layer: the same one, or one that was trained so
     last_model, last_layer = model, [model.preset.vlm_layers]
@@ -173,6 +184,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     rows = [images[:columns] for images in (originals, *kept.values())]
     save_sheet(path, torch.cat(rows), columns, titles=["original", *kept])
 
+    # how near they are to the originals
     folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
     clip, _, picture = load_clip(folder / "clip")
     visual = clip.eval().visual
@@ -189,31 +201,14 @@ def reconstruct(argv: list[str] | None = None) -> dict:
                   f"before: another picture; after: the autoencoder alone\n{table(ends)}\npictures {path}")
 
 
-def pictures_to_keep(cfg: ReconstructConfig, model: ParaUni) -> Tensor:
-    """The originals, (count, 3, H, W) in [0, 1]: centre crops of --images, or pictures of the nano world."""
-    if not cfg.images:
-        if not model.preset.shapes_world:
-            raise Refused(f"preset {cfg.preset} has no pictures of its own: name a folder with --images")
-        return world.question_set(cfg.count, cfg.seed % 2 ** 32)[0]
-    paths = sorted(path for path in Path(cfg.images).iterdir() if path.is_file())[:cfg.count]
-    if len(paths) < 2:
-        raise Refused(f"expected at least 2 pictures in {cfg.images}, found {len(paths)}")
-    size = model.preset.image_size, model.preset.image_size
-    return torch.stack([to_tensor(ImageOps.fit(read_picture(path), size, Image.Resampling.BICUBIC))
-                        for path in paths])
-
-
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio, dB, of pairs of pictures (B, 3, H, W) in [0, 1], (B,) fp64."""
     return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10()         # (B,)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of pairs of pictures (B, 3, H, W) in [0, 1], (B,) fp64 (Wang et al. 2004).
-
-    Means over every window of 7 x 7 inside the picture, sample covariance, constants 0.01 and 0.03, mean over
-    colours: what scikit-image computes by default.
-    """
+    """Structural similarity of pairs of pictures (B, 3, H, W) in [0, 1], (B,) fp64 (Wang et al. 2004), over
+    all windows of 7 x 7 and colours: what scikit-image computes by default."""
     mean = partial(F.avg_pool2d, kernel_size=7, stride=1)
 
     def covariance(x: Tensor, y: Tensor) -> Tensor:

@@ -98,8 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
     and "claims"; {} if stopped."""
     cfg = parse_config(AblateConfig, argv, description=__doc__.split("\n")[0])
     if not set(cfg.rows) <= set(ROWS) or cfg.seeds < 2:
-        raise Refused(f"expected --rows to be some of {', '.join(ROWS)} and --seeds at least 2, got "
-                      f"{', '.join(cfg.rows)} and {cfg.seeds}")
+        raise Refused(f"expected --seeds to be at least 2, and --rows some of {', '.join(ROWS)}")
     for name, seed in itertools.product(cfg.rows, range(cfg.seeds)):
         folder, plan = run_folder(cfg, name, seed), make_plan(cfg, name, seed)
         same_settings(folder, plan)
@@ -166,8 +165,7 @@ def run_row(folder: Path, plan: dict) -> bool:
 
 
 def score_run(parts: str, weights: Path) -> dict:
-    """What one trained model is worth: the judge's score, the rewards of the same pictures, and the loss on
-    held-out pictures."""
+    """What one trained model is worth: judge, rewards of the same pictures, loss on held-out pictures."""
     device = setup_dist().device
     cfg = resolve(DRAWING, device)
     # nano's stage 3 learns to do without guidance

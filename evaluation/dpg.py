@@ -12,7 +12,6 @@ DPG-Bench asks mPLUG-large; the model here is BLIP, and a score by it says so. D
 script: that one loses the file's first row, and takes the categories from the last picture of each prompt
 alone.
 """
-import itertools
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -146,10 +145,9 @@ def main(argv: list[str] | None = None) -> dict:
             picture = read_picture(grid)
             side, odd = divmod(picture.width, 2)
             if picture.width != picture.height or odd:
-                raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, it is of {picture.size} "
-                              "pixels")
+                raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, got {picture.size}")
             answers = []
-            for y, x in itertools.product((0, side), (0, side)):
+            for x, y in ((0, 0), (side, 0), (0, side), (side, side)):
                 tile = picture.crop((x, y, x + side, y + side))
                 answers.append(dict(zip(questions, vqa(tile, list(questions.values())))))
             write_json(path, {**made_of, "items": {name: answers}})

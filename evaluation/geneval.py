@@ -112,12 +112,10 @@ def verdict(objects: list[dict], request: dict) -> bool:
 
 
 def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict:
-    """Share of right pictures of each task, and the unweighted mean of the tasks ("overall"), with s.e.: the
-    rows of a table under "tasks".
+    """Share of right pictures of each task, and the unweighted mean of the tasks, "overall"; a row each under
+    "tasks". Errors count prompts, not pictures, since the pictures of a prompt fail together.
 
     verdicts  (prompt, sample) -> right;  tasks  of each prompt
-    An error counts prompts, not pictures, since the pictures of a prompt fail together; those of tasks add in
-    squares.
     """
     by_prompt = defaultdict(list)
     for (i, _), right in verdicts.items():
@@ -138,7 +136,7 @@ def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict
     return {"overall": overall, "tasks": rows}
 
 
-# ----------------------------------------------------------------------------- the detector
+# ----------------------------------------------------------------------------- detector, namer of colours
 
 SHORT, LONG = 800, 1333                         # sides of the picture that the detector sees, at most, pixels
 MEAN = (123.675, 116.28, 103.53)                # ImageNet's, of levels 0 .. 255
@@ -193,8 +191,6 @@ class Detector:
                                 "box": list(mask.getbbox()), "mask": mask})
         return sorted(objects, key=lambda thing: -thing["score"])
 
-
-# ----------------------------------------------------------------------------- the namer of colours
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}",
              "a photo of a {color} object")

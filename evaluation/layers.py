@@ -218,12 +218,13 @@ def figure4_claims(kind: str, every: Tensor, last: Tensor | None = None) -> list
 
 def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
     """Each region removed: the paired change of each reward. Returns table, and the caption as claims."""
-    rewards = list(scores["all"])
-    changes = {region: {reward: scores[f"no {region}"][reward] - scores["all"][reward] for reward in rewards}
-               for region in REGIONS}
+    whole = scores["all"]
+    changes = {}
+    for region in REGIONS:
+        changes[region] = {reward: scores[f"no {region}"][reward] - whole[reward] for reward in whole}
     rows = [table_row("removed", region, by_reward) for region, by_reward in changes.items()]
-    figure, axes = panels(len(rewards), 3.2, 3)
-    for axis, reward in zip(axes, rewards):
+    figure, axes = panels(len(whole), 3.2, 3)
+    for axis, reward in zip(axes, whole):
         errors = [row[f"{reward} s.e."] or 0 for row in rows]
         axis.bar(list(REGIONS), [row[reward] for row in rows], yerr=errors, capsize=4, color=COLORS[:3])
         axis.axhline(0, color="black", linewidth=0.8)
@@ -231,7 +232,7 @@ def figure5(scores: Scores, folder: Path) -> tuple[list[dict], list[dict]]:
     figure.savefig(folder / "figure5.png")
 
     # how far each score falls, (B,) each
-    falls = {reward: {region: -changes[region][reward] for region in REGIONS} for reward in rewards}
+    falls = {reward: {region: -changes[region][reward] for region in REGIONS} for reward in whole}
     found = [("clip is sensitive to all three regions", f"fall of clip without {region}", fall)
              for region, fall in falls["clip"].items()]
     for reward, most in REWARD_REGIONS.items():

@@ -183,8 +183,7 @@ def main(argv: list[str] | None = None) -> dict:
 def read_questions(cfg: UnderstandConfig) -> list[Question]:
     if cfg.benchmark == "nano":
         if not PRESETS[cfg.preset].shapes_world:
-            raise Refused(f"the questions about the nano world are in its words: preset {cfg.preset} needs "
-                          "--benchmark and --questions")
+            raise Refused(f"preset {cfg.preset} needs --benchmark and --questions: it has none of its own")
         images, pairs = world.question_set(cfg.count, cfg.seed % 2 ** 32)           # (count, 3, H, W)
         # the first two words of a question are its kind
         return [Question(str(i), " ".join(text.split()[:2]), images[i], text, answer)
