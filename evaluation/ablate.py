@@ -122,9 +122,9 @@ def flags(**values: object) -> list[str]:
 
 def make_plan(cfg: AblateConfig, name: str, seed: int) -> dict:
     """All that a run depends on: the train.py flags of its stages, in order, and the weights."""
-    row, folder, parts = ROWS[name], run_folder(cfg, name, seed), weights_folder("nano", cfg.weights)
+    folder, parts = run_folder(cfg, name, seed), weights_folder("nano", cfg.weights)
     shared = flags(seed=seed, weights=cfg.weights, resume="auto", keep=1)
-    if row.family == "layers":
+    if ROWS[name].family == "layers":
         before, stages = "none", []
         for n, steps in ((1, cfg.stage1_steps), (2, cfg.stage2_steps)):
             own = flags(steps=steps, warmup=max(1, steps // 10), batch_size=64, micro_batch=64, dtype="bf16",
@@ -136,7 +136,7 @@ def make_plan(cfg: AblateConfig, name: str, seed: int) -> dict:
                     num_eval=24, eval_steps=DRAWING.num_steps, eval_every=10_000, save_every=10)
         start = flags(stage=3, init=parts / "stage2.safetensors", run_dir=folder / "stage3")
         stages = [start + shared + own]
-    stages[0] += row.own
+    stages[0] += ROWS[name].own
 
     # fewer layers than all
     L = PRESETS["nano"].vlm_layers
@@ -220,8 +220,8 @@ def summarise(cfg: AblateConfig) -> dict:
             for reward in SUPPLEMENT:
                 own = [record[f"reward/{reward}"] for record in scores["log"] if record["phase"] == reward]
                 scores[f"{reward} in training"] = fmean(value for value in own if value is not None)
-    folder, rows = Path(cfg.out), [table_row(name, runs) for name in runs]
-    plot_rows(runs, folder / "ablate.png")
+    rows = [table_row(name, runs) for name in runs]
+    plot_rows(runs, Path(cfg.out) / "ablate.png")
 
     # what the paper says, each measure by itself
     compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
@@ -236,7 +236,8 @@ def summarise(cfg: AblateConfig) -> dict:
     # the curves with LDAM and without
     if {"ldam-epoch", "no-ldam"} <= runs.keys():
         pair = {"LDAM": runs["ldam-epoch"][0]["log"], "no LDAM": runs["no-ldam"][0]["log"]}
-        draw_curves(pair, [f"reward/{reward}" for reward in SUPPLEMENT], folder / "supplement.png")
+        keys = [f"reward/{reward}" for reward in SUPPLEMENT]
+        draw_curves(pair, keys, Path(cfg.out) / "supplement.png")
     tables = [table(part) for part in (rows, claims) if part]
     text = "\n\n".join([*tables, f"Nano thresholds: {AT_NANO}.", PAPER_NOTE])
     return finish(cfg, "ablate", {"ablate": rows, "claims": claims}, text)

@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> dict:
             raise Refused(f"expected grids called ITEM_ID.png in {folder}, found none")
         vqa = Answerer(cfg.vqa, dist.device)
         for name, rows in tqdm(items[dist.rank::dist.world_size], disable=not dist.lead):
-            grid, path = folder / f"{name}.png", out / "answers" / f"{name}.json"
+            grid = folder / f"{name}.png"
+            path = out / "answers" / f"{name}.json"
             questions = {row["proposition_id"]: row["question_natural_language"] for row in rows}
             digest = sha256(grid.read_bytes()).hexdigest()
             made_of = {"judge": vqa.name, "sha256": digest, "questions": questions}

@@ -128,8 +128,9 @@ def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict
             _, error = mean_and_error(list(map(fmean, groups)))
             rows.append({"task": task, "right": fmean(every), "s.e.": error, "prompts": len(groups),
                          "pictures": len(every)})
-    errors = [row["s.e."] for row in rows]
     overall = fmean(row["right"] for row in rows)
+    # the tasks' errors add in squares
+    errors = [row["s.e."] for row in rows]
     error = None if None in errors else math.hypot(*errors) / len(errors)
     rows.append({"task": "overall", "right": overall, "s.e.": error, "prompts": len(by_prompt),
                  "pictures": len(verdicts)})
@@ -244,7 +245,8 @@ def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
         lines = read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))
         jobs = []
         for i in spread(cfg.limit, len(lines)):
-            path, request = folder / f"{i:05}" / "metadata.jsonl", json.loads(lines[i])
+            request = json.loads(lines[i])
+            path = folder / f"{i:05}" / "metadata.jsonl"
             if path.is_file() and read_json(path) != request:
                 raise Refused(f"{path} asks for something else than --metadata there: choose another --out")
             if dist.lead:

@@ -53,8 +53,8 @@ def read_pope(path: Path) -> list[Question]:
     questions = []
     for entry in map(json.loads, read_lines(path)):
         assert entry["label"] in ("yes", "no"), f"expected the label yes or no, got {entry['label']!r}"
-        name, image, text = str(entry["question_id"]), Path(entry["image"]), entry["text"] + WORD
-        questions.append(Question(name, "all", image, text, entry["label"]))
+        questions.append(Question(str(entry["question_id"]), "all", Path(entry["image"]),
+                                  entry["text"] + WORD, entry["label"]))
     return questions
 
 
@@ -160,10 +160,26 @@ class UnderstandConfig(EvalConfig):
 def main(argv: list[str] | None = None) -> dict:
     """Ask, score, compare with the untouched VLM."""
     cfg, dist = start(UnderstandConfig, argv, __doc__)
-    questions = read_questions(cfg)
+    read, score = BENCHMARKS[cfg.benchmark]
+    if cfg.benchmark == "nano":
+        if not PRESETS[cfg.preset].shapes_world:
+            raise Refused(f"preset {cfg.preset} needs --benchmark and --questions: it has none of its own")
+        images, pairs = world.question_set(cfg.count, cfg.seed % 2 ** 32)           # (count, 3, H, W)
+        # the first two words of a question are its kind
+        questions = [Question(str(i), " ".join(text.split()[:2]), images[i], text, answer)
+                     for i, (text, answer) in enumerate(pairs)]
+    else:
+        # a stranger's file may be wrong in any way
+        try:
+            questions = read(Path(cfg.questions))[:cfg.limit or None]
+            assert questions, "it holds no questions"
+        except Exception as error:
+            raise Refused(f"--questions {cfg.questions} cannot be read as the published file of "
+                          f"{cfg.benchmark}: {error!r}") from error
+
     model = load(cfg, dist.device)
     answers = ask(cfg, model, questions, Path(cfg.out))
-    rows = BENCHMARKS[cfg.benchmark][1](questions, answers)
+    rows = score(questions, answers)
     result = {"benchmark": cfg.benchmark, "rows": rows, "vlm_sha256": fingerprint(model.vlm)}
     part = " (part of the file)" if cfg.limit else ""
     text = f"{cfg.benchmark}, {len(questions)} questions{part}\n{table(rows)}"
@@ -178,24 +194,6 @@ def main(argv: list[str] | None = None) -> dict:
         result["untouched"] = same
         text += f"\nlike the untouched VLM:\n{table([same])}"
     return finish(cfg, "understand", result, text)
-
-
-def read_questions(cfg: UnderstandConfig) -> list[Question]:
-    if cfg.benchmark == "nano":
-        if not PRESETS[cfg.preset].shapes_world:
-            raise Refused(f"preset {cfg.preset} needs --benchmark and --questions: it has none of its own")
-        images, pairs = world.question_set(cfg.count, cfg.seed % 2 ** 32)           # (count, 3, H, W)
-        # the first two words of a question are its kind
-        return [Question(str(i), " ".join(text.split()[:2]), images[i], text, answer)
-                for i, (text, answer) in enumerate(pairs)]
-    # a stranger's file may be wrong in any way
-    try:
-        questions = BENCHMARKS[cfg.benchmark][0](Path(cfg.questions))
-        assert questions, "it holds no questions"
-    except Exception as error:
-        raise Refused(f"--questions {cfg.questions} cannot be read as the published file of {cfg.benchmark}: "
-                      f"{error!r}") from error
-    return questions[:cfg.limit or None]
 
 
 def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder: Path) -> list[str]:
