@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> dict:
             picture = read_picture(grid)
             side, odd = divmod(picture.width, 2)
             if picture.width != picture.height or odd:
-                raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, got {picture.size}")
+                raise Refused(f"expected {grid} to be a square of 2 x 2 pictures, got {picture.size} pixels")
             answers = []
             for x, y in ((0, 0), (side, 0), (0, side), (side, side)):
                 tile = picture.crop((x, y, x + side, y + side))
