@@ -98,7 +98,7 @@ def derive_seed(*key: int | str) -> int:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by the key, e.g. generator(seed, "picture", epoch, group, member)."""
+    """A CPU generator seeded by the key, e.g. generator("picture", seed, epoch, group, member)."""
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
@@ -243,7 +243,7 @@ class RunConfig:
     stage: int = knob(1, "1 align, 2 fine-tune, 3 reinforce (--stage 3 --help)", choices=(1, 2, 3))
     preset: str = knob("nano", "size of everything; see PRESETS in model.py")
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
-    init: str = knob("auto", "weights of the stage before: a stageN.safetensors; auto: in --weights; none")
+    init: str = knob("auto", "file of the stage before; auto: its stageN.safetensors in --weights; none")
     fresh: tuple[str, ...] = knob((), "prefixes of parameters that --init and --weights may lack")
     run_dir: str = knob("auto", "folder for log, checkpoints, pictures and weights; auto: runs/stageN")
     resume: str = knob("", "go on from a checkpoint: auto (the newest in --run-dir), a run folder or a file")
@@ -469,7 +469,7 @@ def swapped(params: dict[str, nn.Parameter], ema: dict[str, Tensor]) -> Iterator
             yield
 
 
-def finish(cfg: RunConfig, model: nn.Module, dist: Dist, made: dict) -> None:
+def write_stage(cfg: RunConfig, model: nn.Module, dist: Dist, made: dict) -> None:
     """Write the weights of a stage, and beside them how they were made."""
     path = Path(cfg.run_dir) / f"stage{cfg.stage}.safetensors"
     model.save_stage(path, cfg, write=dist.lead)

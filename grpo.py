@@ -8,14 +8,15 @@
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near a reference (KL): the stage II model, or that which the phase began with
   6. LDAM looks at the gradient norm and the reward, and may fire
-  7. EMA, save; the next turn begins with the look at held-out prompts, if it is due, and the line of the log
+  7. EMA, save; the epoch's line of the log is written when the next turn has looked at held-out prompts
 
 Rewards come one after another (phases), each with a fresh optimizer, from the weights of the phase before.
 
 What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
 update, on the same chunks, so the first ratio is 1; it is measured in every epoch. The noise of a picture is
-drawn from (seed, epoch, group, member), epochs counted over all phases, a shared start from (seed, epoch,
-group): nothing depends on the number of devices, and a resumed run repeats an unbroken one bit for bit.
+drawn from (seed, epoch, group, member), LDAM's from these and the layer, a shared start from (seed, epoch,
+group), epochs counted over all phases: nothing depends on the number of devices, and a resumed run repeats
+an unbroken one bit for bit.
 What makes it cheap. The condition of a prompt is shared by its group. In the update it is encoded once with
 gradient and detached to a leaf; the leaf's gradient is summed over all pictures and steps and sent back
 through LIM, VLM and queries once.
@@ -45,9 +46,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import (Dist, Refused, RunConfig, adamw, average_gradients, catch_stop, clip_gradients,
-                    copy_weights, cosine_lr, derive_seed, ema_update, finish, gather, generator, knob,
+                    copy_weights, cosine_lr, derive_seed, ema_update, gather, generator, knob,
                     load_checkpoint, mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint,
-                    set_lr, swapped, write_log)
+                    set_lr, swapped, write_log, write_stage)
 from data import draw_prompt, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -58,7 +59,8 @@ from rewards import Reward, build_reward
 
 @dataclass(frozen=True)
 class GRPOConfig(RunConfig):
-    """The flags of stage III. Where the paper has no number, groups, sampling, objective are Flow-GRPO's."""
+    """The flags of stage III. Where the paper has no number, groups, sampling, objective are Flow-GRPO's.
+    A preset's recipe (model.py) stands above these defaults: nano's changes most of them."""
     stage: int = knob(3, "1 align, 2 fine-tune, 3 reinforce", choices=(1, 2, 3))
     steps: tuple[int, ...] = knob((2000,), "optimizer steps: one number a phase, the last for all left")
     micro_batch: int = knob(8, "pictures a forward pass, on one device (the paper's 9 does not divide 24)")
@@ -119,7 +121,6 @@ def group_advantages(rewards: Tensor) -> Tensor:
     rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward that is not finite, gets
     zeros: it teaches nothing.
     """
-    # pictures of a prompt are compared with each other only: hard prompts and easy ones weigh the same
     mean = rewards.mean(1, keepdim=True)                                                # (P, 1)
     std = rewards.std(1, correction=0, keepdim=True)                                    # (P, 1)
     # equal rewards are equal up to rounding
@@ -171,6 +172,7 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
     x, x_next = rolled.latents[k, pictures], rolled.latents[k + 1, pictures]            # (b, C, H, W) each
     t, t_next = rolled.times[k], rolled.times[k + 1]
     _, log_prob, mean, std = step_log_prob(dit, kv, x, t, t_next, cfg, x_next)
+    # the policy that drew them, in the update's own rounding: the ratio of the first update is exactly 1
     if first and cfg.anchor == "recompute":
         rolled.log_prob[k, pictures] = log_prob.detach()
     old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
@@ -181,7 +183,8 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
     if rolled.kl_coef > 0:
         kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
         loss = loss + rolled.kl_coef * kl.mean()
-    # the gradient grows as the noise shrinks: late steps would drown early ones, which decide what is where
+    # the gradient grows as 1 / std, and late steps would drown early ones, which decide what is where; the
+    # first step, whose std is noise_level, keeps its weight
     if cfg.step_weights == "noise":
         loss = loss * std.mean() / cfg.noise_level
 
@@ -195,8 +198,7 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
 # ----------------------------------------------------------------------------- conditions, with LDAM's noise
 
 class Perturbation(NamedTuple):
-    """LDAM has fired: noise for some layers of every picture; drawn again from its keys it is the
-    same, bit for bit, in rollout and update."""
+    """LDAM has fired: noise for some layers of every picture."""
     gamma: float
     layers: list[int]
     keys: list[tuple]           # one a picture
@@ -242,8 +244,8 @@ def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: 
 
 
 def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -> None:
-    """The other reading of LDAM: one noise (N, E) a layer for all pictures, multiplied in to stay. The
-    reference gets it too: the KL measures weights, not noise."""
+    """The other reading of LDAM: one noise (N, E) a layer for all pictures, multiplied in to stay,
+    in the reference too."""
     kept = model.lim.kept_noise
     if kept is None:
         shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
@@ -275,7 +277,7 @@ def step_log_prob(dit: DiT, kv: list, x: Tensor, t: float, t_next: float, cfg: G
     return sde_step(x, v, t, t_next, cfg.noise_level, x_next, generators)
 
 
-def stochastic_steps(num_steps: int, window: int, epoch: int) -> list[int]:
+def trained_steps(num_steps: int, window: int, epoch: int) -> list[int]:
     """All steps but the last; with window > 0 so many of the first half, where it is decided what is where.
     They slide by one an epoch (MixGRPO; the half is Flow-GRPO-Fast's)."""
     if window == 0:
@@ -317,15 +319,14 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
     for groups, pictures in chunks(P, B // P, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         kv = chunk_kv(policy, conditions, groups, noise, cfg.guidance_scale, cfg)
+        # under the same noise: the KL measures weights
         if kl_coef > 0:
             kv_ref = chunk_kv(reference, conditions_ref, groups, noise, cfg.guidance_scale, cfg)
 
         # from noise to picture, step by step
         generators = [generator("picture", *key) for key in keys[pictures]]
-        starts = generators
-        # what pictures of one noise differ by is what the policy has done
-        if cfg.shared_start:
-            starts = [generator("start", *key[:3]) for key in keys[pictures]]
+        # from a shared start, a group's pictures differ only by what the trained steps drew
+        starts = [generator("start", *key[:3]) for key in keys[pictures]] if cfg.shared_start else generators
         x = randn((len(starts), *shape), starts, device)                                # (b, C, H, W)
         latents[0, pictures] = x
         for k, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
@@ -348,20 +349,17 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
 
 def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor,
                         perturbation: Perturbation | None, cfg: GRPOConfig, first: bool) -> dict[str, Tensor]:
-    """Add the gradient of the objective over this rank's pictures to .grad; returns what to log, (B steps,).
-
-    The condition is encoded once, with gradient; pictures and steps see it as a leaf, whose summed gradient
-    goes through LIM, VLM and queries once at the end. The same gradient as naively, for a part of the cost.
-    """
+    """Add the gradient of the objective over this rank's pictures to .grad; returns what to log."""
     P, B = len(prefix.mask) - 1, len(advantages)
+    # encoded once, with gradient; the DiT sees leaves, which sum the gradients of all pictures and steps
     roots = encode_conditions(policy, prefix, perturbation, cfg)
     leaves = tuple(c.detach().requires_grad_() for c in roots)
 
-    # through the DiT, for every picture and step: down to the leaves
     figures: dict[str, list[Tensor]] = {}
     for groups, pictures in chunks(P, B // P, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         for k in rolled.trained:
+            # anew for each step, whose backward frees it
             kv = chunk_kv(policy, leaves, groups, noise, cfg.guidance_scale, cfg)
             loss, logged = grpo_objective(policy.dit, kv, rolled, pictures, k, advantages[pictures], cfg,
                                           first)
@@ -398,6 +396,158 @@ def check_ratio(deviation: float, cfg: GRPOConfig, warn: bool) -> None:
                    "cures it")
 
 
+# ----------------------------------------------------------------------------- the loop
+
+def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
+    """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
+    check_flags(cfg, dist.world_size)
+    state = open_run(cfg, dist, "epoch")
+    model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)
+    # a frozen copy, to which the KL refers; what nobody trains is shared
+    reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
+    params, params_ref = prepare(cfg, model), prepare(cfg, reference)
+    reference.requires_grad_(False)
+    ema = {name: p.detach().clone() for name, p in params.items()}
+
+    # prompts and rewards, all of them tried before the first epoch
+    prompts = open_prompts(cfg.prompts, model)
+    heldout = (open_prompts(cfg.eval_prompts, model) or nano_prompts(test=True))[:cfg.num_eval]
+    scorers = open_rewards(cfg, model, heldout[0])
+    names = list(scorers)
+
+    # where the run stands: a checkpoint is loaded into these, a phase that begins makes its own
+    optimizer, ldam = new_phase(cfg, params, params_ref)
+    done, skipped, gamma, record = 0, 0, None, {"epoch": 0, "phase": names[0]}
+    # held-out scores before the first phase, and after each
+    evals: list[dict[str, list[float]]] = state["evals"] if state else []
+    digest = derive_seed(*prompts, *heldout)
+    if state:
+        if state["prompts"] != digest:
+            raise Refused("the prompt files are not those that this run began with: put them back")
+        load_checkpoint(state, params, ema, optimizer)
+        ldam.load_state_dict(state["ldam"])
+        copy_weights(state["reference"], params_ref)
+        model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"]
+        done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
+    before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
+
+    # of every epoch its phase, and the phase's optimizer steps before it; last, the turn that only looks
+    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))] + [1]
+    schedule = [(phase, step) for phase, n in enumerate(lengths) for step in range(0, n, cfg.inner_updates)]
+    total = len(schedule) - 1
+    mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
+    with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
+        # a turn looks back on the epoch before, then runs one; the last only looks back
+        for epoch, (phase, step) in enumerate(schedule[done:], start=done):
+            # look at held-out prompts before and after each phase, and now and then; log what has been done
+            if step == 0 or epoch % cfg.eval_every == 0:
+                with swapped(params, ema):
+                    scores = score_heldout(model, scorers, heldout, cfg, dist)
+                if step == 0:
+                    evals.append(scores)
+                record |= {f"heldout/{name}": finite_mean(values) for name, values in scores.items()}
+            write_log(cfg.run_dir, record, dist)
+            if epoch == total:
+                break
+            goal = names[phase]             # the reward that this phase trains
+
+            # the next reward begins, from the weights that the last one left
+            if step == 0:
+                optimizer, ldam = new_phase(cfg, params, params_ref)
+            phase_ends = step + cfg.inner_updates == lengths[phase]
+            clock = [time.perf_counter()]
+
+            # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
+            texts = [draw_prompt(prompts, cfg.num_groups, cfg.seed, epoch, group) for group in mine]    # P
+            keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
+            # the layers that answer to this reward, of those that are fused
+            firing = names[:phase + 1] if cfg.ldam_layers == "all" else [goal]
+            layers = [i for i in perturbed_layers(firing, model.preset.vlm_layers) if i in model.lim.layers]
+            # what fired in a phase's last epoch is not used
+            perturbation = None if gamma is None or step == 0 else Perturbation(gamma, layers, keys)
+            # prompts, and last the unconditional one: their keys and values, without gradient
+            prefix = model.encode_prefix([*texts, None])
+
+            # 2. roll out G pictures of each prompt along the SDE
+            trained = trained_steps(cfg.num_steps, cfg.sde_window, epoch)
+            kl_coef = cfg.kl_coef[:phase + 1][-1]
+            rolled = rollout(model, reference, prefix, keys, perturbation, trained, kl_coef, cfg)
+            clock.append(time.perf_counter())
+
+            # 3. decode, score
+            rewards = score_groups(model, scorers, rolled.latents[-1], texts, cfg, dist)    # name -> (P, G)
+            means = {name: finite_mean(values.flatten().tolist()) for name, values in rewards.items()}
+            clock.append(time.perf_counter())
+
+            # 4. compare within groups
+            # a group with a reward that is not finite gets no advantage
+            usable = rewards[goal].isfinite().all(1)                                    # (P of all ranks,)
+            advantages = group_advantages(rewards[goal])                                # (P of all ranks, G)
+            # of this rank's pictures
+            own = advantages.chunk(dist.world_size)[dist.rank].flatten()                # (B,)
+
+            # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
+            norms, figures = [], []
+            for update in range(cfg.inner_updates):
+                lr = cosine_lr(step + update, lengths[phase], cfg.warmup, cfg.lr)
+                set_lr(optimizer, lr)
+                optimizer.zero_grad(set_to_none=True)
+                logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
+                average_gradients(params.values(), dist)
+                norms.append(clip_gradients(params.values(), cfg.clip_norm))
+                figures.append(summarise(logged, dist))
+                # without a finite gradient, or a group of finite rewards, the weights stay as they are
+                can_step = math.isfinite(norms[-1]) and usable.any()
+                skipped = 0 if can_step else skipped + 1
+                if can_step:
+                    optimizer.step()
+            # on the first update rollout and update must agree
+            check_ratio(figures[0].get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
+            clock.append(time.perf_counter())
+
+            # 6. LDAM looks at gradient norm and reward; where it fires, the next epoch is perturbed
+            gamma, seen = None, {"fired": 0}
+            if cfg.ldam and math.isfinite(norms[0]) and math.isfinite(means[goal]):
+                gamma, seen = ldam.update(norms[0], means[goal]), ldam.last
+            # the other reading: not for an epoch but for good
+            if gamma is not None and cfg.ldam_mode == "keep" and not phase_ends:
+                keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
+                gamma = None
+
+            # 7. EMA, save
+            # where no update was made, the average stays too
+            if skipped < cfg.inner_updates:
+                ema_update(ema, params, cfg.ema_decay)
+            record = {"epoch": epoch + 1, "phase": goal, **figures[0], **figures[-1],
+                      "grad_norm": norms[0], "lr": lr, "skipped": skipped, "reward_nan": int((~usable).sum()),
+                      "zero_std": (advantages[usable] == 0).all(1).float().mean().item(),
+                      **{f"reward/{name}": mean for name, mean in means.items()},
+                      **{f"ldam/{name}": value for name, value in seen.items()},
+                      **{f"time/{part}": end - start for part, start, end in
+                         zip(("rollout", "reward", "update"), clock, clock[1:])}}
+            bar.update()
+            bar.set_postfix_str(f"{goal} {means[goal]:.3f}, |g| {norms[0]:.1e}")
+            # saved before anything else may fail
+            is_stopped, gives_up = mean_over_ranks(len(stop), dist) > 0, skipped >= cfg.max_skipped
+            if is_stopped or gives_up or phase_ends or (epoch + 1) % cfg.save_every == 0:
+                save_checkpoint(cfg, dist, epoch + 1, params, ema, optimizer, {
+                    "epoch": epoch + 1, "skipped": skipped, "record": record, "evals": evals, "gamma": gamma,
+                    "ldam": ldam.state_dict(), "kept_noise": model.lim.kept_noise, "prompts": digest,
+                    "before": before, "reference": params_ref if cfg.kl_reference == "phase" else {}})
+            if gives_up:
+                raise Refused(f"{skipped} updates in a row were skipped up to epoch {epoch + 1}: no finite "
+                              "gradient, or no finite reward; the weights before them are saved")
+            if is_stopped and epoch + 1 < total:
+                return {}
+
+    with swapped(params, ema):
+        write_stage(cfg, model, dist, record)
+        after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
+    if dist.lead:
+        show(cfg, heldout, before, after, names, evals)
+    return {name: finite_mean(values) for name, values in evals[-1].items()}
+
+
 # ----------------------------------------------------------------------------- scoring
 
 def score(name: str, scorer: Reward, images: Tensor, prompts: list[str]) -> Tensor:
@@ -413,7 +563,7 @@ def score(name: str, scorer: Reward, images: Tensor, prompts: list[str]) -> Tens
 @torch.no_grad()
 def score_groups(model: ParaUni, scorers: dict[str, Reward], latents: Tensor, prompts: list[str],
                  cfg: GRPOConfig, dist: Dist) -> dict[str, Tensor]:
-    """Every reward of the pictures of latents (B, C, H, W) of P prompts; name -> (P, G) of all ranks."""
+    """Every reward of the pictures of latents (B, C, H, W) of P prompts; name -> (P of all ranks, G)."""
     with precision(model.device, cfg.dtype):
         images = model.decode(latents)                                                  # (B, 3, H, W)
     group_size = len(images) // len(prompts)
@@ -461,7 +611,7 @@ def finite_mean(values: list[float]) -> float:
 # ----------------------------------------------------------------------------- before the first epoch
 
 def check_flags(cfg: GRPOConfig, world_size: int) -> None:
-    """Flags that do not fit together, in their own names."""
+    """Refuse flags that do not fit together."""
     fits = cfg.micro_batch >= cfg.group_size or cfg.group_size % cfg.micro_batch == 0
     if cfg.group_size < 2 or cfg.num_groups % world_size or not fits:
         raise Refused("expected --group-size of at least 2, --num-groups to be a multiple of the number of "
@@ -508,9 +658,9 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
 
 
 def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict[str, nn.Parameter],
-              ) -> tuple[torch.optim.Optimizer, LDAM, None]:
-    """Every reward begins with a fresh optimizer and a fresh LDAM, which has not fired, and with a new
-    reference where --kl-reference says so."""
+              ) -> tuple[torch.optim.Optimizer, LDAM]:
+    """Every reward begins with a fresh optimizer and a fresh LDAM, and where --kl-reference says so with a
+    new reference."""
     # what earlier rewards have taught is not pulled back
     if cfg.kl_reference == "phase":
         copy_weights(params, params_ref)
@@ -518,7 +668,7 @@ def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict
     ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
                 use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
                 gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
-    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam, None
+    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
 
 
 def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, names: list[str],
@@ -532,156 +682,3 @@ def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, nam
     # the held-out scores before and after each phase
     for name, first, last in zip(names, evals[:-1], evals[1:]):
         print(f"\n{name}\n{reward_table(first, last)}")
-
-
-# ----------------------------------------------------------------------------- the loop
-
-def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
-    """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
-    check_flags(cfg, dist.world_size)
-    state = open_run(cfg, dist, "epoch")
-    model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)
-    # a frozen copy, to which the KL refers; what nobody trains is shared
-    reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
-    params, params_ref = prepare(cfg, model), prepare(cfg, reference)
-    reference.requires_grad_(False)
-    ema = {name: p.detach().clone() for name, p in params.items()}
-
-    # prompts and rewards, all of them tried before the first epoch
-    prompts = open_prompts(cfg.prompts, model)
-    heldout = (open_prompts(cfg.eval_prompts, model) or nano_prompts(test=True))[:cfg.num_eval]
-    scorers = open_rewards(cfg, model, heldout[0])
-    names = list(scorers)
-
-    # where the run stands: at its beginning, or where a checkpoint left it, which needs an optimizer to load
-    # into; each phase makes one of its own
-    optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
-    done, skipped, record = 0, 0, {"epoch": 0, "phase": names[0]}
-    # held-out scores before the first phase, and after each
-    evals: list[dict[str, list[float]]] = state["evals"] if state else []
-    digest = derive_seed(*prompts, *heldout)
-    if state:
-        if state["prompts"] != digest:
-            raise Refused("the prompt files are not those that this run began with: put them back")
-        load_checkpoint(state, params, ema, optimizer)
-        ldam.load_state_dict(state["ldam"])
-        copy_weights(state["reference"], params_ref)
-        model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"]
-        done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
-    before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
-
-    # the phase of every epoch, and the phase's optimizer steps before it; last, a phase of one turn: the end
-    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))] + [1]
-    places = [(phase, step) for phase, n in enumerate(lengths) for step in range(0, n, cfg.inner_updates)]
-    total = len(places) - 1
-    mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
-    with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
-        # one turn more than epochs, for the last look
-        for epoch, (phase, step) in enumerate(places[done:], start=done):
-            # look at held-out prompts before and after each phase, and now and then; log what has been done
-            if step == 0 or epoch % cfg.eval_every == 0:
-                with swapped(params, ema):
-                    scores = score_heldout(model, scorers, heldout, cfg, dist)
-                if step == 0:
-                    evals.append(scores)
-                record |= {f"heldout/{name}": finite_mean(values) for name, values in scores.items()}
-            write_log(cfg.run_dir, record, dist)
-            if epoch == total:
-                break
-
-            # the next reward begins, from the weights that the last one left
-            if step == 0:
-                optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
-            phase_ends = step + cfg.inner_updates == lengths[phase]
-            clock = [time.perf_counter()]
-
-            # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
-            texts = [draw_prompt(prompts, cfg.num_groups, cfg.seed, epoch, group) for group in mine]    # P
-            keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
-            # a reward perturbs the layers that answer to it
-            firing = names[0 if cfg.ldam_layers == "all" else phase:phase + 1]
-            layers = [i for i in perturbed_layers(firing, model.preset.vlm_layers) if i in model.lim.layers]
-            perturbation = None if gamma is None else Perturbation(gamma, layers, keys)
-            # prompts, and last the unconditional one: their keys and values, without gradient
-            prefix = model.encode_prefix([*texts, None])
-
-            # 2. roll out G pictures of each prompt along the SDE
-            steps = stochastic_steps(cfg.num_steps, cfg.sde_window, epoch)
-            kl_coef = cfg.kl_coef[:phase + 1][-1]
-            rolled = rollout(model, reference, prefix, keys, perturbation, steps, kl_coef, cfg)
-            clock.append(time.perf_counter())
-
-            # 3. decode, score
-            rewards = score_groups(model, scorers, rolled.latents[-1], texts, cfg, dist)    # name -> (P, G)
-            means = {name: finite_mean(values.flatten().tolist()) for name, values in rewards.items()}
-            clock.append(time.perf_counter())
-
-            # 4. compare within groups
-            # a group with a reward that is not finite gets no advantage
-            usable = rewards[names[phase]].isfinite().all(1)                            # (P,)
-            advantages = group_advantages(rewards[names[phase]])                        # (P, G)
-            # of all ranks' groups back to this rank's pictures
-            own = advantages.chunk(dist.world_size)[dist.rank].flatten()                # (B,)
-
-            # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
-            norms, figures = [], []
-            for update in range(cfg.inner_updates):
-                lr = cosine_lr(step + update, lengths[phase], cfg.warmup, cfg.lr)
-                set_lr(optimizer, lr)
-                optimizer.zero_grad(set_to_none=True)
-                logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
-                average_gradients(params.values(), dist)
-                norms.append(clip_gradients(params.values(), cfg.clip_norm))
-                figures.append(summarise(logged, dist))
-                # on the first update rollout and update must agree
-                if update == 0:
-                    check_ratio(figures[0].get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
-                # without a finite gradient, or a group of finite rewards, the weights stay as they are
-                skipped += 1
-                if math.isfinite(norms[-1]) and usable.any():
-                    optimizer.step()
-                    skipped = 0
-            clock.append(time.perf_counter())
-
-            # 6. LDAM looks at gradient norm and reward; where it fires, the next epoch is perturbed
-            gamma, ldam.last = None, {"fired": 0}
-            if cfg.ldam and math.isfinite(norms[0]) and math.isfinite(means[names[phase]]):
-                gamma = ldam.update(norms[0], means[names[phase]])
-            # the other reading: not for an epoch but for good
-            if gamma is not None and cfg.ldam_mode == "keep" and not phase_ends:
-                keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
-                gamma = None
-
-            # 7. EMA, save
-            # where no update was made, the average stays too
-            if skipped < cfg.inner_updates:
-                ema_update(ema, params, cfg.ema_decay)
-            record = {"epoch": epoch + 1, "phase": names[phase], **figures[0], **figures[-1],
-                      "grad_norm": norms[0], "lr": lr, "skipped": skipped, "reward_nan": int((~usable).sum()),
-                      "zero_std": (advantages[usable] == 0).all(1).float().mean().item(),
-                      **{f"reward/{name}": mean for name, mean in means.items()},
-                      **{f"ldam/{name}": value for name, value in ldam.last.items()},
-                      **{f"time/{part}": end - start for part, start, end in
-                         zip(("rollout", "reward", "update"), clock, clock[1:])}}
-            bar.update()
-            bar.set_postfix_str(f"{names[phase]} {means[names[phase]]:.3f}, |g| {norms[0]:.1e}")
-            # saved before anything else may fail
-            is_stopped, gives_up = mean_over_ranks(len(stop), dist) > 0, skipped >= cfg.max_skipped
-            if is_stopped or gives_up or phase_ends or (epoch + 1) % cfg.save_every == 0:
-                save_checkpoint(cfg, dist, epoch + 1, params, ema, optimizer, {
-                    "epoch": epoch + 1, "skipped": skipped, "record": record, "evals": evals, "gamma": gamma,
-                    "ldam": ldam.state_dict(), "kept_noise": model.lim.kept_noise, "prompts": digest,
-                    "before": before, "reference": params_ref if cfg.kl_reference == "phase" else {}})
-            if gives_up:
-                raise Refused(f"{skipped} updates in a row were skipped up to epoch {epoch + 1}: no finite "
-                              "gradient, or no finite reward; the weights before them are saved")
-            if is_stopped and epoch + 1 < total:
-                return {}
-
-    with swapped(params, ema):
-        finish(cfg, model, dist, record)
-        after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
-    if dist.lead:
-        show(cfg, heldout, before, after, names, evals)
-    return {name: finite_mean(values) for name, values in evals[-1].items()}
-

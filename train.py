@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import grpo
 from common import (Dist, Refused, RunConfig, adamw, average_gradients, catch_stop, clip_gradients, cosine_lr,
-                    ema_update, finish, generator, knob, load_checkpoint, mean_over_ranks, open_run,
+                    ema_update, generator, knob, load_checkpoint, mean_over_ranks, open_run,
                     parse_config, precision, prepare, resolve, run, save_checkpoint, set_lr, setup_dist,
-                    swapped, write_log)
+                    swapped, write_log, write_stage)
 from data import Latents, NanoLatents
 from dit import flow_matching_loss, randn
 from model import PRESETS, ParaUni
@@ -169,7 +169,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
 
     # what is written is the average of the weights
     with swapped(params, ema):
-        finish(cfg, model, dist, {"seconds": round(time.perf_counter() - began), **record})
+        write_stage(cfg, model, dist, {"seconds": round(time.perf_counter() - began), **record})
     return record
 
 

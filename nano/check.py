@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import knob, parse_config, run
 from evaluation import table
-from grpo import GRPOConfig, rollout, stochastic_steps
+from grpo import GRPOConfig, rollout, trained_steps
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
 from nano.pretrain import corrupt, rng_of, through
@@ -45,7 +45,7 @@ class CheckConfig:
 
 def draw(model: ParaUni, prompts: list[Prompt], cfg: GRPOConfig) -> Tensor:
     """Pictures (B, 3, H, W) of prompts, as an epoch of stage III draws them."""
-    images, steps = [], stochastic_steps(cfg.num_steps, cfg.sde_window, 0)
+    images, steps = [], trained_steps(cfg.num_steps, cfg.sde_window, 0)
     for i in range(0, len(prompts), 64):
         texts = [prompt.text for prompt in prompts[i:i + 64]]
         keys = [(cfg.seed, "check", i + j) for j in range(len(texts))]

@@ -13,7 +13,7 @@ import naive
 from common import Dist, Refused, derive_seed, generator
 from grpo import (
     GRPOConfig, Perturbation, Rollout, accumulate_gradient, check_flags, check_ratio, encode_conditions,
-    group_advantages, keep_noise, open_prompts, rollout, score_heldout, stochastic_steps,
+    group_advantages, keep_noise, open_prompts, rollout, score_heldout, trained_steps,
 )
 from helpers import TINY, moved, tiny_model
 from model import ParaUni, Prefix
@@ -38,7 +38,7 @@ def policy() -> ParaUni:
 def roll(model: ParaUni, cfg: GRPOConfig, perturbation: Perturbation | None = None,
          reference: ParaUni | None = None) -> tuple[Prefix, Rollout]:
     prefix = model.encode_prefix([*PROMPTS, None])
-    trained = stochastic_steps(cfg.num_steps, cfg.sde_window, 1)
+    trained = trained_steps(cfg.num_steps, cfg.sde_window, 1)
     return prefix, rollout(model, reference or model, prefix, KEYS, perturbation, trained, *cfg.kl_coef, cfg)
 
 
@@ -75,9 +75,9 @@ def test_a_reward_that_is_not_finite_silences_its_group_only(bad: float) -> None
 # ----------------------------------------------------------------------------- rollout
 
 def test_the_window_slides_over_the_first_half() -> None:
-    assert stochastic_steps(5, 0, 9) == [0, 1, 2, 3]
-    assert [stochastic_steps(7, 2, epoch) for epoch in range(4)] == [[0, 1], [1, 2], [0, 1], [1, 2]]
-    assert [stochastic_steps(6, 1, epoch) for epoch in range(4)] == [[0], [1], [2], [0]]
+    assert trained_steps(5, 0, 9) == [0, 1, 2, 3]
+    assert [trained_steps(7, 2, epoch) for epoch in range(4)] == [[0, 1], [1, 2], [0, 1], [1, 2]]
+    assert [trained_steps(6, 1, epoch) for epoch in range(4)] == [[0], [1], [2], [0]]
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -16,7 +16,7 @@ import gpu_check
 import naive
 import plan
 from common import generator, prepare
-from grpo import GRPOConfig, Perturbation, accumulate_gradient, rollout, stochastic_steps
+from grpo import GRPOConfig, Perturbation, accumulate_gradient, rollout, trained_steps
 from helpers import TINY, tiny_model
 from meter import Meter
 from model import ParaUni
@@ -35,7 +35,7 @@ def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Meter:
     perturbation = None if gamma is None else Perturbation(gamma, [2, 3], keys)
     with Meter() as meter:
         prefix = model.encode_prefix([*PROMPTS, None])
-        rolled = rollout(model, model, prefix, keys, perturbation, stochastic_steps(cfg.num_steps, 0, 0),
+        rolled = rollout(model, model, prefix, keys, perturbation, trained_steps(cfg.num_steps, 0, 0),
                          *cfg.kl_coef, cfg)
         accumulate_gradient(model, prefix, rolled, torch.ones(len(keys)), perturbation, cfg, first=True)
     return meter
