@@ -158,7 +158,7 @@ def pair(places: Iterable[Place]) -> Iterator[Sample | LeftOut]:
             groups.setdefault(stem, []).append(place)
     for group in groups.values():
         pictures = [place for place in group if place.name.lower().endswith(PICTURES)]
-        captions = [place for place in group if place not in pictures]
+        captions = [place for place in group if place.name.lower().endswith(CAPTIONS)]
         if len(pictures) == 1 and captions:
             yield Sample(pictures[0], max(captions))
         else:
@@ -264,9 +264,8 @@ def read_batch(jobs: list[tuple]) -> list[tuple[np.ndarray, bytes] | LeftOut]:
 
 def load_vae(preset: str, weights: str) -> DCAE:
     tensors, _ = read_tensors(weights_folder(preset, weights) / "vae" / "diffusion_pytorch_model.safetensors")
-    vae = DCAE(PRESETS[preset].vae)
-    # in the dtype of its file
-    vae.load_state_dict(tensors, assign=True)
+    vae = DCAE(PRESETS[preset].vae).to(next(iter(tensors.values())).dtype)
+    vae.load_state_dict(tensors)
     return vae.requires_grad_(False).eval()
 
 
