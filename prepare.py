@@ -256,7 +256,7 @@ def read_sample(sample: Sample | LeftOut, S: int, seed: int) -> tuple[np.ndarray
     return np.array(picture), caption                                                   # (S, S, 3)
 
 
-def read_batch(jobs: list[tuple]) -> list[tuple[np.ndarray, bytes] | LeftOut]:
+def read_batch(jobs: list[tuple]) -> list:
     return [read_sample(*job) for job in jobs]
 
 
@@ -367,8 +367,9 @@ def main(argv: list[str] | None = None) -> None:
         if not found:
             raise Refused(f"--data {word} matches nothing: * ? [] ** do, {{0..9}} does not, commas separate")
         sources |= dict.fromkeys(map(Path, found))
+    preset = PRESETS[cfg.preset]
     vae = load_vae(cfg.preset, cfg.weights).to(dist.device)
-    stamp = stamp_of(vae, PRESETS[cfg.preset])
+    stamp = stamp_of(vae, preset)
     counts: Counter = Counter()
     for number, source in enumerate(sources):
         # a tar is one rank's, and no other reads its headers; folders and lists are shared out by the shard
@@ -385,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
                 if read_facts(path)["made_of"] != made_of:
                     raise Refused(f"{path} was made of other files, or otherwise: choose another --out")
                 continue
-            jobs = [(file, PRESETS[cfg.preset].image_size, derive_seed(cfg.seed, "crop", number, part, i))
+            jobs = [(file, preset.image_size, derive_seed(cfg.seed, "crop", number, part, i))
                     for i, file in enumerate(files)]
             tensors, left_out = make_shard(cfg, vae, jobs, counts)
             samples = len(tensors["latents"])

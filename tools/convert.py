@@ -74,8 +74,9 @@ def fetch(repository: str, files: tuple[str, ...], source: Path | None) -> Path:
     """The folder with a repository's files: in --source, or in weights/downloads, where it is fetched to."""
     folder = (source or DOWNLOADS) / repository.partition("/")[2]
     if not source:
-        print(f"{repository} at {REVISIONS[repository]} -> {folder}")
-        huggingface_hub.snapshot_download(repository, revision=REVISIONS[repository], local_dir=folder,
+        revision = REVISIONS[repository]
+        print(f"{repository} at {revision} -> {folder}")
+        huggingface_hub.snapshot_download(repository, revision=revision, local_dir=folder,
                                           allow_patterns=list(files))
     return folder
 
