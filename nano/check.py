@@ -27,7 +27,7 @@ from evaluation import table
 from grpo import GRPOConfig, rollout, trained_steps
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
-from nano.pretrain import corrupt, rng_of, through
+from nano.pretrain import rng_of, through
 from nano.world import Prompt, Scene
 from rewards import build_reward
 
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
     # a picture of each prompt, and one of the prompt with one point changed
     rng = rng_of("check", cfg.seed)
     prompts = world.prompt_list(True, cfg.pictures)
-    others = [corrupt(rng, prompt, test=True) for prompt in prompts]
+    others = [world.corrupt(rng, prompt) for prompt in prompts]
     images = draw(model, prompts + others, sampling)                                    # (2 B, 3, H, W)
     is_right = torch.tensor(world.judge(images, prompts * 2))                           # (2 B,)
     texts = [prompt.text for prompt in prompts]
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
             row[name] = area_under_curve(scores[name][right], scores[name][wrong])
     for name, scorer in scorers.items():
         scenes = [preferred(rng, prompt, name) for prompt in prompts]
-        wanted = through(model.vae, world.render(scenes), torch.zeros(len(scenes)))     # (B, 3, H, W)
+        wanted = through(model.vae, world.render(scenes))                               # (B, 3, H, W)
         drawn = scores[name][:len(prompts)]                                             # (B,)
         row = headroom[name] = {"headroom": name}
         row["wanted"] = scorer(wanted, texts).mean().item()

@@ -9,11 +9,9 @@
     pick     the preference model: CLIP tuned on what a crowd thinks of pairs, which is known by construction
     aes      the aesthetic head: from CLIP's features to how bright the ground is, 1 to 10
 
-in this order, since later ones need earlier ones. All are the classes of the full size with smaller numbers
-(`PRESETS["nano"]`), written in the layout of their published counterparts, with a training.json beside each.
-
-Six trainings share one loop, `train`: each says what a batch is, what its loss is, and what is written. None
-of them sees what a test prompt says: not in a caption, not in a question, not in a picture.
+in this order, since later ones need earlier ones. All are the classes of the full size with smaller numbers,
+written in the layout of their published counterparts. Six trainings share one loop, `train`. None of them
+sees what a test prompt says: not in a caption, not in a question, not in a picture.
 
 Letters: B pictures or texts, S tokens, P patches, K things, D width of a tower, E of a condition or
 embedding, C h w latent.
@@ -28,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,22 +79,20 @@ def train(name: str, net: nn.Module, steps: int, lr: float, draw: Callable, loss
     250 steps the vision tower names 95 % of the shapes that it sees, with AdamW 78 % at best.
     """
     params = {key: p for key, p in net.named_parameters() if p.requires_grad}
-    in_layers = re.compile(r"layer|block|projector|up_|down_")
-    matrices = [p for key, p in params.items()
-                if in_layers.search(key) and not key.endswith("table")
-                and p.ndim >= 2 and p[0].numel() >= 32]
+    in_layers = re.compile(r"(layer|block|projector|up_|down_)(?!.*table$)")
+    matrices, others = [], []
+    for key, p in params.items():
+        is_matrix = in_layers.search(key) and p.ndim >= 2 and p[0].numel() >= 32
+        (matrices if is_matrix else others).append(p)
     # Muon wants two dimensions: views of the same memory, in a convolution a row for an output channel
     views = [nn.Parameter(p.detach().view(len(p), -1)) for p in matrices]
-    theirs = set(map(id, matrices))
-    others = [p for p in params.values() if id(p) not in theirs]
     muon = torch.optim.Muon(views, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     peaks = {muon: lr, adamw(others, lr, weight_decay): min(lr, 1.5e-3)}
 
     # batches are made by other processes where a GPU would wait for them
-    workers = {}
-    if DEVICE.type == "cuda":
-        workers = {"num_workers": 8, "prefetch_factor": 4, "multiprocessing_context": "fork"}
-    batches = DataLoader(range(steps), batch_size=None, **workers,
+    workers = 8 if DEVICE.type == "cuda" else 0
+    batches = DataLoader(range(steps), batch_size=None, num_workers=workers,
+                         multiprocessing_context="fork" if workers else None,
                          collate_fn=lambda step: draw(rng_of(name, step)))
     start, losses = time.time(), []
     for step, batch in enumerate(batches):
@@ -150,36 +147,31 @@ def draw_prompts(rng: Rng, scenes: list[Scene], count: int,
     return chosen, prompts
 
 
-def corrupt(rng: Rng, prompt: Prompt, test: bool) -> Prompt:
-    """A prompt that differs in one point; for training, none that is a test prompt."""
-    while True:
-        wrong = world.corrupt(rng, prompt)
-        if test or not world.is_test(wrong):
-            return wrong
-
-
 def draw_pictures(rng: Rng, scenes: list[Scene], count: int) -> tuple[list[int], Tensor]:
     """The numbers of `count` scenes, and their pictures (B, 3, H, W) in [0, 1]."""
     chosen = rng.integers(len(scenes), size=count).tolist()
     return chosen, world.render([scenes[j] for j in chosen])
 
 
-def bf16(net: nn.Module) -> dict[str, Tensor]:
-    """The weights as they are written; `net` gets the same numbers, to be scored with them."""
+def write_weights(path: Path, net: nn.Module) -> None:
+    """In bf16; `net` gets the same numbers, to be scored with them."""
     state = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in net.state_dict().items()}
     net.load_state_dict(state)
     net.eval()
-    return state
-
-
-def write_weights(path: Path, net: nn.Module) -> None:
     with atomic(path) as temporary:
-        save_file(bf16(net), temporary)
+        save_file(state, temporary)
 
 
 def write_part(folder: Path, net: DiT | DCAE) -> None:
     write_json(folder / "config.json", net.config.to_json())
     write_weights(folder / "diffusion_pytorch_model.safetensors", net)
+
+
+def load(net: nn.Module, folder: Path) -> Any:
+    """`net` with the weights that an earlier training wrote."""
+    [path] = folder.glob("*.safetensors")
+    net.load_state_dict(load_file(path))
+    return net.to(DEVICE)
 
 
 # ----------------------------------------------------------------------------- DC-AE
@@ -210,7 +202,7 @@ def train_vae(folder: Path, steps: int) -> Scores:
     # what the judge says of true pictures after decoding bounds every model that draws through this decoder
     rng, prompts = rng_of("vae test"), world.benchmark_prompts()
     true = world.render([world.scene_for(rng, prompt) for prompt in prompts])           # (B, 3, H, W)
-    again = through(vae, true, torch.zeros(len(true))).cpu()                            # (B, 3, H, W)
+    again = through(vae, true).cpu()                                                    # (B, 3, H, W)
     mse = (again - true).square().mean((1, 2, 3))                                       # (B,)
     scores = world.task_scores(world.judge(again, prompts), prompts)
     return {"psnr_db": float(-10 * mse.log10().mean()), "judge": scores["overall"]}
@@ -218,21 +210,16 @@ def train_vae(folder: Path, steps: int) -> Scores:
 
 @torch.no_grad()
 @torch.autocast(DEVICE.type, enabled=False)
-def through(vae: DCAE, images: Tensor, noise_level: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] after the autoencoder, as all drawn ones are, with noise of a level
-    (B,) on their latents."""
+def through(vae: DCAE, images: Tensor, noise: float = 0.0) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] after the autoencoder, as all drawn ones are; each with noise of its
+    own level, 0 to `noise`, on its latents."""
     parts = []
-    for x, level in zip(images.split(250), noise_level.split(250)):
+    levels = noise * torch.rand(len(images), 1, 1, 1).to(DEVICE)                        # (B, 1, 1, 1)
+    for x, level in zip(images.split(250), levels.split(250)):
         z = vae.encode(x.to(DEVICE) * 2 - 1)                                            # (b, C, h, w)
-        z = z + level.view(-1, 1, 1, 1).to(DEVICE) * torch.randn_like(z)                # (b, C, h, w)
+        z = z + level * torch.randn_like(z)                                             # (b, C, h, w)
         parts.append(vae.decode(z) / 2 + 0.5)                                           # (b, 3, H, W)
     return torch.cat(parts).clamp(0, 1)
-
-
-def load_vae(folder: Path) -> DCAE:
-    vae = DCAE(NANO.vae)
-    vae.load_state_dict(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"))
-    return vae.to(DEVICE).eval()
 
 
 # ----------------------------------------------------------------------------- learning to see, and to read
@@ -284,7 +271,7 @@ def patch_labels(scenes: list[Scene]) -> Tensor:
 SAID = [len(world.SHAPES), len(world.COLORS), len(world.NUMBERS), len(world.RELATIONS)]
 
 
-def said_of(prompt: Prompt) -> list[list[int]]:
+def said_of(prompt: Prompt) -> tuple[tuple[int, ...], ...]:
     """The classes of SAID for each of two things of a prompt, which come in the order of SHAPES: the same for
     "a star above a heart" and "a heart below a star". -100 is for what is left open, and for no second thing.
     """
@@ -292,11 +279,12 @@ def said_of(prompt: Prompt) -> list[list[int]]:
     relations = prompt.relation, world.OPPOSITE.get(prompt.relation)
     said = []
     for (shape, color, count), relation in zip(prompt.include, relations):
-        said.append([world.SHAPES.index(shape),
+        said.append((world.SHAPES.index(shape),
                      colors.index(color) if color else -100,
                      count - 1,
-                     sides.index(relation) if relation else -100])
-    return (sorted(said) + [[-100] * len(SAID)])[:2]
+                     sides.index(relation) if relation else -100))
+    first, second = [*sorted(said), (-100,) * len(SAID)][:2]
+    return first, second
 
 
 # ----------------------------------------------------------------------------- InternVL: what it reads
@@ -335,12 +323,10 @@ def ask(rng: Rng, scene: Scene) -> Parts:
     for _ in range(4):
         pairs += world.questions(rng, scene)
     pairs = [pair for pair in dict.fromkeys(pairs) if not asks_test(pair[0])]
-    about_sides = [(question, answer) for question, answer in pairs
-                   if any(relation in question for relation in world.RELATIONS)]
+    about_sides = [pair for pair in pairs if any(relation in pair[0] for relation in world.RELATIONS)]
     if about_sides and rng.random() < 0.5:
         pairs = about_sides
-    order = rng.permutation(len(pairs))
-    return [pairs[k] for k in order[:8]]
+    return [pairs[k] for k in rng.permutation(len(pairs))[:8]]
 
 
 def draw_row(rng: Rng, scene: Scene, reading: float) -> tuple[Parts, bool]:
@@ -359,17 +345,15 @@ def draw_row(rng: Rng, scene: Scene, reading: float) -> tuple[Parts, bool]:
         sentence = pick(rng, world.WORDINGS) + prompts[-1].text
         if rng.random() < 0.5:
             return [(PROMPT.format(prompt=sentence), ""), *pairs], False
-        question, answer = pairs[0]
-        pairs[0] = f"{sentence}. {question}", answer
     elif prompts:
         description = "describe the picture.", pick(rng, prompts).text
         pairs.insert(rng.integers(len(pairs) + 1), description)
 
     # questions and answers take turns, and the picture comes first
-    image, parts = IMAGE if shown else "", []
+    first, parts = IMAGE if shown else f"{sentence}. ", []
     for question, answer in pairs:
-        parts.append((QUESTION.format(image=image, prompt=question), f"{answer}<|im_end|>\n"))
-        image = ""
+        parts.append((QUESTION.format(image=first, prompt=question), f"{answer}<|im_end|>\n"))
+        first = ""
     return parts, shown
 
 
@@ -415,12 +399,12 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: list[Parts]) -> tuple[
     for parts in rows:
         row_ids, row_labels = [], []
         for given, answer in parts:
-            given = tokenizer(given, add_special_tokens=False).input_ids
+            given = tokenizer.encode(given)
             if isinstance(answer, list):
                 row_ids += given
                 row_labels += tokenizer.convert_tokens_to_ids(answer)
             else:
-                answer = tokenizer(answer, add_special_tokens=False).input_ids
+                answer = tokenizer.encode(answer)
                 row_ids += given + answer
                 row_labels += [-100] * (len(given) - 1) + answer + [-100]
         ids.append(torch.tensor(row_ids))
@@ -505,10 +489,11 @@ def train_vlm(folder: Path, steps: int) -> Scores:
     all_three = partial(draw, of=scenes, reading=0.5, facts=8, dialogues=24, plans=64)
     train("vlm plan", taught, max(1, steps // 4), 3e-3, all_three, answer)
 
-    bf16(vlm)
     written = copy.deepcopy(vlm).to("cpu", torch.bfloat16)
     written.save_pretrained(folder / "vlm")
     model.tokenizer.save_pretrained(folder / "vlm")
+    # scored as it is written
+    vlm.load_state_dict(written.state_dict())
     images, pairs = world.question_set(2000, SEED)
     questions, answers = zip(*pairs)
     said = []
@@ -552,12 +537,6 @@ def write_clip(folder: Path, model: CLIP) -> None:
     clip_tokenizer().save(str(folder / "tokenizer.json"))
 
 
-def load_clip(folder: Path) -> CLIP:
-    model = CLIP(**CLIP_CONFIG)
-    model.load_state_dict(load_file(folder / "clip" / "model.safetensors"))
-    return model.to(DEVICE)
-
-
 def embed_pictures(model: CLIP, images: Tensor) -> Tensor:
     """Unit embeddings (B, E) of pictures (B, 3, H, W) in [0, 1]."""
     features = model.encode_image(preprocess(images.to(DEVICE), world.SIZE))            # (B, E)
@@ -575,27 +554,21 @@ def draw_captions(rng: Rng, scenes: list[Scene], count: int, wrong: int, test: b
     chosen, prompts = draw_prompts(rng, scenes, count, test)
     shown = [scenes[j] for j in chosen]
     for _ in range(wrong):
-        prompts += [corrupt(rng, prompt, test) for prompt in prompts[:len(shown)]]
+        prompts += [world.corrupt(rng, prompt, test) for prompt in prompts[:len(shown)]]
     ids = clip_encoder()([prompt.text for prompt in prompts])                           # (T, S)
     light = torch.tensor([scene.light for scene in shown])                              # (B,)
 
-    meanings = [meaning(prompt) for prompt in prompts]
-    true = torch.tensor([[each in true_meanings(scene) for each in meanings] for scene in shown])   # (B, T)
+    said = [said_of(prompt) for prompt in prompts]
+    true = torch.tensor([[each in said_by(scene) for each in said] for scene in shown])             # (B, T)
     # the last prompt of a scene says all of it
-    fullest = [world.prompts_of(scene)[-1] for scene in shown]
-    said = torch.tensor([said_of(prompt) for prompt in fullest + prompts])              # (B + T, 2, 4)
-    return chosen, world.render(shown), light, ids, true, said
-
-
-def meaning(prompt: Prompt) -> str:
-    """What a prompt says, whatever its wording, order or side."""
-    return world.content_key(replace(prompt, text=""))
+    fullest = [said_by(scene)[-1] for scene in shown]
+    return chosen, world.render(shown), light, ids, true, torch.tensor(fullest + said)
 
 
 @cache
-def true_meanings(scene: Scene) -> frozenset[str]:
-    """The meanings of all prompts that a scene fulfils."""
-    return frozenset(meaning(prompt) for prompt in world.prompts_of(scene))
+def said_by(scene: Scene) -> list:
+    """What the prompts say that a scene fulfils."""
+    return [said_of(prompt) for prompt in world.prompts_of(scene)]
 
 
 def train_clip(folder: Path, steps: int) -> Scores:
@@ -603,7 +576,8 @@ def train_clip(folder: Path, steps: int) -> Scores:
     see its patches, and both towers to put what is shown or said where one linear head finds it: contrast
     alone finds out late who is at which side of whom. Pictures look as drawn ones do, and their light, which
     no caption says, is kept for the aesthetic head."""
-    model, vae, scenes = CLIP(**CLIP_CONFIG), load_vae(folder), pool("clip", 30000)
+    model, scenes = CLIP(**CLIP_CONFIG), pool("clip", 30000)
+    vae = load(DCAE(NANO.vae), folder / "vae")
     width = CLIP_CONFIG["embed_dim"]
     seeing = Seeing(VISION["width"], scenes)
     reader, dimmer = nn.Linear(width, 2 * sum(SAID)), nn.Linear(width, 1)
@@ -614,7 +588,7 @@ def train_clip(folder: Path, steps: int) -> Scores:
                 said: Tensor) -> Tensor:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        pictures = through(vae, images, 0.3 * torch.rand(len(images)))                  # (B, 3, H, W)
+        pictures = through(vae, images, 0.3)                                            # (B, 3, H, W)
         image, tokens = model.visual(preprocess(pictures, world.SIZE))                  # (B, E), (B, P, D)
         image = F.normalize(image.float(), dim=-1)                                      # (B, E)
         text = embed_texts(model, ids)                                                  # (T, E)
@@ -641,7 +615,7 @@ def train_clip(folder: Path, steps: int) -> Scores:
     test = pool("clip test", 8000, test=True)
     _, images, _, ids, _, _ = draw_captions(rng_of("clip score"), test, 2000, wrong=1, test=True)
     with torch.no_grad():
-        image = embed_pictures(model, through(vae, images, torch.zeros(len(images))))   # (B, E)
+        image = embed_pictures(model, through(vae, images))                             # (B, E)
         right, wrong = embed_texts(model, ids).chunk(2)                                 # (B, E) each
     margin = ((right - wrong) * image).sum(1)                                           # (B,)
     return {"beats_wrong_caption": float((margin > 0).float().mean())}
@@ -660,8 +634,10 @@ def train_dit(folder: Path, steps: int) -> Scores:
     DiT what the clean picture will show: REPA (arXiv 2410.06940) with true labels in place of another
     network's features. CLIP's text tower, trained on, stands in for SANA's Gemma: it has read before, and is
     not needed afterwards."""
-    clip, vae, dit = load_clip(folder), load_vae(folder), DiT(NANO.dit)
+    clip = load(CLIP(**CLIP_CONFIG), folder / "clip")
     clip.visual.requires_grad_(False)
+    vae = load(DCAE(NANO.vae), folder / "vae")
+    dit = DiT(NANO.dit)
     dit.init_weights(generator(SEED, "dit"))
     dit.compile()
     scenes = pool("dit", 40000)
@@ -730,14 +706,14 @@ def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) ->
 def new_scene(rng: Rng, prompt: Prompt, is_wrong: bool, test: bool) -> Scene:
     """A scene of what a prompt says, or of something else; for training, none of what a test prompt says."""
     while True:
-        scene = world.scene_for(rng, corrupt(rng, prompt, test) if is_wrong else prompt)
+        scene = world.scene_for(rng, world.corrupt(rng, prompt, test) if is_wrong else prompt)
         if test or not world.is_test_scene(scene):
             return scene
 
 
 def preference(model: CLIP, vae: DCAE, ids: Tensor, images: Tensor) -> Tensor:
     """The logit of every picture (2 B, 3, H, W) under its prompt (B, S), (2 B,)."""
-    pictures = through(vae, images, 0.3 * torch.rand(len(images)))                      # (2 B, 3, H, W)
+    pictures = through(vae, images, 0.3)                                                # (2 B, 3, H, W)
     text = embed_texts(model, ids).repeat(2, 1)                                         # (2 B, E)
     return model.logit_scale.exp() * (embed_pictures(model, pictures) * text).sum(1)
 
@@ -745,7 +721,8 @@ def preference(model: CLIP, vae: DCAE, ids: Tensor, images: Tensor) -> Tensor:
 def train_pick(folder: Path, steps: int) -> Scores:
     """Regression of what people think, which is known here: told by choices alone, a model overrates what
     nearly all agree on, and each prompt has another level."""
-    model, vae = load_clip(folder), load_vae(folder)
+    model = load(CLIP(**CLIP_CONFIG), folder / "clip")
+    vae = load(DCAE(NANO.vae), folder / "vae")
 
     def loss_of(ids: Tensor, images: Tensor, worth: Tensor) -> Tensor:
         return F.smooth_l1_loss(preference(model, vae, ids, images), worth.to(DEVICE))
@@ -764,15 +741,15 @@ def train_pick(folder: Path, steps: int) -> Scores:
 
 def train_aes(folder: Path, steps: int) -> Scores:
     """Regression of 1 + 9 light from CLIP's unit embedding of pictures that went through the autoencoder."""
-    model, vae = load_clip(folder), load_vae(folder)
+    model = load(CLIP(**CLIP_CONFIG), folder / "clip")
+    vae = load(DCAE(NANO.vae), folder / "vae")
     head = AestheticHead(CLIP_CONFIG["embed_dim"], (32, 16, 16, 8)).to(DEVICE)
 
     @torch.no_grad()
     def features(name: str, count: int) -> tuple[Tensor, Tensor]:
         scenes = pool(name, count)
         light = torch.tensor([scene.light for scene in scenes])                         # (count,)
-        noise_level = 0.3 * torch.rand(len(scenes))                                     # (count,)
-        images = through(vae, world.render(scenes), noise_level)                        # (count, 3, H, W)
+        images = through(vae, world.render(scenes), 0.3)                                # (count, 3, H, W)
         parts = [embed_pictures(model, part) for part in images.split(250)]
         return torch.cat(parts), (1 + 9 * light).to(DEVICE)
 

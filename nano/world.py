@@ -13,9 +13,9 @@ Letters: B pictures, K components found in them, H W pixels.
 """
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,9 @@ class Prompt:
 
 # ----------------------------------------------------------------------------- scenes
 
-def pick(rng: Rng, items: Sequence) -> Any:
+def pick(rng: Rng, items: Iterable, *but: Any) -> Any:
+    """One of the items, and none of those in `but`."""
+    items = [item for item in items if item not in but]
     return items[rng.integers(len(items))]
 
 
@@ -85,7 +87,7 @@ def random_look(rng: Rng) -> Look:
     return pick(rng, SHAPES), pick(rng, COLOR_NAMES)
 
 
-def arrange(rng: Rng, looks: Sequence[Look]) -> Scene:
+def arrange(rng: Rng, looks: list[Look]) -> Scene:
     """Things of these looks, at least 1.5 pixels of ground between any two: the first fit of many draws."""
     count = len(looks)
     tries = 4 ** (count - 1)
@@ -146,11 +148,11 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
         return box(x, y, 0.95, 0.36)
     if shape == "tee":
         return torch.minimum(box(x, y + 0.58, 0.82, 0.27), box(x, y - 0.1, 0.28, 0.8))
-    if shape in ("arrow", "house"):
-        # a roof, apex up, on a stem or on walls
-        roof = 0.7 * (x.abs() - y - 0.97)
-        if shape == "arrow":
-            return torch.minimum(torch.maximum(roof, y + 0.08), box(x, y - 0.4, 0.3, 0.5))
+    # a roof, apex up, on a stem or on walls
+    roof = 0.7 * (x.abs() - y - 0.97)
+    if shape == "arrow":
+        return torch.minimum(torch.maximum(roof, y + 0.08), box(x, y - 0.4, 0.3, 0.5))
+    if shape == "house":
         return torch.minimum(torch.maximum(roof, y + 0.15), box(x, y - 0.32, 0.55, 0.5))
     if shape == "triangle":
         # apex up: two slanted sides and a base
@@ -183,7 +185,6 @@ def coverage(shape: str, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     at = torch.arange(SIZE) + 0.5                           # the middles of pixels
     dx = (at - x) / r                                                                   # (..., 1, W)
     dy = (at[:, None] - y) / r                                                          # (..., H, 1)
-    dx, dy = torch.broadcast_tensors(dx, dy)                                            # (..., H, W)
     return (0.5 - signed_distance(shape, dx, dy) * r).clamp(0, 1)
 
 
@@ -248,7 +249,7 @@ def content_key(prompt: Prompt) -> str:
     return f"{prompt.task} {sorted(things)}" + (prompt.text if prompt.task == "single_object" else "")
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_test(prompt: Prompt) -> bool:
     """One content in seven is held out for testing (of the wordings of a single shape, two in five)."""
     digest = hashlib.blake2b(content_key(prompt).encode()).digest()
@@ -266,11 +267,10 @@ def is_test_scene(scene: Scene) -> bool:
 def relation_between(a: Thing, b: Thing) -> str | None:
     """The relation that a plainly has to b: its direction lies within 37 degrees of an axis."""
     dx, dy = a.x - b.x, a.y - b.y
-    if max(abs(dx), abs(dy)) < 0.8 * np.hypot(dx, dy):
-        return None
-    if abs(dx) > abs(dy):
-        return "left of" if dx < 0 else "right of"
-    return "above" if dy < 0 else "below"
+    for relation, (right, down) in RELATIONS.items():
+        if right * dx + down * dy >= 0.8 * np.hypot(dx, dy):
+            return relation
+    return None
 
 
 def prompts_of(scene: Scene, wording: str = "") -> list[Prompt]:
@@ -300,10 +300,8 @@ def sample_prompt(rng: Rng, scene: Scene, test: bool = False) -> Prompt | None:
     fits = [prompt for prompt in prompts if is_test(prompt) == test]
     if not fits:
         return None
-    colored = np.array([prompt.include[0][1] is not None for prompt in fits])
-    placed = np.array([prompt.relation is not None for prompt in fits])
-    weights = 1.0 + colored + placed
-    return fits[rng.choice(len(fits), p=weights / weights.sum())]
+    weights = [1 + bool(prompt.include[0][1]) + bool(prompt.relation) for prompt in fits]
+    return fits[rng.choice(len(fits), p=np.divide(weights, sum(weights)))]
 
 
 def scene_for(rng: Rng, prompt: Prompt) -> Scene:
@@ -317,9 +315,9 @@ def scene_for(rng: Rng, prompt: Prompt) -> Scene:
             return scene
 
 
-def corrupt(rng: Rng, prompt: Prompt) -> Prompt:
+def corrupt(rng: Rng, prompt: Prompt, test: bool = True) -> Prompt:
     """A prompt that differs in one point (shape, colour, number, side, or whose colour is whose), so that no
-    scene of `scene_for(prompt)` fulfils it."""
+    scene of `scene_for(prompt)` fulfils it; without `test`, none that is a test prompt."""
     (shape, color, count), *others = prompt.include
     relation = prompt.relation
     ways = ["shape"]
@@ -334,26 +332,26 @@ def corrupt(rng: Rng, prompt: Prompt) -> Prompt:
 
     way = pick(rng, ways)
     if way == "shape":
-        taken = {shape, *(other[0] for other in others)}
-        shape = pick(rng, [name for name in SHAPES if name not in taken])
+        shape = pick(rng, SHAPES, shape, *(other[0] for other in others))
     elif way == "color":
-        color = pick(rng, [name for name in COLORS if name != color])
+        color = pick(rng, COLORS, color)
     elif way == "number":
-        count = pick(rng, [number for number in (2, 3, 4) if number != count])
+        count = pick(rng, (2, 3, 4), count)
     elif way == "side":
         relation = OPPOSITE[relation]
     else:
         other_shape, other_color, _ = others[0]
         color, others = other_color, [(other_shape, color, 1)]
     include = (shape, color, count), *others
-    return write_prompt(include, relation, wording_of(prompt.text))
+    wrong = write_prompt(include, relation, wording_of(prompt.text))
+    return wrong if test or not is_test(wrong) else corrupt(rng, prompt, test)
 
 
 def wording_of(text: str) -> str:
     return max((wording for wording in WORDINGS if text.startswith(wording)), key=len)
 
 
-@lru_cache(maxsize=None)
+@cache
 def every_prompt() -> dict[str, Prompt]:
     """All prompts of this world without a wording, by their text, in a fixed order."""
     prompts = []
@@ -433,7 +431,7 @@ def questions(rng: Rng, scene: Scene) -> list[tuple[str, str]]:
     # whether a shape is there in this colour
     color = thing.color
     if rng.random() >= 0.5:
-        color = pick(rng, [name for name in COLORS if name != thing.color])
+        color = pick(rng, COLORS, color)
     there = (thing.shape, color) in looks
     pairs.append((f"is there {noun(thing.shape, color)}?", "yes" if there else "no"))
 
@@ -443,7 +441,7 @@ def questions(rng: Rng, scene: Scene) -> list[tuple[str, str]]:
         first, second = (thing.shape for thing in things)
         asked = relation
         if rng.random() >= 0.5:
-            asked = pick(rng, [name for name in RELATIONS if name != relation])
+            asked = pick(rng, RELATIONS, relation)
         pairs += [(f"is the {first} {asked} the {second}?", "yes" if asked == relation else "no"),
                   (f"what is {OPPOSITE[relation]} the {first}?", second)]
     return [pairs[i] for i in rng.permutation(len(pairs))]
@@ -464,8 +462,7 @@ def vocabulary() -> list[str]:
              "how many color shape shapes yes no picture photo drawing sticker card page tile print keep "
              "as it describe ground in").split()
     plural = [shape + "s" for shape in SHAPES]
-    words = [*frame, *SHAPES, *plural, *COLORS, *NUMBERS, "\n", ":", ".", "?", ","]
-    return list(dict.fromkeys(words))
+    return [*frame, *SHAPES, *plural, *COLORS, *NUMBERS, "\n", ":", ".", "?", ","]
 
 
 # ----------------------------------------------------------------------------- the judge
@@ -485,16 +482,14 @@ class Found:
     match: float
 
 
-@lru_cache(maxsize=None)
+@cache
 def template(shape: str) -> tuple[float, float, float]:
     """Area and centroid of a shape of radius 1, measured on a fine grid."""
     at = torch.linspace(-1.2, 1.2, 961)
     x, y = torch.meshgrid(at, at, indexing="xy")
-    inside = (signed_distance(shape, x, y) < 0).double()
-    area = inside.sum()
-    cx = (inside * x).sum() / area
-    cy = (inside * y).sum() / area
-    return float(area * 0.0025 ** 2), float(cx), float(cy)
+    inside = signed_distance(shape, x, y) < 0
+    area = float(inside.sum()) * 0.0025 ** 2
+    return area, float(x[inside].double().mean()), float(y[inside].double().mean())
 
 
 def segment(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -521,28 +516,20 @@ def segment(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def components(color: Tensor) -> Tensor:
-    """4-connected areas of one colour (B, H, W): every pixel gets the highest pixel number of its area,
-    (B, H W) int64. Ground pixels (-1) keep their own numbers."""
-    B, H, W = color.shape
-    numbers = torch.arange(H * W).view(H, W)                                            # (H, W)
-    color = torch.where(color < 0, -1 - numbers, color)     # every ground pixel is alone
-    across = color[:, :, 1:] == color[:, :, :-1]                                        # (B, H, W - 1)
-    down = color[:, 1:] == color[:, :-1]                                                # (B, H - 1, W)
-    labels = numbers.expand(B, -1, -1)                                                  # (B, H, W)
+    """4-connected areas of one colour (B, H, W): every pixel gets the highest number of a pixel of its area,
+    counted over the batch, int64; ground gets -1."""
+    numbers = torch.arange(color.numel()).view_as(color)                                # (B, H, W)
+    labels = torch.where(color >= 0, numbers, -1)                                       # (B, H, W)
+    # a frame of ground, so that nothing comes round the edge
+    color, labels = (F.pad(values, (1, 1, 1, 1), value=-1) for values in (color, labels))
     while True:
-        grown = labels.clone()
-        left, right = grown[:, :, :-1], grown[:, :, 1:]     # views
-        upper, lower = grown[:, :-1], grown[:, 1:]
-        # the highest number among a pixel and its neighbours ...
-        torch.maximum(right, left * across, out=right)
-        torch.maximum(left, right * across, out=left)
-        torch.maximum(lower, upper * down, out=lower)
-        torch.maximum(upper, lower * down, out=upper)
-        # ... then the one which the pixel of that number has got: few rounds, however winding the area
-        grown = grown.flatten(1)                                                        # (B, H W)
-        grown = grown.gather(1, grown).view(B, H, W)
+        # the highest number among a pixel and its neighbours of the same colour, until none is higher
+        grown = labels                                                                  # (B, H + 2, W + 2)
+        for shift, dim in (1, 1), (-1, 1), (1, 2), (-1, 2):
+            same = color == color.roll(shift, dim)                                      # (B, H + 2, W + 2)
+            grown = torch.where(same, grown.maximum(grown.roll(shift, dim)), grown)
         if torch.equal(grown, labels):
-            return labels.flatten(1)
+            return labels[:, 1:-1, 1:-1]
         labels = grown
 
 
@@ -550,18 +537,16 @@ def detect(images: Tensor) -> list[list[Found]]:
     """Everything in pictures (B, 3, H, W) in [0, 1]: one list of Found a picture."""
     assert images.shape[1:] == (3, SIZE, SIZE), images.shape
     color, alpha = segment(images.float().clamp(0, 1))                                  # (B, H, W) each
-    labels = components(color)                                                          # (B, H W)
-    found: list[list[Found]] = [[] for _ in images]
+    labels = components(color)                                                          # (B, H, W)
 
-    # the size of each component, at the pixel that names it; then picture and name of those that are no dirt
-    ones = torch.ones_like(labels)
-    size = torch.zeros_like(labels).scatter_add_(1, labels, ones)                       # (B, H W)
-    colored = color.flatten(1) >= 0                                                     # (B, H W)
-    owner, name = torch.nonzero((size >= MIN_AREA / 2) & colored, as_tuple=True)        # (K,) each
+    # the components that are no dirt, their pictures and their colours
+    names, sizes = labels[color >= 0].unique(return_counts=True)
+    names = names[sizes >= MIN_AREA / 2]                                                # (K,)
+    owner = names // SIZE ** 2                                                          # (K,)
+    hue = color.flatten()[names]                                                        # (K,)
 
     # a component with its soft rim: area, centre, width and height
-    hue = color.flatten(1)[owner, name]                                                 # (K,)
-    core = (labels[owner] == name[:, None]).view(-1, SIZE, SIZE)                        # (K, H, W)
+    core = labels[owner] == names[:, None, None]                                        # (K, H, W)
     around = F.max_pool2d(core[:, None].float(), 3, stride=1, padding=1).bool()         # (K, 1, H, W)
     rim = around[:, 0] & (color[owner] == -1)                                           # (K, H, W)
     soft = torch.where(core | rim, alpha[owner], 0.0)                                   # (K, H, W)
@@ -581,7 +566,8 @@ def detect(images: Tensor) -> list[list[Found]]:
         shared = torch.minimum(soft, ideal).sum((1, 2))                                 # (K,)
         joined = torch.maximum(soft, ideal).sum((1, 2))                                 # (K,)
         matches.append(shared / joined)
-    match, best = torch.stack(matches).max(0)                                           # (K,)
+    match, best = torch.stack(matches).max(0)                                           # (K,) each
+    found: list[list[Found]] = [[] for _ in images]
     for k in torch.nonzero(area >= MIN_AREA).flatten().tolist():
         shape = SHAPES[best[k]] if match[k] >= MIN_MATCH else None
         numbers = [float(values[k]) for values in (x, y, w, h, match)]
