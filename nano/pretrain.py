@@ -79,10 +79,10 @@ def train(name: str, net: nn.Module, steps: int, lr: float, draw: Callable, loss
     250 steps the vision tower names 95 % of the shapes that it sees, with AdamW 78 % at best.
     """
     params = {key: p for key, p in net.named_parameters() if p.requires_grad}
-    in_layers = re.compile(r"(layer|block|projector|up_|down_)(?!.*table$)")
     matrices, others = [], []
     for key, p in params.items():
-        is_matrix = in_layers.search(key) and p.ndim >= 2 and p[0].numel() >= 32
+        in_layer = re.search(r"layer|block|projector|up_|down_", key) and not key.endswith("table")
+        is_matrix = in_layer and p.ndim >= 2 and p[0].numel() >= 32
         (matrices if is_matrix else others).append(p)
     # Muon wants two dimensions: views of the same memory, in a convolution a row for an output channel
     views = [nn.Parameter(p.detach().view(len(p), -1)) for p in matrices]
@@ -135,22 +135,22 @@ def pool(name: str, size: int, mixed: float = 0.0, test: bool = False) -> list[S
 
 
 def draw_prompts(rng: Rng, scenes: list[Scene], count: int,
-                 test: bool = False) -> tuple[list[int], list[Prompt]]:
-    """The numbers of `count` scenes, and a prompt that each fulfils."""
-    chosen, prompts = [], []
-    while len(chosen) < count:
-        j = int(rng.integers(len(scenes)))
-        prompt = world.sample_prompt(rng, scenes[j], test)
+                 test: bool = False) -> tuple[list[Scene], list[Prompt]]:
+    """`count` of the scenes, and a prompt that each fulfils."""
+    shown, prompts = [], []
+    while len(shown) < count:
+        scene = scenes[rng.integers(len(scenes))]
+        prompt = world.sample_prompt(rng, scene, test)
         if prompt:
-            chosen.append(j)
+            shown.append(scene)
             prompts.append(prompt)
-    return chosen, prompts
+    return shown, prompts
 
 
-def draw_pictures(rng: Rng, scenes: list[Scene], count: int) -> tuple[list[int], Tensor]:
-    """The numbers of `count` scenes, and their pictures (B, 3, H, W) in [0, 1]."""
-    chosen = rng.integers(len(scenes), size=count).tolist()
-    return chosen, world.render([scenes[j] for j in chosen])
+def draw_pictures(rng: Rng, scenes: list[Scene], count: int) -> tuple[Tensor, Tensor]:
+    """Of `count` scenes the labels of their patches (3, B, P) and the pictures (B, 3, H, W) in [0, 1]."""
+    shown = [scenes[j] for j in rng.integers(len(scenes), size=count)]
+    return patch_labels(shown), world.render(shown)
 
 
 def write_weights(path: Path, net: nn.Module) -> None:
@@ -183,7 +183,7 @@ def train_vae(folder: Path, steps: int) -> Scores:
     vae.encoder.compile()
     vae.decoder.compile()
 
-    def loss_of(chosen: list[int], images: Tensor) -> Tensor:
+    def loss_of(labels: Tensor, images: Tensor) -> Tensor:
         x = images.to(DEVICE) * 2 - 1                                                   # (B, 3, H, W)
         z = vae.encode(x).float()                                                       # (B, C, h, w)
         # noise makes a decoder that forgives small errors
@@ -224,47 +224,34 @@ def through(vae: DCAE, images: Tensor, noise: float = 0.0) -> Tensor:
 
 # ----------------------------------------------------------------------------- learning to see, and to read
 
-class Seeing(nn.Module):
-    """A linear head that says of every patch its shape, its colour, and whether a thing has its middle there.
-    Image towers learn from it in minutes what captions and answers alone teach in hours; it is thrown away
-    afterwards."""
-
-    def __init__(self, width: int, scenes: list[Scene]) -> None:
-        super().__init__()
-        self.classes = [len(world.SHAPES) + 1, len(world.COLORS) + 1, 2]
-        self.head = nn.Linear(width, sum(self.classes))
-        self.register_buffer("labels", patch_labels(scenes))                            # (3, scenes, P)
-
-    def loss(self, tokens: Tensor, chosen: list[int]) -> Tensor:
-        """tokens (B, P, width) of the scenes `chosen` -> scalar."""
-        logits = self.head(tokens).float().flatten(0, 1)                                # (B P, all classes)
-        labels = self.labels[:, chosen].flatten(1)                                      # (3, B P)
-        return class_loss(logits, labels, self.classes)
+# What a linear head says of every patch: its shape, its colour, and whether a thing has its middle there.
+# Image towers learn from it in minutes what captions and answers alone teach in hours.
+SEEN = [len(world.SHAPES) + 1, len(world.COLORS) + 1, 2]
 
 
 def class_loss(logits: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
-    """Cross-entropy of several questions at once, summed: logits (rows, sum(classes)), labels (questions,
-    rows), -100 where there is nothing to say. Returns a scalar."""
-    parts = logits.split(classes, -1)
+    """Cross-entropy of several questions at once, summed to a scalar: logits (..., sum(classes)), labels
+    (questions, ...), -100 where there is nothing to say."""
+    parts = logits.float().flatten(0, -2).split(classes, -1)
+    labels = labels.flatten(1).to(DEVICE)                                               # (questions, rows)
     return sum(F.cross_entropy(part, right) for part, right in zip(parts, labels))
 
 
 def patch_labels(scenes: list[Scene]) -> Tensor:
-    """Shape and colour of each patch of each scene, of which the last class is the ground, and 1 where the
-    middle of a thing lies. Returns (3, B, P) int64."""
+    """The classes of SEEN for each patch of each scene, (3, B, P) int64."""
     side = world.SIZE // PATCH
-    shapes = torch.full((len(scenes), side * side), len(world.SHAPES))                  # (B, P)
-    colors = torch.full((len(scenes), side * side), len(world.COLORS))                  # (B, P)
-    middles = torch.zeros_like(shapes)                                                  # (B, P)
+    # the last shape and the last colour are the ground's
+    ground = torch.tensor([len(world.SHAPES), len(world.COLORS), 0])
+    labels = ground[:, None, None].repeat(1, len(scenes), side * side)                  # (3, B, P)
     for number, shape in enumerate(world.SHAPES):
         index, things, covered = world.things_of_shape(scenes, shape)
         share = F.avg_pool2d(covered[:, None], PATCH).flatten(1)                        # (K, P)
         for b, thing, here in zip(index, things, share > 0.3):
             row, column = int(thing.y // PATCH), int(thing.x // PATCH)
-            shapes[b, here] = number
-            colors[b, here] = world.COLOR_NAMES.index(thing.color)
-            middles[b, row * side + column] = 1
-    return torch.stack([shapes, colors, middles])
+            labels[0, b, here] = number
+            labels[1, b, here] = world.COLOR_NAMES.index(thing.color)
+            labels[2, b, row * side + column] = 1
+    return labels
 
 
 # What a prompt may say of a thing: its shape, its colour, its number, its side of the other one
@@ -283,8 +270,7 @@ def said_of(prompt: Prompt) -> tuple[tuple[int, ...], ...]:
                      colors.index(color) if color else -100,
                      count - 1,
                      sides.index(relation) if relation else -100))
-    first, second = [*sorted(said), (-100,) * len(SAID)][:2]
-    return first, second
+    return tuple([*sorted(said), (-100,) * len(SAID)][:2])
 
 
 # ----------------------------------------------------------------------------- InternVL: what it reads
@@ -459,13 +445,13 @@ def train_vlm(folder: Path, steps: int) -> Scores:
     vlm = model.to(DEVICE).vlm.requires_grad_(True)
     scenes = pool("vlm", 40000, 0.4)
     described = [scene for scene in scenes if world.prompts_of(scene)]
-    seeing = Seeing(NANO.vlm.vision_config.hidden_size, scenes)
+    seeing = nn.Linear(NANO.vlm.vision_config.hidden_size, sum(SEEN))
     taught = nn.ModuleList([vlm, seeing]).to(DEVICE)
 
-    def see(chosen: list[int], images: Tensor) -> Tensor:
+    def see(labels: Tensor, images: Tensor) -> Tensor:
         pixels = model.pixels(images.to(DEVICE))                                        # (B, 3, H, W)
         tokens = vlm.model.vision_tower(pixels).last_hidden_state[:, 1:]                # (B, P, width)
-        return seeing.loss(tokens, chosen)
+        return class_loss(seeing(tokens), labels, SEEN)
 
     def draw(rng: Rng, of: list[Scene], reading: float, facts: int, dialogues: int = 64,
              plans: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -548,11 +534,10 @@ def embed_texts(model: CLIP, ids: Tensor) -> Tensor:
 
 
 def draw_captions(rng: Rng, scenes: list[Scene], count: int, wrong: int, test: bool = False) -> tuple:
-    """The numbers of B scenes, their pictures and their light (B,); T = B (1 + wrong) captions, first their
-    own, then wrong ones: ids (T, S), and which are true of which scenes (B, T). Last, what the pictures show
-    and the captions say of two things (B + T, 2, 4)."""
-    chosen, prompts = draw_prompts(rng, scenes, count, test)
-    shown = [scenes[j] for j in chosen]
+    """Of B scenes the labels of patches, the pictures and the light (B,); of T = B (1 + wrong) captions,
+    first their own, then wrong ones, the ids (T, S), and which are true of which scenes (B, T). Last, what
+    the pictures show and the captions say of two things (B + T, 2, 4)."""
+    shown, prompts = draw_prompts(rng, scenes, count, test)
     for _ in range(wrong):
         prompts += [world.corrupt(rng, prompt, test) for prompt in prompts[:len(shown)]]
     ids = clip_encoder()([prompt.text for prompt in prompts])                           # (T, S)
@@ -562,7 +547,7 @@ def draw_captions(rng: Rng, scenes: list[Scene], count: int, wrong: int, test: b
     true = torch.tensor([[each in said_by(scene) for each in said] for scene in shown])             # (B, T)
     # the last prompt of a scene says all of it
     fullest = [said_by(scene)[-1] for scene in shown]
-    return chosen, world.render(shown), light, ids, true, torch.tensor(fullest + said)
+    return patch_labels(shown), world.render(shown), light, ids, true, torch.tensor(fullest + said)
 
 
 @cache
@@ -579,12 +564,12 @@ def train_clip(folder: Path, steps: int) -> Scores:
     model, scenes = CLIP(**CLIP_CONFIG), pool("clip", 30000)
     vae = load(DCAE(NANO.vae), folder / "vae")
     width = CLIP_CONFIG["embed_dim"]
-    seeing = Seeing(VISION["width"], scenes)
+    seeing = nn.Linear(VISION["width"], sum(SEEN))
     reader, dimmer = nn.Linear(width, 2 * sum(SAID)), nn.Linear(width, 1)
     taught = nn.ModuleList([model, seeing, reader, dimmer]).to(DEVICE)
     model.visual.output_tokens = True
 
-    def loss_of(chosen: list[int], images: Tensor, light: Tensor, ids: Tensor, true: Tensor,
+    def loss_of(labels: Tensor, images: Tensor, light: Tensor, ids: Tensor, true: Tensor,
                 said: Tensor) -> Tensor:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
@@ -601,10 +586,10 @@ def train_clip(folder: Path, steps: int) -> Scores:
         contrast = F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)
         # entries of unit vectors are small: times sqrt(E) they are of size 1
         both = torch.cat([image, text]) * width ** 0.5                                  # (B + T, E)
-        known = reader(both).float().view(2 * (B + T), -1)                              # (2 (B + T), 23)
-        read = class_loss(known, said.view(len(known), -1).T.to(DEVICE), SAID)
+        known = reader(both).unflatten(1, (2, -1))                                      # (B + T, 2, 29)
+        read = class_loss(known, said.movedim(-1, 0), SAID)
         lit = F.mse_loss(dimmer(both[:B]).float().squeeze(1), light.to(DEVICE))
-        return contrast / 2 + seeing.loss(tokens, chosen) + read + 4 * lit
+        return contrast / 2 + class_loss(seeing(tokens), labels, SEEN) + read + 4 * lit
 
     draw = partial(draw_captions, scenes=scenes, count=96, wrong=2)
     train("clip", taught, steps, 3e-3, draw, loss_of, 0.05)
@@ -630,7 +615,7 @@ def read_tokens(clip: CLIP, ids: Tensor) -> Tensor:
 
 
 def train_dit(folder: Path, steps: int) -> Scores:
-    """The flow-matching loss, and a quarter of that of a `Seeing` head that tells from the tokens inside the
+    """The flow-matching loss, and a quarter of that of a linear head that tells from the tokens inside the
     DiT what the clean picture will show: REPA (arXiv 2410.06940) with true labels in place of another
     network's features. CLIP's text tower, trained on, stands in for SANA's Gemma: it has read before, and is
     not needed afterwards."""
@@ -644,23 +629,25 @@ def train_dit(folder: Path, steps: int) -> Scores:
     with torch.no_grad():
         parts = [world.render(scenes[i:i + 256]) for i in range(0, len(scenes), 256)]
         latents = torch.cat([vae.encode(part.to(DEVICE) * 2 - 1) for part in parts])    # (scenes, C, h, w)
-    seeing, inside = Seeing(NANO.dit.width, scenes), {}
+    place = {scene: i for i, scene in enumerate(scenes)}
+    seeing, inside = nn.Linear(NANO.dit.width, sum(SEEN)), {}
     dit.transformer_blocks[3].register_forward_hook(lambda block, x, tokens: inside.update(tokens=tokens))
     taught = nn.ModuleList([clip, dit, seeing]).to(DEVICE)
 
-    def draw(rng: Rng) -> tuple[list[int], Tensor, Tensor]:
-        chosen, prompts = draw_prompts(rng, scenes, 192)
+    def draw(rng: Rng) -> tuple[list[int], Tensor, Tensor, Tensor]:
+        shown, prompts = draw_prompts(rng, scenes, 192)
         # captions are left out now and then, for guidance
         texts = ["" if rng.random() < 0.1 else prompt.text for prompt in prompts]
         # times favour the noisy side, where numbers and places are decided
-        t = torch.sigmoid(torch.tensor(rng.normal(0.6, 1, len(chosen))))                # (B,)
-        return chosen, clip_encoder()(texts), t.float()
+        t = torch.sigmoid(torch.tensor(rng.normal(0.6, 1, len(shown))))                 # (B,)
+        places = [place[scene] for scene in shown]
+        return places, patch_labels(shown), clip_encoder()(texts), t.float()
 
-    def loss_of(chosen: list[int], ids: Tensor, t: Tensor) -> Tensor:
+    def loss_of(places: list[int], labels: Tensor, ids: Tensor, t: Tensor) -> Tensor:
         c = read_tokens(clip, ids.to(DEVICE))                                           # (B, S, E)
-        x0 = latents[chosen]                                                            # (B, C, h, w)
+        x0 = latents[places]                                                            # (B, C, h, w)
         loss = flow_matching_loss(dit, x0, c, t.to(DEVICE), torch.randn_like(x0))
-        return loss + 0.25 * seeing.loss(inside["tokens"], chosen)
+        return loss + 0.25 * class_loss(seeing(inside["tokens"]), labels, SEEN)
 
     train("dit", taught, steps, 1e-2, draw, loss_of)
     write_part(folder / "transformer", dit)
@@ -692,8 +679,7 @@ def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) ->
 
     People want what they asked for, and want it large.
     """
-    chosen, prompts = draw_prompts(rng, scenes, count, test)
-    first = [scenes[j] for j in chosen]
+    first, prompts = draw_prompts(rng, scenes, count, test)
     is_wrong = rng.random(len(prompts)) < 0.5                                           # (B,)
     second = [new_scene(rng, prompt, wrong, test) for prompt, wrong in zip(prompts, is_wrong)]
     radius = np.array([world.mean_radius(scene) for scene in first + second])           # (2 B,)
