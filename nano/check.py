@@ -2,12 +2,11 @@
 
     python nano/check.py [--stage-file FILE] [--pictures 32]
 
-Two tables about pictures of held-out prompts, drawn as stage III draws them: along the SDE, without guidance
-where its recipe has none.
+Two tables about pictures of held-out prompts, drawn as stage III draws them.
 
-    right from wrong    a picture of a prompt against one of a prompt that differs in one point: how often the
-                        right one scores higher (the area under the curve), where the exact judge says which
-                        is right
+    right from wrong    how often a picture that the exact judge finds right scores higher than one that it
+                        finds wrong (the area under the curve): of the prompt, or of one that differs in one
+                        point
     headroom            the reward of true scenes with the look that it wants, less that of the model's
                         pictures, in standard deviations over these
 
@@ -87,24 +86,23 @@ def main(argv: list[str] | None = None) -> dict:
     texts = [prompt.text for prompt in prompts]
     scores = {name: scorer(images, texts * 2) for name, scorer in scorers.items()}      # (2 B,) each
 
-    areas, headroom = {}, {}
+    areas = {}
     for task in world.TASKS:
         here = torch.tensor([prompt.task == task for prompt in prompts * 2])            # (2 B,)
         right, wrong = here & is_right, here & ~is_right
-        row = areas[task] = {"right from wrong": task}
-        row["right"] = right.sum().item()
-        row["wrong"] = wrong.sum().item()
+        row = {"right from wrong": task, "right": right.sum().item(), "wrong": wrong.sum().item()}
         for name in ("clip", "pickscore"):
             row[name] = area_under_curve(scores[name][right], scores[name][wrong])
+        areas[task] = row
+    headroom = {}
     for name, scorer in scorers.items():
         scenes = [preferred(rng, prompt, name) for prompt in prompts]
         wanted = through(model.vae, world.render(scenes))                               # (B, 3, H, W)
         drawn = scores[name][:len(prompts)]                                             # (B,)
-        row = headroom[name] = {"headroom": name}
-        row["wanted"] = scorer(wanted, texts).mean().item()
-        row["drawn"] = drawn.mean().item()
-        row["s.d."] = drawn.std().item()
+        row = {"headroom": name, "wanted": scorer(wanted, texts).mean().item(),
+               "drawn": drawn.mean().item(), "s.d.": drawn.std().item()}
         row["in s.d."] = (row["wanted"] - row["drawn"]) / row["s.d."]
+        headroom[name] = row
     share = is_right[:len(prompts)].float().mean().item()
     print(table([*areas.values()]))
     print(f"\n{share:.3f} of the pictures are right\n")
