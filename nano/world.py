@@ -93,15 +93,14 @@ def arrange(rng: Rng, looks: list[Look]) -> Scene:
     tries = 4 ** (count - 1)
     low, high = (5.0, LARGEST) if count <= 2 else (4.4, 5.4)
     first, second = np.triu_indices(count, 1)
-    while True:
+    fits = np.array([])
+    while not fits.size:
         r = rng.uniform(low, high, (tries, count))                                      # (tries, count)
         room = SIZE - 2 - 2 * r                                                         # (tries, count)
         x, y = rng.uniform(0, 1, (2, tries, count)) * room + 1 + r                      # (tries, count) each
         distance = np.hypot(x[:, first] - x[:, second], y[:, first] - y[:, second])     # (tries, pairs)
         gap = distance - r[:, first] - r[:, second]                                     # (tries, pairs)
         fits = np.flatnonzero((gap > 1.5).all(1))
-        if len(fits):
-            break
     places = np.stack([x, y, r])[:, fits[0]].T.tolist()                                 # (count, 3)
     things = [Thing(*look, *place) for look, place in zip(looks, places)]
     return Scene(tuple(things), float(rng.random()))
@@ -385,13 +384,13 @@ def in_benchmark(prompt: Prompt) -> bool:
 def prompt_list(test: bool, per_task: dict[str, int] | int, seed: int = 0) -> list[Prompt]:
     """Distinct prompts of one split, at most `per_task` of each task, tasks in turn order."""
     chosen = []
-    for task in TASKS:
+    for number, task in enumerate(TASKS):
         fits = []
         for prompt in every_prompt().values():
             if prompt.task == task and in_benchmark(prompt):
                 worded = [replace(prompt, text=wording + prompt.text) for wording in WORDINGS]
                 fits += [prompt for prompt in worded if is_test(prompt) == test]
-        rng = np.random.default_rng([seed, TASKS.index(task)])
+        rng = np.random.default_rng([seed, number])
         limit = per_task[task] if isinstance(per_task, dict) else per_task
         chosen += [fits[i] for i in rng.permutation(len(fits))[:limit]]
     return chosen
@@ -410,18 +409,16 @@ def questions(rng: Rng, scene: Scene) -> list[tuple[str, str]]:
     """Questions about a scene with their one-word answers, yes and no in balance, in random order."""
     things = scene.things
     looks = {(thing.shape, thing.color) for thing in things}
-    here = sorted({thing.shape for thing in things})
+    shapes = [thing.shape for thing in things]
 
     # how many there are, of a shape that is mostly there
-    shape = pick(rng, here if rng.random() < 0.8 else SHAPES)
-    number = sum(thing.shape == shape for thing in things)
-    pairs = [(f"how many {shape}s?", NUMBERS[number]),
+    shape = pick(rng, sorted(set(shapes)) if rng.random() < 0.8 else SHAPES)
+    pairs = [(f"how many {shape}s?", NUMBERS[shapes.count(shape)]),
              ("how many shapes?", NUMBERS[len(things)])]
 
     # the colour of a shape and the shape of a colour, where there is one answer
     thing = pick(rng, things)
-    number = sum(other.shape == thing.shape for other in things)
-    if number == 1:
+    if shapes.count(thing.shape) == 1:
         pairs.append((f"what color is the {thing.shape}?", thing.color))
     elif len(looks) == 1:
         pairs.append((f"what color are the {thing.shape}s?", thing.color))
@@ -436,9 +433,9 @@ def questions(rng: Rng, scene: Scene) -> list[tuple[str, str]]:
     pairs.append((f"is there {noun(thing.shape, color)}?", "yes" if there else "no"))
 
     # where two things stand
-    relation = relation_between(*things) if len(things) == len(here) == 2 else None
+    relation = relation_between(*things) if len(shapes) == len(set(shapes)) == 2 else None
     if relation:
-        first, second = (thing.shape for thing in things)
+        first, second = shapes
         asked = relation
         if rng.random() >= 0.5:
             asked = pick(rng, RELATIONS, relation)
