@@ -78,12 +78,8 @@ def nano_pair(seed: int, step: int, item: int) -> tuple[world.Scene, world.Promp
 def nano_caption(prompt: world.Prompt, *key: int | str) -> str:
     """What stands below a picture of a prompt: mostly the prompt."""
     rng = np.random.default_rng(derive_seed(*key))
-    if rng.random() >= WRONG_CAPTIONS:
-        return prompt.text
-    while True:
-        wrong = world.corrupt(rng, prompt)
-        if not world.is_test(wrong):
-            return wrong.text
+    is_wrong = rng.random() < WRONG_CAPTIONS
+    return world.corrupt(rng, prompt, test=False).text if is_wrong else prompt.text
 
 
 class NanoLatents:

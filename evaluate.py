@@ -137,7 +137,7 @@ def compare(argv: list[str] | None = None) -> dict:
 
 @dataclass(frozen=True)
 class ReconstructConfig(DrawConfig):
-    stage_file: str = knob("auto", "weights trained with all layers; auto: the newest in --weights")
+    stage_file: str = knob("auto", "weights trained with all layers; auto: of the highest stage in --weights")
     last_layer_file: str = knob("", "weights of the last layer only; empty: --stage-file, read at its last")
     images: str = knob("", "folder of pictures; empty: held-out pictures of the nano world")
     count: int = knob(200, "pictures")
@@ -150,7 +150,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
 
     Reading of the paper: "the input image is encoded by VAE and then fed into the VLM", which has no input
     for latents; here the picture goes through the VLM's vision tower. The prompt is the bare sentence;
-    guidance compares with no prompt about the same picture. The ends of the scale are how near any other
+    guidance compares with "Generate an image." about it. The ends of the scale are how near any other
     picture is, and how much of a picture the DC-AE alone keeps.
     """
     cfg, dist = start(ReconstructConfig, argv, reconstruct.__doc__)

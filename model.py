@@ -499,7 +499,7 @@ class ParaUni(nn.Module):
         """Pictures of prompts, (B, 3, H, W) fp32 in [0, 1].
 
         seed    the noise of picture i is drawn from (seed, i), or from seed[i] of a list, whatever the batch
-        images  as in `condition`; guidance then compares with no instruction about the same picture
+        images  as in `condition`; guidance then compares with "Generate an image." about it
         """
         c = self.condition(prompts, images, layers)                                     # (B, N, E)
         c_uncond = None

@@ -105,7 +105,7 @@ def save_figure(path: str | Path, figure: Figure) -> None:
 
 
 def smoothed(values: list[float], rate: float = 0.1) -> list[float]:
-    """Exponential moving average, as in the paper's supplement, section 3."""
+    """Exponential moving average (the paper's supplement, section 3); rate is the new value's weight."""
     def step(average: float, value: float) -> float:
         return (1 - rate) * average + rate * value
     return list(itertools.accumulate(values, step))

@@ -139,7 +139,7 @@ def figure2(scores: Scores, L: int, folder: Path) -> tuple[list[dict], list[dict
                    slopes)
     # the best layer is chosen by the same pictures, which leans against the claim
     best = clip[clip.mean(1).argmax()]                                          # (B,)
-    more = claim("All layers together say more than the best single one (section 1)",
+    more = claim("All layers together say more than the best single one",
                  "CLIP score, all - best layer", scores["all"]["clip"] - best)
     return rows, [rising, more]
 

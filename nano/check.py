@@ -36,7 +36,7 @@ CANDIDATES = 16     # scenes of a prompt, of which the best quarter has the pref
 
 @dataclass(frozen=True)
 class CheckConfig:
-    stage_file: str = knob("auto", "a stageN.safetensors; auto: that of stage 2, the newest of nano's own")
+    stage_file: str = knob("auto", "a stageN.safetensors; auto: of the highest stage, nano's own is 2")
     reward_weights: str = knob("auto", "folder of the reward models; auto: nano's own")
     pictures: int = knob(32, "held-out prompts a task, with two pictures each")
     seed: int = knob(0, "all randomness is derived from it")
