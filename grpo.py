@@ -157,7 +157,7 @@ class Rollout(NamedTuple):
     latents: Tensor             # (K + 1, B, C, H, W)   the first is noise, the last one clean
     log_prob: Tensor            # (K, B)                under the policy that drew them
     mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
-    kl_coef: float              # weight of the KL to the reference
+    kl_coef: float              # weight of the KL to the reference, in this phase
 
 
 def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int, advantages: Tensor,
@@ -272,7 +272,6 @@ def step_log_prob(dit: DiT, kv: list, x: Tensor, t: float, t_next: float, cfg: G
     """One stochastic step of one chunk: the only place where a log-probability is computed.
     Returns what sde_step does: x_next (b, C, H, W), log_prob (b,), mean (b, C, H, W), std (b,)."""
     v = velocity(dit, kv, x, t, cfg)                                                    # (b, C, H, W)
-    # times stay on the CPU, where looking at them costs no wait for a GPU
     t, t_next = torch.full((len(x),), t), torch.full((len(x),), t_next)                 # (b,) each
     return sde_step(x, v, t, t_next, cfg.noise_level, x_next, generators)
 
@@ -420,6 +419,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     done, skipped, gamma, record = 0, 0, None, {"epoch": 0, "phase": names[0]}
     # held-out scores before the first phase, and after each
     evals: list[dict[str, list[float]]] = state["evals"] if state else []
+    # a resumed run must find the same prompts
     digest = derive_seed(*prompts, *heldout)
     if state:
         if state["prompts"] != digest:
@@ -518,6 +518,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # where no update was made, the average stays too
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
+            # figures of the last update, with ratio_dev of the first
             record = {"epoch": epoch + 1, "phase": goal, **figures[0], **figures[-1],
                       "grad_norm": norms[0], "lr": lr, "skipped": skipped, "reward_nan": int((~usable).sum()),
                       "zero_std": (advantages[usable] == 0).all(1).float().mean().item(),
