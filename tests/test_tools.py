@@ -1,6 +1,6 @@
 """tools/: what is counted is right, and every measurement runs."""
 import json
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
-
-import bench
-import gpu_check
 import naive
-import plan
 from common import generator, prepare
 from grpo import GRPOConfig, Perturbation, accumulate_gradient, rollout, trained_steps
 from helpers import TINY, tiny_model
-from meter import Meter
 from model import ParaUni
+from tools import bench, gpu_check, plan
+from tools.meter import Meter
 
 # of diffusers
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -95,17 +91,17 @@ def test_flops_are_two_for_a_multiplication_and_an_addition() -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_fake_tensors_say_real_ones_do(stage: int) -> None:
-    def costs() -> list[plan.Cost]:
+    def costs() -> tuple[list[int], list[int]]:
         model, cfg = plan.build(TINY), plan.recipe(TINY, stage)
         for p in prepare(cfg, model).values():
             p.grad = torch.zeros_like(p)
-        work = plan.reinforced(model, cfg, 2, 4) if stage == 3 else plan.supervised(model, cfg, 4)
-        return plan.measure(work)
+        if stage == 3:
+            return plan.measure(plan.reinforced(model, replace(cfg, num_groups=2), 4))
+        return plan.measure(plan.supervised(model, cfg, 4))
     with FakeTensorMode():
-        fake = costs()
-    real = costs()
-    assert [cost.flops for cost in fake] == [cost.flops for cost in real]
-    assert [cost.peak for cost in fake] == pytest.approx([cost.peak for cost in real], rel=0.02)
+        fake_flops, fake_peaks = costs()
+    flops, peaks = costs()
+    assert fake_flops == flops and fake_peaks == pytest.approx(peaks, rel=0.02)
 
 
 def test_what_fits_is_what_the_sums_say() -> None:
@@ -123,14 +119,12 @@ def test_what_fits_is_what_the_sums_say() -> None:
 def test_every_side_makes_one_run_after_another(what: str, is_peer: bool, tiny_preset: None) -> None:
     args = bench.parse([f"--what={what}", "--batch=2", "--num-groups=1", "--group-size=2", "--num-steps=2",
                         f"--vs={bench.RIVALS[what]}"])
-    runs = []
 
-    def turn(*of_the_hook: object) -> None:
-        runs.append(1)
-        if len(runs) == 2:
-            raise gpu_check.Enough
+    def two_turns() -> Iterator[None]:
+        yield
+        raise gpu_check.Enough
     with pytest.raises(gpu_check.Enough):
-        bench.SIDES[what](args, turn, is_peer)
+        bench.SIDES[what](args, two_turns(), is_peer)
 
 
 def test_the_check_of_a_gpu_runs_at_toy_size_whatever_becomes_of_a_part(tmp_path: Path) -> None:

@@ -25,12 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 # appended, not inserted: a worker of another checkout has that one on PYTHONPATH, in front of this one
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +40,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import naive
 import train
-from common import (Refused, adamw, compile_parts, environment, generator, knob, parse_config, precision,
-                    read_log, resolve, run)
+from common import (Refused, RunConfig, adamw, compile_parts, environment, generator, knob, parse_config,
+                    precision, prepare, read_log, resolve, run)
 from data import nano_prompts
 from dit import DiT, flow_matching_loss, sample_ode
 from evaluation import table
-from grpo import group_advantages
+from grpo import GRPOConfig, group_advantages
 from meter import Meter
 from model import PRESETS, ParaUni
 from vae import DCAE
@@ -56,7 +55,6 @@ RIVALS = {"dit": "diffusers", "dit-train": "diffusers", "decode": "diffusers", "
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-MARK = "bench:"                         # in front of a worker's answers: training prints too
 GB = 1e9
 
 
@@ -89,56 +87,46 @@ def parse(argv: list[str] | None) -> BenchConfig:
 
 # ----------------------------------------------------------------------------- a worker
 
-class Turns:
-    """Called after every run, also as a hook: reports it, and waits until it is this side's turn again."""
-    meter = None
-
-    def __call__(self, *of_the_hook: object) -> None:
+def take_turns() -> Iterator[None]:
+    """Waits until it is this side's turn, has a run made (a yield) and reports it."""
+    # reports have the pipe for themselves: what training prints goes where errors go
+    reports = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for command in sys.stdin:
+        # a GPU's memory was the other side's meanwhile; one run that does not count takes it back
         if CUDA:
+            yield
             torch.cuda.synchronize()
-        if not self.counts:
-            return self.start(counts=True)
-        report = {"seconds": time.perf_counter() - self.began}
-        if self.meter:
-            self.meter.__exit__(None, None, None)
-            report |= {"flops": self.meter.flops, "memory": self.meter.peak}
-        if CUDA:
-            report["memory"] = torch.cuda.max_memory_allocated() - self.before
-        print(MARK + json.dumps(report), flush=True)
-        self.wait()
-
-    def wait(self) -> None:
-        # a GPU's memory is the other side's meanwhile; one run that does not count takes it back
-        if CUDA:
-            torch.cuda.empty_cache()
-        self.command = sys.stdin.readline().strip()
-        if not self.command:                                            # the other end is closed
-            sys.exit()
-        self.start(counts=not CUDA)
-
-    def start(self, counts: bool) -> None:
-        self.counts = counts
-        if counts and self.command == "count":
-            torch.compiler.set_stance("force_eager")
-            self.meter = Meter()
-            self.meter.__enter__()
-        if CUDA:
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        self.began = time.perf_counter()
+            before = torch.cuda.memory_allocated()
+        is_counted = command == "count\n"
+        if is_counted:
+            torch.compiler.set_stance("force_eager")
+        with Meter() if is_counted else nullcontext() as meter:
+            began = time.perf_counter()
+            yield
+            if CUDA:
+                torch.cuda.synchronize()
+            report = {"seconds": time.perf_counter() - began}
+        if is_counted:
+            report |= {"flops": meter.flops, "memory": meter.peak}
+        if CUDA:
+            report["memory"] = torch.cuda.max_memory_allocated() - before
+            torch.cuda.empty_cache()
+        print(json.dumps(report), file=reports, flush=True)
+    # the other end is closed
+    sys.exit()
 
 
 def cut(name: str, blocks: int, vlm_layers: int) -> None:
-    """A preset keeps only its first layers."""
+    """A preset keeps only its first layers, or all where the number is 0."""
     preset = PRESETS[name]
-    if blocks:
-        preset = replace(preset, dit=replace(preset.dit, num_layers=blocks))
-    if vlm_layers:
-        vlm = copy.deepcopy(preset.vlm)
-        vlm.text_config.num_hidden_layers = vlm_layers
-        vlm.text_config.layer_types = vlm.text_config.layer_types[:vlm_layers]
-        preset = replace(preset, vlm=vlm, lim=replace(preset.lim, vlm_layers=vlm_layers))
-    PRESETS[name] = preset
+    dit = replace(preset.dit, num_layers=blocks or preset.dit.num_layers)
+    lim = replace(preset.lim, vlm_layers=vlm_layers or preset.vlm_layers)
+    vlm = copy.deepcopy(preset.vlm)
+    vlm.text_config.num_hidden_layers = lim.vlm_layers
+    vlm.text_config.layer_types = vlm.text_config.layer_types[:lim.vlm_layers]
+    PRESETS[name] = replace(preset, vlm=vlm, dit=dit, lim=lim)
 
 
 def captions(number: int) -> list[str]:
@@ -150,13 +138,12 @@ def captions(number: int) -> list[str]:
 def learner(args: BenchConfig, stage: int) -> ParaUni:
     """A model that is ready to be trained, with the attention kernels that train.py picks."""
     resolve(args, DEVICE)
-    model = ParaUni.from_preset(args.preset, weights="random", device=DEVICE).requires_grad_(False)
-    for p in model.trainable(stage).values():
-        p.requires_grad_(True)
+    model = ParaUni.from_preset(args.preset, weights="random", device=DEVICE)
+    prepare(RunConfig(stage), model)
     return model
 
 
-def run_dit(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
+def run_dit(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
     preset, B, trains = PRESETS[args.preset], args.batch, args.what == "dit-train"
     if trains and not is_peer:
         resolve(args, DEVICE)
@@ -175,11 +162,11 @@ def run_dit(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
         if trains:
             dit.zero_grad(set_to_none=True)
             v.float().square().mean().backward()
-        turn()
+        next(turns)
 
 
 @torch.no_grad()
-def run_decode(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
+def run_decode(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
     preset, dtype = PRESETS[args.preset], DTYPES[args.dtype]
     with torch.device(DEVICE):
         vae = DCAE(preset.vae).to(dtype).requires_grad_(False)
@@ -190,11 +177,11 @@ def run_decode(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
             theirs.decode(z / preset.vae.scaling_factor)
         else:
             vae.decode(z)
-        turn()
+        next(turns)
 
 
 @torch.no_grad()
-def run_sample(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
+def run_sample(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
     model = ParaUni.from_preset(args.preset, weights="random", device=DEVICE, dtype=DTYPES[args.dtype])
     model.requires_grad_(False)
     side, prompts = model.preset.image_size, captions(args.batch)
@@ -216,10 +203,10 @@ def run_sample(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
             if args.vs != "diffusers":
                 c, c_uncond = model.condition(prompts), model.condition([None])
             model.decode(sample_ode(dit, noise, c, c_uncond, args.num_steps))
-        turn()
+        next(turns)
 
 
-def run_stage1(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
+def run_stage1(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
     """All captions differ, and one of them is dropped."""
     model, B = learner(args, stage=1), args.batch
     model = naive.peer_of(model) if is_peer else model
@@ -240,7 +227,7 @@ def run_stage1(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        turn()
+        next(turns)
 
 
 def stage3_flags(folder: str, preset: str) -> list[str]:
@@ -256,26 +243,25 @@ def stage3_flags(folder: str, preset: str) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def run_stage3(args: BenchConfig, turn: Turns, is_peer: bool) -> None:
+def run_stage3(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
     """train.py, whose optimizer steps once an epoch: from step to step all parts of an epoch are run."""
     if is_peer:
-        return run_naive_stage3(args, turn)
-    # optimizers call it after every step, so nothing inside of train.py or grpo.py is touched
-    register_optimizer_step_post_hook(turn)
+        return run_naive_stage3(args, turns)
     flags = [f"--num-groups={args.num_groups}", f"--group-size={args.group_size}", f"--dtype={args.dtype}",
              f"--micro-batch={args.batch}", f"--num-steps={args.num_steps}", "--no-ldam",
              "--compile" if args.compile else "--no-compile"]
-    with tempfile.TemporaryDirectory() as folder:
+    # optimizers call it after every step, so nothing inside of train.py or grpo.py is touched
+    after_step = register_optimizer_step_post_hook(lambda *given: next(turns))
+    with tempfile.TemporaryDirectory() as folder, after_step:
         train.main(stage3_flags(folder, args.preset) + flags)
 
 
-def run_naive_stage3(args: BenchConfig, turn: Turns) -> None:
+def run_naive_stage3(args: BenchConfig, turns: Iterator[None]) -> None:
     model = learner(args, stage=3)
     peer, reference = naive.peer_of(model), naive.peer_of(model)
     if args.compile:
         compile_parts(DEVICE, peer.lim, peer.dit, reference.lim, reference.dit)
-    cfg = SimpleNamespace(num_steps=args.num_steps, micro_batch=args.batch, dtype=args.dtype, shift=3.0,
-                          noise_level=0.7, guidance_scale=4.5, kl_coef=(0.01,), clip_range=1e-4)
+    cfg = GRPOConfig(num_steps=args.num_steps, micro_batch=args.batch, dtype=args.dtype)
     params = list(peer.trainable(3).values())
     optimizer = adamw(params, 1e-6, 0.05)
     prompts = [text for text in captions(args.num_groups) for _ in range(args.group_size)]
@@ -289,7 +275,7 @@ def run_naive_stage3(args: BenchConfig, turn: Turns) -> None:
         naive.accumulate_gradient(peer, reference, prompts, latents, log_probs, advantages, cfg)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        turn()
+        next(turns)
 
 
 SIDES = {"dit": run_dit, "dit-train": run_dit, "decode": run_decode, "sample": run_sample,
@@ -298,38 +284,30 @@ SIDES = {"dit": run_dit, "dit-train": run_dit, "decode": run_decode, "sample": r
 
 # ----------------------------------------------------------------------------- the sides take turns
 
-class Worker:
-    """The other end of a worker's pipes."""
+@contextmanager
+def worker(flags: list[str], side: str) -> Iterator[Callable[[str], dict[str, float]]]:
+    """The process of a side; what it gives has the side make one run, and returns the report."""
+    checkout = ROOT if side in ("ours", "diffusers", "naive") else Path(side).resolve()
+    path = f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([sys.executable, __file__, *flags, "--side", side], text=True,
+                                   env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=errors)
 
-    def __init__(self, flags: list[str], side: str) -> None:
-        checkout = ROOT if side in ("ours", "diffusers", "naive") else Path(side).resolve()
-        self.errors = tempfile.TemporaryFile("w+")
-        path = f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        self.process = subprocess.Popen([sys.executable, __file__, *flags, "--side", side], text=True,
-                                        env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=self.errors)
+        def ask(command: str) -> dict[str, float]:
+            # one that has ended says why below
+            with suppress(BrokenPipeError):
+                print(command, file=process.stdin, flush=True)
+            if report := process.stdout.readline():
+                return json.loads(report)
+            errors.seek(0)
+            raise RuntimeError(f"a worker ended:\n{errors.read()[-2000:]}")
 
-    def ask(self, command: str) -> dict[str, float]:
-        """Have one run made; returns its report."""
-        # one that has ended says why below
-        with suppress(BrokenPipeError):
-            print(command, file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return json.loads(line.removeprefix(MARK))
-        self.errors.seek(0)
-        raise RuntimeError(f"a worker ended:\n{self.errors.read()[-2000:]}")
-
-
-def alternate(sides: dict[str, Callable[[str], dict]], rounds: int) -> dict[str, list[dict]]:
-    """The reports of every side: its timed runs, and last the one that was counted."""
-    reports: dict[str, list[dict]] = {name: [] for name in sides}
-    for turn in range(rounds + 2):
-        command = "count" if turn > rounds else "run"
-        for name in list(sides)[::-1 if turn % 2 else 1]:
-            report = sides[name](command)
-            reports[name] += [report] if turn else []                   # the first run warms up
-    return reports
+        try:
+            yield ask
+        finally:
+            # closes its input, and with that it ends
+            process.communicate()
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
@@ -348,30 +326,31 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 def compare(args: BenchConfig, flags: list[str]) -> dict:
     """Time and count the sides, print their figures."""
-    workers = {name: Worker(flags, name) for name in ("ours", args.vs) if name}
-    try:
-        reports = alternate({name: worker.ask for name, worker in workers.items()}, args.rounds)
-    finally:
-        for worker in workers.values():
-            # it ends with its input, if not before
-            with suppress(BrokenPipeError):
-                worker.process.stdin.close()
-            worker.process.wait()
+    reports: dict[str, list[dict]] = {name: [] for name in ("ours", args.vs) if name}
+    with ExitStack() as stack:
+        sides = {name: stack.enter_context(worker(flags, name)) for name in reports}
+        # the first run warms up, the last one is counted and not timed
+        for turn in range(args.rounds + 2):
+            command = "count" if turn > args.rounds else "run"
+            for name in list(sides)[::-1 if turn % 2 else 1]:
+                reports[name].append(sides[name](command))
+
+    # what each side does
     pictures = args.num_groups * args.group_size if args.what == "stage3" else args.batch
     peak, figures = matmul_peak(DTYPES[args.dtype]), {}
     print(f"matmul peak {peak / GB:.0f} GFLOP/s ({args.dtype})")
-    # what each side does
-    for name, (*timed, counted) in reports.items():
+    for name, (_, *timed, counted) in reports.items():
         seconds = [report["seconds"] for report in timed]
         middle, share = median(seconds), counted["flops"] / median(seconds) / peak
         figures[name] = {"seconds": middle, "pictures_per_second": pictures / middle, "share_of_peak": share}
         print(f"{name:10} {middle:.3g} s a run ({min(seconds):.3g} - {max(seconds):.3g}), "
               f"{pictures / middle:.3g} pictures/s; {counted['flops'] / GB:.4g} GFLOP, "
               f"{share:.0%} of the peak; memory {counted['memory'] / GB:.3g} GB")
+
     # and the two of them, round by round
     if args.vs:
         ours, theirs = reports.values()
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours[:-1], theirs[:-1])]
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours[1:-1], theirs[1:-1])]
         memory = theirs[-1]["memory"] / ours[-1]["memory"]
         figures |= {"ratio": median(ratios), "memory_ratio": memory}
         print(f"{args.vs} / ours: {median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}); "
@@ -397,12 +376,12 @@ def window(args: BenchConfig) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> dict | list[dict]:
     args = parse(argv)
-    # a worker runs until its input ends
     if args.side:
         cut(args.preset, args.blocks, args.vlm_layers)
-        turn = Turns()
-        turn.wait()
-        return SIDES[args.what](args, turn, is_peer=args.side in ("diffusers", "naive"))
+        turns = take_turns()
+        next(turns)
+        # it makes one run after another, until its input ends
+        return SIDES[args.what](args, turns, is_peer=args.side in ("diffusers", "naive"))
     flags = sys.argv[1:] if argv is None else argv
     print(" ".join(flags), json.dumps(environment()), sep="\n", flush=True)
     return window(args) if args.what == "window" else compare(args, flags)

@@ -1,9 +1,4 @@
-"""FLOPs and memory of whatever runs, operator by operator, on real tensors or fake ones.
-
-    with Meter() as meter:
-        loss.backward()
-    print(meter.flops, meter.peak)
-"""
+"""FLOPs and memory of whatever runs, operator by operator, on real tensors or fake ones."""
 import math
 import weakref
 from typing import Any
@@ -18,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 def conv_backward_flop(grad: list[int], x: list[int], weight: list[int], *more: Any, out_shape: Any) -> int:
     """torch's own formula takes a depthwise convolution for a dense one where its weight has a gradient."""
-    *_, output_mask = more
+    output_mask = more[-1]              # of input, weight and bias: which gradients are wanted
     return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(output_mask[:2])
 
 

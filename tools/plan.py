@@ -8,7 +8,7 @@ forward and backward in the precision of a GPU: frozen VLM in bf16, the rest in 
 meter.py counts FLOPs, and every byte from the moment a tensor is made until nothing refers to it any more.
 Memory is that of eager runs, and in stage III of an epoch in which LDAM has fired, so that each picture has a
 condition of its own; FLOPs are those of an epoch at rest.
-Left out: the reward models, which are small. RESERVE stands for the CUDA context and fragments.
+Left out: the reward models, which are small.
 
 Letters: m pictures of a micro-batch, B pictures of a device, S prompt tokens, N queries, E condition width,
 C h w latent, K steps.
@@ -16,31 +16,28 @@ C h w latent, K steps.
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 # a script in a folder: the project's root goes on the path before what is imported from there
-TOOLS = Path(__file__).resolve().parent
-sys.path += [str(TOOLS.parent), str(TOOLS)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import knob, parse_config, precision, run
+from common import knob, parse_config, precision, prepare, run
 from dit import flow_matching_loss
 from evaluation import table
 from grpo import GRPOConfig, Perturbation, chunk_kv, encode_conditions, velocity
 from ldam import perturbed_layers
-from meter import Meter
 from model import PRESETS, ParaUni, Preset
+from tools.meter import Meter
 from train import TrainConfig
 
 GB = 1e9
 RESERVE = 1.5 * GB                      # a device keeps it for the CUDA context and fragments
-DEVICES_GB = (24, 40, 80)
-SIZES = (1, 8)                          # micro-batches that are measured
+MANY = 8                                # pictures of the larger micro-batch that is measured; the other: 1
 MOST = 64                               # pictures of a micro-batch that anyone would ask for
 STAGES = {1: "align", 2: "fine-tune", 3: "reinforce"}
 
@@ -53,20 +50,16 @@ class PlanConfig:
 
 # ----------------------------------------------------------------------------- counting
 
-class Cost(NamedTuple):
-    """Of a moment of some work."""
-    flops: int                          # 2 for a multiplication and an addition
-    peak: int                           # most bytes alive in it, above those before the work began
-
-
-def measure(work: Iterable[None]) -> list[Cost]:
-    """The moments of some work, which ends each with a yield."""
-    costs = []
+def measure(work: Iterable[None]) -> tuple[list[int], list[int]]:
+    """Of each moment of some work, which a yield ends: FLOPs, 2 for a multiplication and an addition; and the
+    most bytes alive in it, above those before the work began."""
+    flops, peaks = [], []
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), Meter() as meter:
         for _ in work:
-            costs.append(Cost(meter.flops, meter.peak))
+            flops.append(meter.flops)
+            peaks.append(meter.peak)
             meter.flops, meter.peak = 0, meter.alive
-    return costs
+    return flops, peaks
 
 
 # ----------------------------------------------------------------------------- what is measured
@@ -75,9 +68,12 @@ def build(preset: Preset) -> ParaUni:
     """The preset's model, on torch's default device. Prompts are as long as training has them."""
     vlm = preset.vlm_class._from_config(preset.vlm, dtype=preset.vlm_dtype)
     model = ParaUni(preset, vlm, None)
-    ids = torch.zeros(1, preset.train_tokens, dtype=torch.long, device=model.device)    # (1, S)
-    mask = torch.ones_like(ids)                                                         # (1, S)
-    model.tokenize = lambda texts, max_tokens=None: (ids.repeat(len(texts), 1), mask.repeat(len(texts), 1))
+
+    def tokenize(texts: list[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(len(texts), preset.train_tokens, dtype=torch.long, device=model.device)   # (m, S)
+        return ids, torch.ones_like(ids)
+
+    model.tokenize = tokenize
     return model
 
 
@@ -92,16 +88,16 @@ def supervised(model: ParaUni, cfg: TrainConfig, m: int) -> Iterator[None]:
     yield
 
 
-def reinforced(model: ParaUni, cfg: GRPOConfig, groups: int, m: int) -> Iterator[None]:
+def reinforced(model: ParaUni, cfg: GRPOConfig, m: int) -> Iterator[None]:
     """Stage III, one step of one chunk of m pictures in grpo.accumulate_gradient, LDAM having fired."""
     # what the rollout has left: its latents, and the reference's means
-    B, K = groups * cfg.group_size, cfg.num_steps
+    B, K = cfg.num_groups * cfg.group_size, cfg.num_steps
     rolled = torch.zeros(2 * K + 1, B, *model.preset.latent_shape)                      # (2 K + 1, B, ...)
     layers = perturbed_layers(["aesthetic"], model.preset.vlm_layers)
     perturbation = Perturbation(1.0, layers, keys=[(i,) for i in range(m)])
 
     # one moment: all conditions, and the chunk forward and backward
-    prefix = model.encode_prefix(["prompt"] * groups + [None])
+    prefix = model.encode_prefix(["prompt"] * cfg.num_groups + [None])
     roots = encode_conditions(model, prefix, perturbation, cfg)
     leaves = tuple(c.detach().requires_grad_() for c in roots)
     noise = perturbation.noise(slice(m), model)
@@ -118,11 +114,11 @@ def reinforced(model: ParaUni, cfg: GRPOConfig, groups: int, m: int) -> Iterator
 
 
 @torch.no_grad()
-def rolled_out(model: ParaUni, cfg: GRPOConfig, groups: int) -> Iterator[None]:
+def rolled_out(model: ParaUni, cfg: GRPOConfig) -> Iterator[None]:
     """Stage III before the update, LDAM at rest: prompts; conditions; keys and values of one group; a step of
     one picture; decoding all pictures."""
-    x = torch.zeros(groups * cfg.group_size, *model.preset.latent_shape)                # (B, C, h, w)
-    prefix = model.encode_prefix(["prompt"] * groups + [None])
+    x = torch.zeros(cfg.num_groups * cfg.group_size, *model.preset.latent_shape)        # (B, C, h, w)
+    prefix = model.encode_prefix(["prompt"] * cfg.num_groups + [None])
     yield
     conditions = encode_conditions(model, prefix, None, cfg)
     yield
@@ -175,51 +171,52 @@ def recipe(preset: Preset, stage: int) -> TrainConfig | GRPOConfig:
 
 def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
     """Measure a stage, whose work is shared by some devices."""
-    reinforces = cfg.stage == 3
-    group_size, groups, images = 1, 0, getattr(cfg, "batch_size", 0)
-    work, before = partial(supervised, model, cfg), []
     model.requires_grad_(False)
-    if reinforces:
-        group_size, groups = cfg.group_size, max(1, cfg.num_groups // devices)
+    if cfg.stage == 3:
+        work, copies, group_size = reinforced, 6, cfg.group_size
         images = cfg.num_groups * group_size
-        work, before = partial(reinforced, model, cfg, groups), measure(rolled_out(model, cfg, groups))
-    params = model.trainable(cfg.stage).values()
-    for p in params:
-        p.requires_grad_(True)
-        p.grad = torch.zeros_like(p)    # gradients are there from the first micro-batch on
-    trained = sum(p.numel() for p in params)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-
+        # one device has a part of an epoch
+        cfg = replace(cfg, num_groups=max(1, cfg.num_groups // devices))
+        rollout_flops, rollout_peaks = measure(rolled_out(model, cfg))
+    else:
+        work, copies, group_size = supervised, 5, 1
+        images, rollout_peaks = cfg.batch_size, []
+    trained = sum(p.numel() for p in model.trainable(cfg.stage).values())
     # AdamW's step takes one more copy of what is trained
-    fixed = [(cost.peak, 0.0) for cost in before] + [(4.0 * trained, 0.0)]
-    # memory grows along a straight line through two sizes of a micro-batch
-    alive, further = {}, SIZES[1] - SIZES[0]
-    for checkpointing in (True, False):
-        model.lim.connector.gradient_checkpointing = model.dit.gradient_checkpointing = checkpointing
-        few, many = (measure(work(m)) for m in SIZES)
-        grows = [(a.peak, (b.peak - a.peak) / further) for a, b in zip(few, many)]
-        alive[checkpointing] = grows + fixed
+    fixed = [*rollout_peaks, 4.0 * trained]
 
-    flops = (many[0].flops - few[0].flops) / further
-    if reinforces:
-        _, condition, kv, step, decode = (cost.flops for cost in before)
-        B, K = groups * group_size, cfg.num_steps
+    # memory grows along a straight line through two sizes of a micro-batch
+    alive, further = {}, MANY - 1
+    for checkpointing in (True, False):
+        params = prepare(replace(cfg, gradient_checkpointing=checkpointing), model)
+        # gradients are there from the first micro-batch on
+        for p in params.values():
+            p.grad = torch.zeros_like(p)
+        one, peaks = measure(work(model, cfg, 1))
+        many, more_peaks = measure(work(model, cfg, MANY))
+        alive[checkpointing] = [(peak, 0.0) for peak in fixed]
+        alive[checkpointing] += [(a, (b - a) / further) for a, b in zip(peaks, more_peaks)]
+
+    flops = (many[0] - one[0]) / further
+    if cfg.stage == 3:
+        _, condition, kv, step, decode = rollout_flops
+        B, K = cfg.num_groups * group_size, cfg.num_steps
         # shared by all pictures: conditions with gradient, and those of policy and reference in the rollout
-        shared = sum(cost.flops for cost in few) - flops + 2 * condition
+        shared = sum(one) - flops + 2 * condition
         # at rest, keys and values and their gradient are a group's and not a picture's
         update = flops - 3 * kv
         forwards = K + (K - 1 if any(cfg.kl_coef) else 0)
         flops = (shared + decode) / B + forwards * step + (K - 1) * cfg.inner_updates * update
 
-    copies = 6 if reinforces else 5
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     return Plan(cfg.stage, trained, sum(p.numel() for p in frozen), flops, images,
                 sum(p.nbytes for p in frozen), 4 * trained * copies, [alive[False], alive[True]], group_size)
 
 
 # ----------------------------------------------------------------------------- tables
 
-def gb(size: float) -> str:
-    return f"{size / GB:.1f}"
+def gb(*sizes: float) -> str:
+    return " / ".join(f"{size / GB:.1f}" for size in sizes)
 
 
 def fits(p: Plan, limit_gb: int, devices: int) -> str:
@@ -232,11 +229,14 @@ def fits(p: Plan, limit_gb: int, devices: int) -> str:
     return "no"
 
 
-def report(plans: dict[str, list[Plan]], devices: int) -> str:
-    """The tables of some presets."""
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse_config(PlanConfig, argv, description=__doc__.splitlines()[0])
     costs, memory, fit = [], [], []
-    for name, stages in plans.items():
-        for p in stages:
+    for name in cfg.presets:
+        with FakeTensorMode():
+            model = build(PRESETS[name])
+            plans = [plan(model, recipe(model.preset, stage), cfg.devices) for stage in STAGES]
+        for p in plans:
             label = f"{name}, {p.stage} {STAGES[p.stage]}"
             costs.append({"preset, stage": label,
                           "trained": f"{p.trained / 1e6:,.0f} M",
@@ -247,25 +247,15 @@ def report(plans: dict[str, list[Plan]], devices: int) -> str:
             memory.append({"GB on a device": label,
                            "frozen weights": gb(p.frozen_bytes),
                            "what is trained, with its states": gb(p.trained_bytes),
-                           "activations of 1 / 8 images": f"{gb(p.activations(1))} / {gb(p.activations(8))}",
-                           "the same, checkpointing":
-                               f"{gb(p.activations(1, True))} / {gb(p.activations(8, True))}",
+                           "activations of 1 / 8 images": gb(p.activations(1), p.activations(8)),
+                           "the same, checkpointing": gb(p.activations(1, True), p.activations(8, True)),
                            "total of 1": gb(p.memory(1)),
-                           f"total of 1, --fsdp on {devices}": gb(p.memory(1, shards=devices))})
-            fit.append({f"largest micro-batch, {devices} devices": label,
-                        **{f"{limit} GB": fits(p, limit, devices) for limit in DEVICES_GB}})
-    return "\n\n".join(map(table, (costs, memory, fit)))
-
-
-def main(argv: list[str] | None = None) -> dict[str, list[Plan]]:
-    cfg = parse_config(PlanConfig, argv, description=__doc__.splitlines()[0])
-    plans = {}
-    for name in cfg.presets:
-        with FakeTensorMode():
-            model = build(PRESETS[name])
-            plans[name] = [plan(model, recipe(model.preset, stage), cfg.devices) for stage in STAGES]
-    print(report(plans, cfg.devices))
-    return plans
+                           f"total of 1, --fsdp on {cfg.devices}": gb(p.memory(1, shards=cfg.devices))})
+            fit.append({f"largest micro-batch, {cfg.devices} devices": label,
+                        "24 GB": fits(p, 24, cfg.devices),
+                        "40 GB": fits(p, 40, cfg.devices),
+                        "80 GB": fits(p, 80, cfg.devices)})
+    print(table(costs), table(memory), table(fit), sep="\n\n")
 
 
 if __name__ == "__main__":
