@@ -1,5 +1,4 @@
 """Speed and memory, alone or beside another side: diffusers, a naive loop, another checkout of this project.
-Commands: docs/speed.md.
 
 --what  dit        a forward pass of the DiT, the condition's keys and values included
         dit-train  forward and backward pass
@@ -11,10 +10,9 @@ Commands: docs/speed.md.
 --vs    diffusers, for the first four; naive (tests/naive.py), for the stages; or a folder
 
 How. Each side is a process, a worker: none can change what the other finds. It builds its modules and runs
-once to warm up; then it makes one run whenever it is its turn. Sides take turns, and turns in going first; a
-ratio is that of one round, theirs / ours. One more run, eager and not timed, counts FLOPs and, on a CPU,
-memory: the peak of all live tensors; on CUDA it is the allocator's. Memory is what a run takes above what was
-there before. Weights are random: no figure depends on them. The matmul peak is the best of square products.
+once to warm up; then sides take turns, and turns in going first; a ratio is that of one round, theirs / ours.
+One more run, eager and not timed, counts FLOPs and, on a CPU, memory: the peak of all live tensors; on CUDA it
+is the allocator's. Memory is what a run takes above what was there before. Weights are random.
 
 Letters: B pictures, N queries, E condition width, C h w latent.
 """
@@ -144,7 +142,8 @@ def learner(args: BenchConfig, stage: int) -> ParaUni:
 
 
 def run_dit(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
-    preset, B, trains = PRESETS[args.preset], args.batch, args.what == "dit-train"
+    preset, B = PRESETS[args.preset], args.batch
+    trains = args.what == "dit-train"
     if trains and not is_peer:
         resolve(args, DEVICE)
     with torch.device(DEVICE):
@@ -285,33 +284,30 @@ SIDES = {"dit": run_dit, "dit-train": run_dit, "decode": run_decode, "sample": r
 # ----------------------------------------------------------------------------- the sides take turns
 
 @contextmanager
-def worker(flags: list[str], side: str) -> Iterator[Callable[[str], dict[str, float]]]:
+def worker(flags: list[str], side: str) -> Iterator[Callable[[str], dict]]:
     """The process of a side; what it gives has the side make one run, and returns the report."""
-    checkout = ROOT if side in ("ours", "diffusers", "naive") else Path(side).resolve()
-    path = f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, __file__, *flags, "--side", side], text=True,
-                                   env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=errors)
+    checkout = ROOT if side in ("ours", *RIVALS.values()) else Path(side).resolve()
+    path = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, *flags, "--side", side]
+    errors = tempfile.TemporaryFile("w+")
+    # it ends when its input does; unbuffered: closing has nothing left to write to one that has ended
+    with errors, subprocess.Popen(command, bufsize=0, env=os.environ | {"PYTHONPATH": path}, stderr=errors,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
 
-        def ask(command: str) -> dict[str, float]:
+        def ask(turn: str) -> dict:
             # one that has ended says why below
             with suppress(BrokenPipeError):
-                print(command, file=process.stdin, flush=True)
+                process.stdin.write(f"{turn}\n".encode())
             if report := process.stdout.readline():
                 return json.loads(report)
             errors.seek(0)
             raise RuntimeError(f"a worker ended:\n{errors.read()[-2000:]}")
 
-        try:
-            yield ask
-        finally:
-            # closes its input, and with that it ends
-            process.communicate()
+        yield ask
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products, the best of three sizes."""
+    """FLOP/s, the best of square matrix products of three sizes."""
     rates = []
     for n in (4096, 8192, 16384) if CUDA else (512, 1024, 2048):
         a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
@@ -326,39 +322,41 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 def compare(args: BenchConfig, flags: list[str]) -> dict:
     """Time and count the sides, print their figures."""
-    reports: dict[str, list[dict]] = {name: [] for name in ("ours", args.vs) if name}
     with ExitStack() as stack:
-        sides = {name: stack.enter_context(worker(flags, name)) for name in reports}
-        # the first run warms up, the last one is counted and not timed
-        for turn in range(args.rounds + 2):
-            command = "count" if turn > args.rounds else "run"
-            for name in list(sides)[::-1 if turn % 2 else 1]:
-                reports[name].append(sides[name](command))
+        sides = {name: stack.enter_context(worker(flags, name)) for name in ("ours", args.vs) if name}
+        for ask in sides.values():
+            ask("run")                                                  # warms up
+        seconds = {name: [] for name in sides}
+        order = list(sides)
+        for _ in range(args.rounds):
+            order.reverse()
+            for name in order:
+                seconds[name].append(sides[name]("run")["seconds"])
+        counted = {name: ask("count") for name, ask in sides.items()}
 
     # what each side does
     pictures = args.num_groups * args.group_size if args.what == "stage3" else args.batch
     peak, figures = matmul_peak(DTYPES[args.dtype]), {}
     print(f"matmul peak {peak / GB:.0f} GFLOP/s ({args.dtype})")
-    for name, (_, *timed, counted) in reports.items():
-        seconds = [report["seconds"] for report in timed]
-        middle, share = median(seconds), counted["flops"] / median(seconds) / peak
+    for name, times in seconds.items():
+        middle, flops, memory = median(times), counted[name]["flops"], counted[name]["memory"]
+        share = flops / middle / peak
         figures[name] = {"seconds": middle, "pictures_per_second": pictures / middle, "share_of_peak": share}
-        print(f"{name:10} {middle:.3g} s a run ({min(seconds):.3g} - {max(seconds):.3g}), "
-              f"{pictures / middle:.3g} pictures/s; {counted['flops'] / GB:.4g} GFLOP, "
-              f"{share:.0%} of the peak; memory {counted['memory'] / GB:.3g} GB")
+        print(f"{name:10} {middle:.3g} s a run ({min(times):.3g} - {max(times):.3g}), "
+              f"{pictures / middle:.3g} pictures/s; {flops / GB:.4g} GFLOP, "
+              f"{share:.0%} of the peak; memory {memory / GB:.3g} GB")
 
     # and the two of them, round by round
     if args.vs:
-        ours, theirs = reports.values()
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours[1:-1], theirs[1:-1])]
-        memory = theirs[-1]["memory"] / ours[-1]["memory"]
+        ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[args.vs])]
+        memory = counted[args.vs]["memory"] / counted["ours"]["memory"]
         figures |= {"ratio": median(ratios), "memory_ratio": memory}
         print(f"{args.vs} / ours: {median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}); "
               f"memory {memory:.2f}")
     return figures
 
 
-def window(args: BenchConfig) -> list[dict]:
+def window(args: BenchConfig) -> None:
     """Stage III of nano with windows of stochastic steps: what a minute of training gains."""
     rows = []
     for size in (0, 3, 1):
@@ -366,24 +364,27 @@ def window(args: BenchConfig) -> list[dict]:
             train.main(["--stage=3", "--rewards=aesthetic", f"--run-dir={folder}", f"--sde-window={size}",
                         f"--steps={args.steps}", f"--eval-every={args.steps}"])
             records = read_log(Path(folder, "metrics.jsonl"))
-        seconds = sum(value for r in records for key, value in r.items() if key.startswith("time/"))
+        seconds = 0.0
+        for record in records:
+            seconds += sum(value for key, value in record.items() if key.startswith("time/"))
         gain = records[-1]["heldout/aesthetic"] - records[0]["heldout/aesthetic"]
         rows.append({"window": size or "all", "seconds": seconds, "held-out gain": gain,
                      "gain a minute": 60 * gain / seconds})
     print(table(rows))
-    return rows
 
 
-def main(argv: list[str] | None = None) -> dict | list[dict]:
+def main(argv: list[str] | None = None) -> dict | None:
     args = parse(argv)
     if args.side:
         cut(args.preset, args.blocks, args.vlm_layers)
         turns = take_turns()
         next(turns)
         # it makes one run after another, until its input ends
-        return SIDES[args.what](args, turns, is_peer=args.side in ("diffusers", "naive"))
+        is_peer = args.side in RIVALS.values()
+        return SIDES[args.what](args, turns, is_peer)
     flags = sys.argv[1:] if argv is None else argv
-    print(" ".join(flags), json.dumps(environment()), sep="\n", flush=True)
+    print(*flags)
+    print(json.dumps(environment()), flush=True)
     return window(args) if args.what == "window" else compare(args, flags)
 
 

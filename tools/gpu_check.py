@@ -8,10 +8,9 @@ does not get through by then is named in the table, and `--parts` asks for it al
     dit ...         DiT of 1.6B at full depth, 16 rows, forward and training, beside diffusers
     sample, decode  20 steps with decoding, DC-AE at 512 and 1024 px, beside diffusers
 
-Each part is a process with its own time limit: whatever happens to one, the others run, and what was measured
-is written as JSON and as a table (--out). Weights are random, but for nano's stage III, and no data is read:
-pictures are noise, the reward is their brightness. --toy is the same on a CPU, with a cut-down nano for b-512
-and nothing compiled: it proves the script.
+Each part is a process with its own time limit: whatever happens to one, the others run. Weights are random,
+but for nano's stage III, and no data is read: pictures are noise, the reward is their brightness. --toy is
+the same on a CPU, with a cut-down nano for b-512 and nothing compiled: it proves the script.
 """
 import argparse
 import copy
@@ -30,27 +29,24 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 # a script in a folder: the project's root goes on the path before what is imported from there
-TOOLS = Path(__file__).resolve().parent
-sys.path += [str(TOOLS.parent), str(TOOLS)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import bench
-import plan
 import train
-from bench import DEVICE, GB
 from common import compile_parts, environment, read_log, write_json
 from data import Batch
 from dit import DiT
 from evaluation import table
 from lim import LIM
 from model import PRESETS, ParaUni
+from tools import bench, plan
+from tools.bench import DEVICE, GB
 from vae import DCAE
 
 # part -> seconds that it may take; the first ones matter most
@@ -76,7 +72,7 @@ def row(figure: str, value: float | str, low: float | None = None, high: float |
 
 # ----------------------------------------------------------------------------- exactness
 
-def outputs(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def outputs(module: nn.Module, inputs: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What a module computes, and its gradients as one vector; the autoencoder has none."""
     inputs = [x.to(dtype) for x in inputs]
     if isinstance(module, DCAE):
@@ -95,16 +91,18 @@ def exact(toy: bool) -> Iterator[dict]:
     """At full width, two blocks deep."""
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    preset, L = PRESETS["nano" if toy else "l-1024"], 2
-    N, D, E, side = preset.num_queries, preset.vlm_width, preset.lim.caption_channels, preset.image_size
+    preset = PRESETS["nano" if toy else "l-1024"]
+    N, side = preset.num_queries, preset.image_size
     # the three of them, with what they read
     with torch.device(DEVICE):
         dit = DiT(replace(preset.dit, num_layers=2))
-        lim = LIM(replace(preset.lim, num_layers=2, vlm_layers=L))
+        lim = LIM(replace(preset.lim, num_layers=2, vlm_layers=2))
         vae = DCAE(preset.vae)
-        cases = {"DiT": (dit, (torch.randn(2, *preset.latent_shape), torch.rand(2), torch.randn(2, N, E))),
-                 "LIM": (lim, (torch.randn(L, 2, N, D),)),
-                 "DC-AE": (vae, (torch.rand(1, 3, side, side),))}
+        x, t = torch.randn(2, *preset.latent_shape), torch.rand(2)                      # (2, C, h, w), (2,)
+        c = torch.randn(2, N, preset.lim.caption_channels)                              # (2, N, E)
+        layers = torch.randn(2, 2, N, preset.vlm_width)                                 # (L, 2, N, D)
+        images = torch.rand(1, 3, side, side)                                           # (1, 3, H, W)
+    cases = {"DiT": (dit, [x, t, c]), "LIM": (lim, [layers]), "DC-AE": (vae, [images])}
     dit.init_weights()
     lim.init_weights()
     # a new DiT predicts zero
@@ -128,12 +126,6 @@ class Enough(Exception):
     """Ends a run that has made its steps."""
 
 
-class Steps(NamedTuple):
-    seconds: float              # from the last step but one to the last
-    memory: list[int]           # bytes, the peak up to each step
-    log: list[dict]             # metrics.jsonl
-
-
 def peak_memory() -> int:
     """Bytes at the peak since the last call; of a CPU's process, ever."""
     if DEVICE.type == "cpu":
@@ -143,15 +135,17 @@ def peak_memory() -> int:
     return peak
 
 
-def run_stage(preset: str, stage: int, flags: list[str], steps: int = 3) -> Steps:
-    """Some optimizer steps by train.py."""
-    marks: list[tuple[float, int]] = []
+def run_stage(preset: str, stage: int, flags: list[str],
+              steps: int = 3) -> tuple[float, list[int], list[dict]]:
+    """Some optimizer steps by train.py: seconds of the last, bytes at the peak in each, and the log."""
+    ends, peaks = [], []
 
     def mark(*of_the_hook: object) -> None:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        marks.append((time.perf_counter(), peak_memory()))
-        if len(marks) == steps:
+        ends.append(time.perf_counter())
+        peaks.append(peak_memory())
+        if len(ends) == steps:
             raise Enough
 
     def noise(step: int, items: list[int]) -> Batch:
@@ -162,9 +156,8 @@ def run_stage(preset: str, stage: int, flags: list[str], steps: int = 3) -> Step
     gc.collect()
     torch.cuda.empty_cache()
     peak_memory()
-    # noise in place of latents from files; after each step the clock and the memory are read
+    # noise in place of latents from files
     train.Latents = lambda *given: SimpleNamespace(batch=noise)
-    hook = register_optimizer_step_post_hook(mark)
     with tempfile.TemporaryDirectory() as folder:
         if stage == 3:
             # LDAM fires in epochs 1 and 3, and so disturbs 2 and 4
@@ -172,30 +165,28 @@ def run_stage(preset: str, stage: int, flags: list[str], steps: int = 3) -> Step
         else:
             start = [f"--stage={stage}", f"--preset={preset}", "--weights=random", f"--run-dir={folder}/run",
                      "--data=noise", "--log-every=1"]
-        try:
-            with suppress(Enough):
-                train.main(start + flags)
-        finally:
-            hook.remove()
+        # after each step the clock and the memory are read
+        with register_optimizer_step_post_hook(mark), suppress(Enough):
+            train.main(start + flags)
         log = read_log(Path(folder, "run", "metrics.jsonl"))
-    return Steps(marks[-1][0] - marks[-2][0], [memory for _, memory in marks], log)
+    return ends[-1] - ends[-2], peaks, log
 
 
 def nano(toy: bool) -> Iterator[dict]:
     batch, groups, size = (4, 1, 2) if toy else (64, 4, 8)
     for stage in (1, 2):
         flags = [f"--batch-size={batch}", f"--micro-batch={batch}"]
-        run = run_stage("nano", stage, flags, steps=2 if toy else 8)
-        yield row(f"stage {stage}, pictures/s", batch / run.seconds)
+        seconds, _, _ = run_stage("nano", stage, flags, steps=2 if toy else 8)
+        yield row(f"stage {stage}, pictures/s", batch / seconds)
     # with the weights that it comes with: a new DiT predicts zero, whatever the rounding
     flags = ["--weights=auto", f"--num-groups={groups}", f"--group-size={size}",
              f"--micro-batch={groups * size}", f"--num-steps={3 if toy else 6}"]
-    for variant in ("--dtype=fp32", "--dtype=bf16", "--dtype=bf16 --compile"):
-        run = run_stage("nano", 3, flags + variant.split(), steps=5)
-        yield row(f"stage 3 {variant}, pictures/s", groups * size / run.seconds)
-        # the fourth epoch is one that LDAM disturbs; the bar is a tenth of nano's clip range
-        yield row(f"stage 3 {variant}, first ratio - 1", run.log[4]["ratio_dev"],
-                  high=2e-4 if variant == "--dtype=fp32" else None)
+    # the bar is a tenth of nano's clip range
+    for variant, bar in (("--dtype=fp32", 2e-4), ("--dtype=bf16", None), ("--dtype=bf16 --compile", None)):
+        seconds, _, log = run_stage("nano", 3, flags + variant.split(), steps=5)
+        yield row(f"stage 3 {variant}, pictures/s", groups * size / seconds)
+        # the fourth epoch is one that LDAM disturbs
+        yield row(f"stage 3 {variant}, first ratio - 1", log[4]["ratio_dev"], high=bar)
 
 
 def plans(name: str, toy: bool) -> Iterator[dict]:
@@ -232,36 +223,39 @@ def full_size(name: str, toy: bool, planned: list[plan.Plan]) -> Iterator[dict]:
                 yield {"figure": failed, "value": repr(error)[:200], "bar": "runs", "ok": False}
 
 
-def one_step(name: str, mode: str, p: plan.Plan, limit: float, peak: float, toy: bool) -> list[dict]:
+def one_step(name: str, mode: str, p: plan.Plan, limit: float, peak: float, toy: bool) -> Iterator[dict]:
     """A step at the largest micro-batch that the plan allows, beside what the plan says of it."""
-    checkpointing, most = p.largest(limit) == 0, p.group_size if p.stage == 3 else 2 if toy else plan.MOST
-    m = min(p.largest(limit, checkpointing), most)
-    label = f"stage {p.stage} {mode}{' --gradient-checkpointing' * checkpointing}, micro-batch {m}"
-    if m == 0:
-        return [row(label, "does not fit, says the plan")]
+    checkpointing = p.largest(limit) == 0
+    m = p.largest(limit, checkpointing)
+    if toy:
+        m = min(m, 2)
     # stage III runs one group, in chunks of m; the others one micro-batch
-    pictures = p.group_size if p.stage == 3 else m
-    sizes = ["--num-groups=1", f"--group-size={pictures}"] if p.stage == 3 else [f"--batch-size={m}"]
-    run = run_stage(name, p.stage, [mode, "--dtype=bf16", f"--micro-batch={m}", *sizes,
-                                    *["--gradient-checkpointing"] * checkpointing])
-    memory, expected = max(run.memory), p.memory(m, checkpointing) - plan.RESERVE
+    pictures, sizes = m, [f"--batch-size={m}"]
+    if p.stage == 3:
+        m, pictures = min(m, p.group_size), p.group_size
+        sizes = ["--num-groups=1", f"--group-size={pictures}"]
+    saving = ["--gradient-checkpointing"] * checkpointing
+    label = f"stage {p.stage} {' '.join([mode, *saving])}, micro-batch {m}"
+    if m == 0:
+        yield row(label, "does not fit, says the plan")
+        return
+    flags = [mode, "--dtype=bf16", f"--micro-batch={m}", *sizes, *saving]
+    seconds, peaks, log = run_stage(name, p.stage, flags)
     has_bar = (name, p.stage, mode, toy) == ("b-512", 3, "--compile", False)
-    rows = [row(f"{label}, seconds", run.seconds),
-            row(f"{label}, pictures/s", pictures / run.seconds),
-            row(f"{label}, share of the matmul peak", p.flops_image * pictures / run.seconds / peak,
-                low=0.5 if has_bar else None),
-            row(f"{label}, GB", memory / GB)]
+    share = p.flops_image * pictures / seconds / peak
+    memory, expected = max(peaks), p.memory(m, checkpointing) - plan.RESERVE
+    yield row(f"{label}, seconds", seconds)
+    yield row(f"{label}, pictures/s", pictures / seconds)
+    yield row(f"{label}, share of the matmul peak", share, low=0.5 if has_bar else None)
+    yield row(f"{label}, GB", memory / GB)
     # the plan is of eager runs, and a process on a CPU holds more than tensors
     if mode == "--no-compile" and not toy:
-        rows.append(row(f"{label}, |memory / plan - 1|", abs(memory / expected - 1), high=0.1))
-    # the second epoch was disturbed, the third was not
+        yield row(f"{label}, |memory / plan - 1|", abs(memory / expected - 1), high=0.1)
+    # the second epoch was disturbed, the third was not; the last one that was logged is the second
     if p.stage == 3:
-        ratio = run.memory[1] / run.memory[2]
-        rows.append(row(f"{label}, memory where LDAM has fired / not", ratio, high=1.05))
-        # the last one that was logged is the second
-        rows += [row(f"{label}, LDAM having fired, seconds of {part}", run.log[-1][f"time/{part}"])
-                 for part in ("rollout", "reward", "update")]
-    return rows
+        yield row(f"{label}, memory where LDAM has fired / not", peaks[1] / peaks[2], high=1.05)
+        for part in ("rollout", "reward", "update"):
+            yield row(f"{label}, LDAM having fired, seconds of {part}", log[-1][f"time/{part}"])
 
 
 def beside_diffusers(name: str, toy: bool) -> Iterator[dict]:
@@ -291,8 +285,10 @@ def work(name: str, folder: Path, toy: bool) -> None:
     elif name in FULL_SIZE:
         planned = json.loads((folder / f"plan {name}.json").read_text())
         rows = full_size(name, toy, [plan.Plan(**p) for p in planned])
-    elif name in ("exact", "nano"):
-        rows = exact(toy) if name == "exact" else nano(toy)
+    elif name == "exact":
+        rows = exact(toy)
+    elif name == "nano":
+        rows = nano(toy)
     else:
         rows = beside_diffusers(name, toy)
     written = []
@@ -301,25 +297,30 @@ def work(name: str, folder: Path, toy: bool) -> None:
         write_json(folder / f"{name}.json", written)
 
 
-def start(name: str, folder: Path, toy: bool) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--part", name, "--folder", str(folder), *["--toy"] * toy]
-    # two parts at a time on a CPU: more threads than cores would wait for each other
-    env = os.environ | ({"OMP_NUM_THREADS": "1"} if toy else {})
-    with open(folder / f"{name}.err", "w") as errors:
-        return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors)
-
-
-def finish(name: str, process: subprocess.Popen, folder: Path, limit: float) -> dict:
-    """Wait for a part: its status, and the rows that it has written."""
+def run_part(name: str, folder: Path, toy: bool, deadline: float) -> dict:
+    """Run a part in a process of its own: its status, and the rows that it has written."""
+    if name.partition(" ")[0] in BESIDE_DIFFUSERS and not importlib.util.find_spec("diffusers"):
+        return {"status": "skipped: diffusers is not installed", "seconds": 0.0, "rows": []}
     began = time.perf_counter()
+    limit = max(1.0, deadline - began)
+    command = [sys.executable, __file__, "--part", name, "--folder", str(folder)]
+    env = os.environ.copy()
+    if toy:
+        command += ["--toy"]
+        # two parts at a time on a CPU: more threads than cores would wait for each other
+        env["OMP_NUM_THREADS"] = "1"
+    elif name in LIMITS:
+        limit = min(limit, LIMITS[name])
+    status, path, errors = "ok", folder / f"{name}.json", folder / f"{name}.err"
     try:
-        status = "ok" if process.wait(max(1.0, limit)) == 0 else "failed"
+        with open(errors, "w") as file:
+            subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=file, timeout=limit,
+                           check=True)
     except subprocess.TimeoutExpired:
-        process.kill()
         status = f"stopped after {limit:.0f} s"
-    if status == "failed":
-        status += ": " + (folder / f"{name}.err").read_text().strip().split("\n")[-1]
-    path, seconds = folder / f"{name}.json", time.perf_counter() - began
+    except subprocess.CalledProcessError:
+        status = "failed: " + errors.read_text().strip().rpartition("\n")[2]
+    seconds = time.perf_counter() - began
     print(f"{name}: {status}, {seconds:.0f} s", flush=True)
     rows = json.loads(path.read_text()) if path.exists() else []
     return {"status": status, "seconds": seconds, "rows": rows}
@@ -351,30 +352,25 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     names = args.parts.split(",") if args.parts else TOY_PARTS if args.toy else list(LIMITS)
     deadline = time.perf_counter() + 8 * 60
 
-    with tempfile.TemporaryDirectory() as name_of_folder:
+    results, out = {}, Path(args.out)
+    with tempfile.TemporaryDirectory() as name_of_folder, ThreadPoolExecutor() as planners:
         folder = Path(name_of_folder)
         # plans need no GPU: they are made beside the first parts
-        planning = {name: start(f"plan {name}", folder, args.toy) for name in names if name in FULL_SIZE}
+        planning = {name: planners.submit(run_part, f"plan {name}", folder, args.toy, deadline)
+                    for name in names if name in FULL_SIZE}
 
-        def run_part(name: str) -> dict:
-            if name.partition(" ")[0] in BESIDE_DIFFUSERS and not importlib.util.find_spec("diffusers"):
-                return {"status": "skipped: diffusers is not installed", "seconds": 0.0, "rows": []}
+        def when_planned(name: str) -> dict:
             if name in planning:
-                finish(f"plan {name}", planning[name], folder, deadline - time.perf_counter())
-            left = deadline - time.perf_counter()
-            limit = left if args.toy else min(left, LIMITS[name])
-            return finish(name, start(name, folder, args.toy), folder, limit)
+                planning[name].result()
+            return run_part(name, folder, args.toy, deadline)
 
-        results = {}
         with ThreadPoolExecutor(2 if args.toy else 1) as pool:
-            for name, result in zip(names, pool.map(run_part, names)):
+            for name, result in zip(names, pool.map(when_planned, names)):
                 results[name] = result
                 # after each part: a machine that is taken away leaves what was measured
-                write_json(Path(args.out).with_suffix(".json"),
-                           {"toy": args.toy, **environment(), "parts": results})
-                text = report(results)
-                Path(args.out).with_suffix(".md").write_text(text)
-    print(text)
+                write_json(out.with_suffix(".json"), {"toy": args.toy, **environment(), "parts": results})
+                out.with_suffix(".md").write_text(report(results))
+    print(report(results))
     return results
 
 

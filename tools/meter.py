@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 def conv_backward_flop(grad: list[int], x: list[int], weight: list[int], *more: Any, out_shape: Any) -> int:
     """torch's own formula takes a depthwise convolution for a dense one where its weight has a gradient."""
-    output_mask = more[-1]              # of input, weight and bias: which gradients are wanted
+    *_, output_mask = more
     return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(output_mask[:2])
 
 

@@ -7,8 +7,7 @@ How. A model of fake tensors, which have a shape and a dtype and no memory, runs
 forward and backward in the precision of a GPU: frozen VLM in bf16, the rest in fp32, matrix products in bf16.
 meter.py counts FLOPs, and every byte from the moment a tensor is made until nothing refers to it any more.
 Memory is that of eager runs, and in stage III of an epoch in which LDAM has fired, so that each picture has a
-condition of its own; FLOPs are those of an epoch at rest.
-Left out: the reward models, which are small.
+condition of its own; FLOPs are those of an epoch at rest. Left out: the reward models, which are small.
 
 Letters: m pictures of a micro-batch, B pictures of a device, S prompt tokens, N queries, E condition width,
 C h w latent, K steps.
@@ -159,9 +158,12 @@ class Plan:
 
     def largest(self, limit: float, checkpointing: bool = False, shards: int = 1) -> int:
         """The largest micro-batch that fits into so many bytes, 0 if none does."""
-        G = self.group_size
-        sizes = [m for m in range(1, MOST + 1) if G % m == 0 or m % G == 0]
-        return max((m for m in sizes if self.memory(m, checkpointing, shards) <= limit), default=0)
+        largest = 0
+        for m in range(1, MOST + 1):
+            is_whole = m % self.group_size == 0 or self.group_size % m == 0
+            if is_whole and self.memory(m, checkpointing, shards) <= limit:
+                largest = m
+        return largest
 
 
 def recipe(preset: Preset, stage: int) -> TrainConfig | GRPOConfig:
@@ -183,10 +185,10 @@ def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
         images, rollout_peaks = cfg.batch_size, []
     trained = sum(p.numel() for p in model.trainable(cfg.stage).values())
     # AdamW's step takes one more copy of what is trained
-    fixed = [*rollout_peaks, 4.0 * trained]
+    fixed = [(peak, 0.0) for peak in (*rollout_peaks, 4.0 * trained)]
 
     # memory grows along a straight line through two sizes of a micro-batch
-    alive, further = {}, MANY - 1
+    alive, further = [], MANY - 1
     for checkpointing in (True, False):
         params = prepare(replace(cfg, gradient_checkpointing=checkpointing), model)
         # gradients are there from the first micro-batch on
@@ -194,8 +196,8 @@ def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
             p.grad = torch.zeros_like(p)
         one, peaks = measure(work(model, cfg, 1))
         many, more_peaks = measure(work(model, cfg, MANY))
-        alive[checkpointing] = [(peak, 0.0) for peak in fixed]
-        alive[checkpointing] += [(a, (b - a) / further) for a, b in zip(peaks, more_peaks)]
+        grows = [(few, (more - few) / further) for few, more in zip(peaks, more_peaks)]
+        alive.insert(0, fixed + grows)
 
     flops = (many[0] - one[0]) / further
     if cfg.stage == 3:
@@ -210,7 +212,7 @@ def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
 
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return Plan(cfg.stage, trained, sum(p.numel() for p in frozen), flops, images,
-                sum(p.nbytes for p in frozen), 4 * trained * copies, [alive[False], alive[True]], group_size)
+                sum(p.nbytes for p in frozen), 4 * trained * copies, alive, group_size)
 
 
 # ----------------------------------------------------------------------------- tables
@@ -221,7 +223,9 @@ def gb(*sizes: float) -> str:
 
 def fits(p: Plan, limit_gb: int, devices: int) -> str:
     """The gentlest way to fit, and its largest micro-batch."""
-    ways = [("", False, 1), (" `--gradient-checkpointing`", True, 1), (" `--fsdp`", False, devices),
+    ways = [("", False, 1),
+            (" `--gradient-checkpointing`", True, 1),
+            (" `--fsdp`", False, devices),
             (" `--fsdp --gradient-checkpointing`", True, devices)]
     for flags, checkpointing, shards in ways:
         if m := p.largest(limit_gb * GB, checkpointing, shards):
