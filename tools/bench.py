@@ -1,4 +1,5 @@
 """Speed and memory, alone or beside another side: diffusers, a naive loop, another checkout of this project.
+Commands: docs/speed.md.
 
 --what  dit        a forward pass of the DiT, the condition's keys and values included
         dit-train  forward and backward pass
@@ -11,8 +12,9 @@
 
 How. Each side is a process, a worker: none can change what the other finds. It builds its modules and runs
 once to warm up; then sides take turns, and turns in going first; a ratio is that of one round, theirs / ours.
-One more run, eager and not timed, counts FLOPs and, on a CPU, memory: the peak of all live tensors; on CUDA it
-is the allocator's. Memory is what a run takes above what was there before. Weights are random.
+One more run, eager and not timed, counts FLOPs and, on a CPU, memory: the peak of all live tensors; on CUDA
+it is the allocator's. Memory is what a run takes above what was there before. Weights are random: no figure
+depends on them.
 
 Letters: B pictures, N queries, E condition width, C h w latent.
 """
@@ -307,7 +309,7 @@ def worker(flags: list[str], side: str) -> Iterator[Callable[[str], dict]]:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s, the best of square matrix products of three sizes."""
+    """FLOP/s of square matrix products, the best of three sizes."""
     rates = []
     for n in (4096, 8192, 16384) if CUDA else (512, 1024, 2048):
         a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
