@@ -13,14 +13,13 @@ cites another one.
 
 The weights folder, for nano and for the published ones that tools/convert.py brings into it:
 
-    clip/, pickscore/  open_clip's layout: open_clip_config.json, model.safetensors, and tokenizer.json where
-                       the vocabulary is not open_clip's own BPE
+    clip/, pickscore/  open_clip's layout: open_clip_config.json, model.safetensors, and a tokenizer where
+                       that config names one and it is not open_clip's own
     aesthetic/         aesthetic.safetensors; the tower in front of this head is that of clip/
 
 Letters: B images, U different prompts, S text tokens, E embedding, H W picture, h w resized, T tower side.
 """
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,13 +31,11 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from common import ROOT, Refused
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-BPE_VOCAB_SIZE = 49408                                      # of open_clip's own tokenizer
 
 ScoreFn = Callable[[Tensor, list[str]], Tensor]             # images (B, 3, H, W), B prompts -> (B,)
 EncodeFn = Callable[[list[str]], Tensor]                    # U texts -> (U, S)
@@ -248,38 +245,13 @@ def imports_from(folder: Path) -> Iterator[None]:
 # ----------------------------------------------------------------------------- weights
 
 def load_clip(folder: Path) -> tuple[CLIP, EncodeFn, dict]:
-    """The CLIP of a folder, its text encoder, and size, mean and std for preprocess. What the folder may say
-    of rounding, interpolation and crop is not read: they belong to the reward."""
-    config = json.loads((folder / "open_clip_config.json").read_text())
+    """The CLIP of a folder, its tokenizer, and size, mean and std for preprocess. What the folder may say of
+    rounding, interpolation and crop is not read: they belong to the reward."""
+    name = f"local-dir:{folder}"
     # building draws initial values, which must not move the caller's random numbers
     with torch.random.fork_rng(devices=[]):
-        clip = CLIP(**config["model_cfg"])
-    clip.load_state_dict(load_file(folder / "model.safetensors"))
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    encode = text_encoder(tokenizer, clip.context_length, clip.vocab_size)
-    stated = config.get("preprocess_cfg", {})
-    # without statistics of its own a tower has OpenAI's
+        clip = open_clip.create_model(name, require_pretrained=True)
     picture = {"size": clip.visual.image_size[0],
-               "mean": stated.get("mean", MEAN),
-               "std": stated.get("std", STD)}
-    return clip, encode, picture
-
-
-def text_encoder(tokenizer: Tokenizer | None, context_length: int, vocab_size: int) -> EncodeFn:
-    """A function from U texts to ids (U, S), S = context_length, padded with 0; a cut one keeps its end mark.
-
-    tokenizer  None for open_clip's BPE, else one whose post-processor ends each text with its end token
-    """
-    if tokenizer is None:
-        assert vocab_size == BPE_VOCAB_SIZE, f"a vocabulary of {vocab_size} needs its tokenizer.json"
-        return partial(open_clip.tokenize, context_length=context_length)
-    # open_clip pools a text at its highest id: another end token would be passed over in silence
-    tokenizer.no_padding()
-    end = tokenizer.encode("").ids[-1]
-    highest = max(tokenizer.get_vocab().values())
-    assert end == highest < vocab_size, f"texts end with {end}, the highest id is {highest} of {vocab_size}"
-    tokenizer.enable_truncation(context_length)
-    tokenizer.enable_padding(length=context_length, pad_id=0)
-    return lambda texts: torch.tensor([row.ids for row in tokenizer.encode_batch(texts)])     # (U, S)
+               "mean": clip.visual.image_mean,
+               "std": clip.visual.image_std}
+    return clip, open_clip.get_tokenizer(name), picture

@@ -46,7 +46,7 @@ from dit import DiT, flow_matching_loss, randn, sample_ode
 from model import PRESETS, PROMPT, QUESTION, ParaUni, weights_folder
 from nano import world
 from nano.world import Prompt, Rng, Scene, pick
-from rewards import AestheticHead, preprocess, text_encoder
+from rewards import AestheticHead, preprocess
 from vae import DCAE
 
 SEED = 0
@@ -58,7 +58,7 @@ IMAGE = f"<img>{'<IMG_CONTEXT>' * NANO.vlm.image_seq_length}</img>\n"
 VISION = {"image_size": world.SIZE, "patch_size": PATCH,
           "width": 128, "layers": 4, "head_width": 32, "mlp_ratio": 2.0}
 TEXT = {"context_length": 20, "vocab_size": 96,
-        "width": 128, "layers": 3, "heads": 4, "mlp_ratio": 2.0}
+        "width": 128, "layers": 3, "heads": 4, "mlp_ratio": 2.0, "hf_tokenizer_name": "nano"}
 CLIP_CONFIG = {"embed_dim": 96, "vision_cfg": VISION, "text_cfg": TEXT}
 
 Scores = dict[str, float]
@@ -496,25 +496,27 @@ def answer_loss(model: ParaUni, ids: Tensor, labels: Tensor, images: Tensor) -> 
 
 # ----------------------------------------------------------------------------- CLIP
 
-def clip_tokenizer() -> Tokenizer:
+def clip_tokenizer() -> PreTrainedTokenizerFast:
     """The words of the world, and the end token, which must have the highest id: open_clip pools there."""
     words = ["<pad>", "<unk>", *world.vocabulary(), "<end>"]
     tokenizer = word_tokenizer(words)
     end = [("<end>", len(words) - 1)]
     tokenizer.post_processor = processors.TemplateProcessing("$A <end>", special_tokens=end)
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 @cache
 def clip_encoder() -> Callable[[list[str]], Tensor]:
-    """Texts -> ids (B, S), padded with 0."""
-    return text_encoder(clip_tokenizer(), TEXT["context_length"], TEXT["vocab_size"])
+    """Texts -> ids (B, S), as open_clip will make them."""
+    encode = partial(clip_tokenizer(), padding="max_length", max_length=TEXT["context_length"],
+                     truncation=True, return_tensors="pt")
+    return lambda texts: encode(texts).input_ids
 
 
 def write_clip(folder: Path, model: CLIP) -> None:
     write_weights(folder / "model.safetensors", model)
     write_json(folder / "open_clip_config.json", {"model_cfg": CLIP_CONFIG})
-    clip_tokenizer().save(str(folder / "tokenizer.json"))
+    clip_tokenizer().save_pretrained(folder)
 
 
 def embed_pictures(model: CLIP, images: Tensor) -> Tensor:
