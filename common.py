@@ -150,7 +150,8 @@ def average_gradients(params: Iterable[nn.Parameter], dist: Dist) -> None:
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients down to a joint norm of at most max_norm; returns the norm before."""
     params = [p for p in params if p.grad is not None]
-    # torch does not mix tensors that FSDP has split with whole ones: a norm of each kind, then one of both
+    # torch does not mix tensors that FSDP has split with whole ones: a norm of each kind, then, on the CPU,
+    # one of both
     kinds = [[p for p in params if isinstance(p, DTensor) == is_split] for is_split in (False, True)]
     norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])).cpu() for kind in kinds if kind]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()

@@ -480,7 +480,7 @@ def sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: float
 
     x, v        (B, C, H, W)   latents and velocity; computed in fp32
     t, t_next   (B,)           kept on the CPU they cost no GPU synchronisation
-    noise_level a in sigma = a sqrt(t / (1 - t)); 0 is the Euler step, of std 0 and log_prob 0 by definition
+    noise_level a in Flow-GRPO's sigma = a sqrt(t / (1 - t)); 0: Euler step, std and log_prob 0 by definition
     x_next      (B, C, H, W)   a stored sample to score; None draws one (generator: see randn)
     Returns     x_next, log_prob (B,) in nats, mean (B, C, H, W), std (B,)
     Differs from Flow-GRPO's formula: log_prob is a mean over C*H*W, not a sum; so clip_range is per element.

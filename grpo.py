@@ -324,7 +324,7 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
 
         # from noise to picture, step by step
         generators = [generator("picture", *key) for key in keys[pictures]]
-        # from a shared start, a group's pictures differ only by what the trained steps drew
+        # from a shared start, a group's pictures differ by the noise of their trained steps, and by LDAM's
         starts = [generator("start", *key[:3]) for key in keys[pictures]] if cfg.shared_start else generators
         x = randn((len(starts), *shape), starts, device)                                # (b, C, H, W)
         latents[0, pictures] = x

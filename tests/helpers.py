@@ -119,3 +119,9 @@ def assert_same_run(a: Path, b: Path, stage: int) -> None:
     assert_equal(newest(a), newest(b))
     assert_equal(*(load_file(folder / f"stage{stage}.safetensors") for folder in (a, b)))
     assert log_of(a) == log_of(b) and len(log_of(a)) > 1
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import dit as dit_file
-from common import Refused, write_json
+from common import Refused, generator, write_json
 from dit import DiT, DiTConfig, dpm_grid, euler_grid, flow_matching_loss, sample_ode, sde_step
+from helpers import error
 from model import check_config
 from naive import diffusers_dit
 from tools.meter import Meter
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+from vae import DCAEConfig
 
 TINY = DiTConfig(num_layers=2, num_heads=3, head_dim=8, num_cross_heads=2, cross_head_dim=12,
                  caption_channels=20, in_channels=5)
@@ -33,15 +33,11 @@ CONFIGS = {"qk_norm": TINY, "plain": PLAIN, "positions, patch_2": PLACED}
 WIDE = replace(TINY, num_heads=32, head_dim=32, num_cross_heads=8, cross_head_dim=128)
 
 
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def build(config: DiTConfig = TINY) -> DiT:
     """A DiT whose every parameter, tables and norms included, is random and matters."""
     with torch.device("meta"):
         dit = DiT(config)
-    dit, g = dit.to_empty(device="cpu"), rng()
+    dit, g = dit.to_empty(device="cpu"), generator("dit", 0)
     for name, p in dit.named_parameters():
         gain = 0.5 if "norm" in name or "table" in name else 0.7 / math.sqrt(p[0].numel())
         p.data = gain * torch.randn(p.shape, generator=g) + (1.0 if "norm" in name else 0.0)
@@ -50,16 +46,10 @@ def build(config: DiTConfig = TINY) -> DiT:
 
 def inputs(config: DiTConfig = TINY, B: int = 3) -> tuple[Tensor, ...]:
     """x, t and c for 6 x 4 latents and 7 condition tokens."""
-    g = rng(1)
+    g = generator("dit", 1)
     x = torch.randn(B, config.in_channels, 6, 4, generator=g)
     c = torch.randn(B, 7, config.caption_channels, generator=g)
     return x, torch.rand(B, generator=g), c
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 # ---- configuration
@@ -74,9 +64,8 @@ def test_default_config_is_the_published_file_byte_for_byte() -> None:
 def test_config_is_checked_against_what_diffusers_writes(config: DiTConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     SanaTransformer2DModel.from_config(config.to_json()).save_config(tmp_path)
-    check_config(path, config)
-    with pytest.raises(Refused, match="num_layers"):
-        check_config(path, replace(config, num_layers=9))
+    # without positions the side of the training latents says nothing
+    check_config(path, config if config.interpolation_scale else replace(config, sample_size=7))
     # files of SANA-1.0 may lack the key
     write_json(path, {key: value for key, value in json.loads(path.read_text()).items() if key != "qk_norm"})
     check_config(path, replace(config, qk_norm=False))
@@ -84,11 +73,14 @@ def test_config_is_checked_against_what_diffusers_writes(config: DiTConfig, tmp_
         check_config(path, replace(config, qk_norm=True))
 
 
-@pytest.mark.parametrize("key, value", [("guidance_embeds", True), ("norm_eps", 1e-5), ("unknown", 1)])
-def test_config_refuses_what_is_not_implemented(key: str, value: object, tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", DiTConfig().to_json() | {key: value})
+@pytest.mark.parametrize("config, key, value", [
+    (DiTConfig(), "guidance_embeds", True), (DiTConfig(), "norm_eps", 1e-5), (DiTConfig(), "unknown", 1),
+    (DCAEConfig(), "layers", 3), (DCAEConfig(), "in_channels", 4), (DCAEConfig(), "scaling_factor", None)])
+def test_config_refuses_other_values(config: object, key: str, value: object, tmp_path: Path) -> None:
+    written = config.to_json() | {key: value}
+    write_json(tmp_path / "config.json", {k: v for k, v in written.items() if v is not None})
     with pytest.raises(Refused, match=key):
-        check_config(tmp_path / "config.json", DiTConfig())
+        check_config(tmp_path / "config.json", config)
 
 
 # ---- network, loss
@@ -103,7 +95,7 @@ def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool) -
     v = dit(leaves[0][0], t, leaves[0][1], mask)
     want = theirs(leaves[1][0], leaves[1][1], 1000 * t, encoder_attention_mask=mask, return_dict=False)[0]
     assert error(v, want) < 1e-5
-    torch.autograd.backward([v, want], [torch.randn(v.shape, generator=rng(2))] * 2)
+    torch.autograd.backward([v, want], [torch.randn(v.shape, generator=generator("dit", 2))] * 2)
     assert all(error(a.grad, b.grad) < 1e-5 for a, b in zip(*leaves, strict=True))
     parameters = dict(theirs.named_parameters())
     largest = max(p.grad.abs().max() for p in parameters.values())
@@ -157,7 +149,7 @@ def test_recomputing_is_exact(dtype: torch.dtype, frozen: bool, monkeypatch: pyt
 
 def test_a_wide_feed_forward_keeps_one_wide_tensor_for_its_gradient() -> None:
     """Four without recomputing: what SiLU reads, what the convolution reads, its result, and two halves."""
-    ff, x = build(WIDE).transformer_blocks[0].ff, torch.randn(2, 24, WIDE.width, generator=rng())
+    ff, x = build(WIDE).transformer_blocks[0].ff, torch.randn(2, 24, WIDE.width, generator=generator("x"))
     wide, narrow = 4 * 2 * 24 * ff.conv_depth.out_channels, 4 * x.numel()
     for ff.recompute, wide_tensors in ((True, 1), (False, 4)):
         with Meter() as meter:
@@ -181,7 +173,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 def test_a_new_one_starts_at_zero_with_a_gradient() -> None:
     dit, (x, t, c) = DiT(TINY), inputs()
-    dit.init_weights(rng(3))
+    dit.init_weights(generator("dit", 3))
     assert dit(x, t, c).abs().max() == 0
     flow_matching_loss(dit, x, c, t, torch.ones_like(x)).backward()
     assert dit.proj_out.weight.grad.abs().max() > 0
@@ -216,7 +208,7 @@ def test_grids_are_bit_equal_to_diffusers(shift: float) -> None:
 @pytest.mark.parametrize("solver", ["dpm++", "euler"])
 def test_sampling_follows_the_diffusers_scheduler(solver: str, num_steps: int, guidance_scale: float) -> None:
     dit, (noise, _, c) = build(), inputs(B=4)
-    c_uncond = torch.randn(1, 7, TINY.caption_channels, generator=rng(6))
+    c_uncond = torch.randn(1, 7, TINY.caption_channels, generator=generator("dit", 6))
     scheduler, x = make_scheduler(solver, num_steps), noise
     # two conditions, two images each
     rows = c[:2].repeat_interleave(2, 0)
@@ -238,7 +230,7 @@ def test_sampling_follows_the_diffusers_scheduler(solver: str, num_steps: int, g
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.2])
 def test_every_noise_level_has_the_marginals_of_the_ode(noise_level: float) -> None:
     """Of data from N(1.5, 0.4^2), whose velocity is known exactly."""
-    g, times = rng(), torch.linspace(1, 0, 401)[:, None]
+    g, times = generator("dit", 0), torch.linspace(1, 0, 401)[:, None]
     x = torch.randn(1, 1, 200, 200, generator=g)
     for i, (t, t_next) in enumerate(zip(times, times[1:]), start=1):
         variance = ((1 - t) * 0.4) ** 2 + t ** 2
@@ -251,11 +243,11 @@ def test_every_noise_level_has_the_marginals_of_the_ode(noise_level: float) -> N
 
 
 def test_sde_step_is_the_formula_and_its_density_the_normal_one() -> None:
-    x, v = torch.randn(2, 3, 2, 4, 5, generator=rng(7))
+    x, v = torch.randn(2, 3, 2, 4, 5, generator=generator("dit", 7))
     t, t_next = torch.tensor([1.0, 0.8, 0.3]), torch.tensor([0.9, 0.5, 0.0])
     # bf16 comes in, fp32 is computed
     x, v = x.bfloat16(), v.bfloat16()
-    x_next, log_prob, mean, std = drawn = sde_step(x, v, t, t_next, 0.7, generator=rng(8))
+    x_next, log_prob, mean, std = drawn = sde_step(x, v, t, t_next, 0.7, generator=generator("dit", 8))
     x, v = x.float(), v.float()
     for b in range(3):
         s, dt = t[b].item(), (t_next[b] - t[b]).item()
@@ -265,7 +257,7 @@ def test_sde_step_is_the_formula_and_its_density_the_normal_one() -> None:
         assert std[b].item() == pytest.approx(sigma * math.sqrt(-dt), rel=1e-6)
         want = Normal(mean[b], std[b]).log_prob(x_next[b]).mean().item()
         assert log_prob[b].item() == pytest.approx(want, abs=1e-5)
-    noise = torch.randn(x.shape, generator=rng(8))
+    noise = torch.randn(x.shape, generator=generator("dit", 8))
     assert error(x_next, mean + std[:, None, None, None] * noise) < 1e-6
     assert log_prob.shape == std.shape == (3,)
     # from t = 1 the std is the noise level, whatever the step

@@ -18,8 +18,6 @@ from grpo import (
 from helpers import TINY, moved, tiny_model
 from model import ParaUni, Prefix
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")   # of diffusers
-
 ALONE = Dist(0, 1, torch.device("cpu"))
 CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_batch=8, kl_coef=(0.01,),
                  guidance_scale=3.0, eval_steps=2)

@@ -137,8 +137,7 @@ def test_figure2_follows_the_layers(tmp_path: Path) -> None:
 def test_figure4_tells_clusters_from_mere_nearness() -> None:
     def said(*maps: Tensor) -> list[str]:
         return [row["verdict"] for row in layers.figure4_claims("q_i", *maps)]
-    rng = torch.Generator().manual_seed(0)
-    noise = 0.01 * torch.randn(20, 8, 8, generator=rng)
+    noise = 0.01 * torch.randn(20, 8, 8, generator=torch.Generator().manual_seed(0))
     i = torch.arange(8)
     region = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     near = 1 - 0.1 * (i[:, None] - i).abs() + noise                     # smooth: no border anywhere

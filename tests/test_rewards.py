@@ -135,6 +135,10 @@ def test_aesthetic_score_matches_transformers(hf: tuple[CLIPModel, Path], tmp_pa
 def test_another_clip_is_refused(hf: tuple[CLIPModel, Path], tmp_path: Path) -> None:
     with pytest.raises(Refused, match="of another architecture"):
         convert.convert_clip("ViT-H-14", hf[1].parent / "PickScore_v1", tmp_path / "clip")
+    # nor may a folder without weights score by chance
+    (tmp_path / "open_clip_config.json").symlink_to(hf[1] / "clip" / "open_clip_config.json")
+    with pytest.raises(RuntimeError, match="Required pretrained weights"):
+        rewards.load_clip(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore", "aesthetic"])

@@ -17,9 +17,6 @@ from model import ParaUni
 from tools import bench, gpu_check, plan
 from tools.meter import Meter
 
-# of diffusers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 PROMPTS = ["a red heart", "two blue stars above a green ring"]         # of different lengths: one is padded
 CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=3, num_steps=3, micro_batch=3, kl_coef=(0.5,),
                  guidance_scale=3.0)

@@ -218,6 +218,18 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
     assert_equal(newest(folder), newest(again))
 
 
+def test_what_fires_in_the_last_epoch_of_a_phase_is_not_used(run: Callable, whole: Path) -> None:
+    fired = run(3, "fired", "--ldam-spike", "1e-9", "--no-ldam-use-reward")
+    assert [line["ldam/fired"] for line in log_of(fired)[1:]] == [0, 1, 0, 1]
+    assert_equal(load_file(fired / "stage3.safetensors"), load_file(whole / "stage3.safetensors"))
+
+
+def test_a_first_ratio_that_is_off_stops_the_run(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo, "summarise", lambda figures, dist: {"ratio_dev": 1.0})
+    with pytest.raises(RuntimeError, match="first ratio"):
+        run(3, "run")
+
+
 @pytest.mark.parametrize("layers, changed", [("present", [4]), ("all", [2, 3, 4])])
 def test_which_layers_a_later_reward_perturbs(layers: str, changed: list[int], run: Callable) -> None:
     """Of 4 layers CLIP has the last. It fires after each phase's second epoch, in vain if that ends it."""

@@ -66,6 +66,9 @@ def test_degenerate_pictures_fulfil_nothing(benchmark: list[Prompt]) -> None:
     for found in world.detect(torch.cat([torch.stack(plain), noise, checker])):
         assert not any(world.fulfils(found, p) for p in benchmark)
     assert world.detect(noise[:0]) == [] and world.judge(noise[:0], []) == []
+    # nothing comes round the edge: the ground, and two columns
+    color = torch.full((1, SIZE, SIZE), -1).index_fill(2, torch.tensor([0, SIZE - 1]), 0)
+    assert len(world.components(color).unique()) == 3
 
 
 def test_task_scores_are_means_of_tasks() -> None:
