@@ -62,6 +62,8 @@ class Preset:
     dit_class: type = DiT               # another has the members that dit.py's head names
     # of the frozen weights in memory, whatever their file says
     vlm_dtype: torch.dtype = torch.bfloat16
+    # of the files that stages write
+    stage_dtype: torch.dtype = torch.float32
     # longer captions are cut in stages I and II, as published; no other prompt is
     train_tokens: int = 128
     # VLM layers that are fused, from 1; empty: all, as in the paper
@@ -114,6 +116,7 @@ def internvl(width: int, layers: int, heads: int, kv_heads: int, mlp_width: int,
 # VLM 2.4 M parameters, LIM with queries 0.3 M, DiT 1.8 M, DC-AE 1.0 M.
 NANO = Preset(
     "nano", image_size=32, num_queries=16, shapes_world=True, vlm_dtype=torch.float32,
+    stage_dtype=torch.bfloat16,
     query_words="left color right color above color below color one color two color how many shapes?",
     vlm=internvl(width=128, layers=8, heads=4, kv_heads=2, mlp_width=384, vocab_size=96, context=256,
                  rope_theta=100.0, image_token_id=5,
@@ -393,8 +396,9 @@ class ParaUni(nn.Module):
     def save_stage(self, path: Path, cfg: Any, write: bool = True) -> None:
         """What a stage trained, as one safetensors file that says which stage of which preset it is, and how
         it was made. All ranks must call it; the one that has `write` writes."""
-        # FSDP may have split them; fp32, whatever they were trained in
-        tensors = {name: whole(p).detach().float().cpu() for name, p in self.trainable(cfg.stage).items()}
+        # FSDP may have split them
+        tensors = {name: whole(p).detach().to("cpu", self.preset.stage_dtype)
+                   for name, p in self.trainable(cfg.stage).items()}
         if self.lim.kept_noise is not None:
             tensors["lim.kept_noise"] = self.lim.kept_noise.cpu()
         metadata = {"stage": str(cfg.stage), "preset": self.preset.name,

@@ -36,7 +36,7 @@ CANDIDATES = 16     # scenes of a prompt, of which the best quarter has the pref
 
 @dataclass(frozen=True)
 class CheckConfig:
-    stage_file: str = knob("auto", "a stageN.safetensors; auto: of the highest stage, nano's own is 2")
+    stage_file: str = knob("auto", "a stageN.safetensors; auto: nano's own of stage 2")
     reward_weights: str = knob("auto", "folder of the reward models; auto: nano's own")
     pictures: int = knob(32, "held-out prompts a task, with two pictures each")
     seed: int = knob(0, "all randomness is derived from it")
@@ -71,7 +71,8 @@ def area_under_curve(right: Tensor, wrong: Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> dict:
     cfg = parse_config(CheckConfig, argv, description=__doc__.splitlines()[0])
-    model = ParaUni.from_preset("nano", stage_file=cfg.stage_file)
+    stage = 2 if cfg.stage_file == "auto" else None
+    model = ParaUni.from_preset("nano", stage_file=cfg.stage_file, stage=stage)
     folder = weights_folder("nano", cfg.reward_weights)
     scorers = {name: build_reward(name, "cpu", weights=folder) for name in REWARDS}
     # as stage III samples; the reference is not asked

@@ -21,7 +21,7 @@ BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
 TINY_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
                "image_size": [32, 32], "patch_size": [4, 4]}
 TINY = replace(
-    PRESETS["nano"], num_queries=4, query_words="",
+    PRESETS["nano"], stage_dtype=torch.float32, num_queries=4, query_words="",
     vlm=internvl(width=32, layers=4, heads=2, kv_heads=1, mlp_width=64, vocab_size=96, context=256,
                  image_token_id=5, vision=TINY_VISION),
     lim=LIMConfig(vlm_layers=4, width=32, num_layers=1, num_heads=2, mlp_width=64, caption_channels=32),
