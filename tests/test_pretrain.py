@@ -1,5 +1,4 @@
-"""Stage 0: the loop, the lessons, their labels. Whether the weights are good is told by the scores in their
-training.json; here, that what is taught is true, and that no test prompt is in it."""
+"""Stage 0: the loop, the lessons, their labels: what is taught is true, and no test prompt is in it."""
 import json
 import re
 from collections.abc import Callable
@@ -13,8 +12,9 @@ import torch
 from numpy.random import default_rng
 from torch import Tensor, nn
 
-from common import Refused, adamw, cosine_lr
-from model import ParaUni
+from common import RunConfig, adamw, cosine_lr
+from helpers import NANO_WEIGHTS, assert_equal
+from model import ParaUni, read_tensors
 from nano import check, pretrain, world
 from nano.world import Prompt
 from rewards import build_reward
@@ -228,10 +228,12 @@ def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None
         assert build_reward(name, "cpu", weights=tmp_path)(picture, ["a red heart"]).isfinite().all()
 
 
-def test_an_unknown_part_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "PARTS", {"vae": (pytest.fail, 1, "vae")})
-    with pytest.raises(Refused, match="vml"):
-        pretrain.main(["vae", "vml"])
+def test_shipped_stage_files_are_bf16_and_all_weights_small(tmp_path: Path) -> None:
+    newest, metadata = read_tensors(NANO_WEIGHTS / "stage3.safetensors")
+    assert {tensor.dtype for tensor in newest.values()} == {torch.bfloat16} and metadata["stage"] == "3"
+    ParaUni.from_preset("nano").save_stage(tmp_path / "again", RunConfig(stage=3))
+    assert_equal(read_tensors(tmp_path / "again")[0], newest)
+    assert sum(path.stat().st_size for path in NANO_WEIGHTS.rglob("*")) <= 25e6
 
 
 def test_the_check_counts_wins_and_looks_at_every_task() -> None:

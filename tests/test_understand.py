@@ -1,5 +1,4 @@
-"""evaluation/understand.py: every format is read from a file made here, every metric is held against hand
-numbers; nano's questions, and a benchmark that is cut short and goes on."""
+"""evaluation/understand.py: formats from files made here, metrics by hand; what is cut short goes on."""
 import base64
 import io
 import json
@@ -65,8 +64,7 @@ def test_mmbench_asks_every_turn_of_the_options(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("answer", "letter"), [
     ("B", "B"), ("(C) a cow", "C"), ("The answer is B.", "B"), ("I think it is A", "A"), ("dog", "B"),
-    ("Answer: cow", "C"), ("cat or dog", ""), ("E", ""), ("", ""), ("B's", ""),
-])
+    ("Answer: cow", "C"), ("cat or dog", ""), ("E", ""), ("", ""), ("B's", "")])
 def test_the_letter_of_an_answer(answer: str, letter: str) -> None:
     assert understand.choice_letter(answer, ["cat", "dog", "cow"]) == letter
 
