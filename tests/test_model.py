@@ -279,9 +279,9 @@ def count(build: Callable[[], nn.Module]) -> int:
     ("l-1024", 2_088_957_440, 1_604_641_952, 225_844_992, (32, 32, 32))])
 def test_presets_have_the_published_sizes(name: str, vlm: int, dit: int, lim: int, latent: tuple) -> None:
     preset = PRESETS[name]
-    assert preset.latent_shape == latent and preset.num_queries == 256 and preset.train_tokens == 128
+    assert (preset.latent_shape, preset.num_queries, preset.train_tokens) == (latent, 256, 128)
     assert preset.lim.vlm_layers == preset.vlm_layers and preset.lim.width == preset.vlm_width
-    assert preset.lim.caption_channels == preset.dit.caption_channels
+    assert preset.lim.caption_channels == preset.dit.caption_channels and preset.stage_dtype.itemsize == 4
     if name != "l-512":
         assert count(lambda: preset.vlm_class(preset.vlm)) == vlm
     assert count(lambda: DiT(preset.dit)) == dit
