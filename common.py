@@ -149,14 +149,14 @@ def average_gradients(params: Iterable[nn.Parameter], dist: Dist) -> None:
 
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients down to a joint norm of at most max_norm; returns the norm before."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norms = [grad.norm() for grad in grads]
-    # of what FSDP has split, all parts count
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = torch.stack(norms).norm()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).item()
-    for grad in grads:
-        grad *= scale
+    params = [p for p in params if p.grad is not None]
+    # torch does not mix tensors that FSDP has split with whole ones: a norm of each kind, then, on the CPU,
+    # one of both
+    kinds = [[p for p in params if isinstance(p, DTensor) == is_split] for is_split in (False, True)]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])).cpu() for kind in kinds if kind]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
     return norm.item()
 
 
