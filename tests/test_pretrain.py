@@ -12,7 +12,7 @@ import torch
 from numpy.random import default_rng
 from torch import Tensor, nn
 
-from common import RunConfig, adamw, cosine_lr
+from common import Refused, RunConfig, adamw, cosine_lr
 from helpers import NANO_WEIGHTS, assert_equal
 from model import ParaUni, read_tensors
 from nano import check, pretrain, world
@@ -217,6 +217,8 @@ def test_people_prefer_what_they_asked_for_and_large(monkeypatch: pytest.MonkeyP
 
 def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None) -> None:
     """All six parts, a few steps each; loading is strict; each training.json says how."""
+    with pytest.raises(Refused, match="vml"):
+        pretrain.main(["vae", "vml", "--out", str(tmp_path)])
     pretrain.main(["--out", str(tmp_path)])
     for part, (_, steps, place) in pretrain.PARTS.items():
         record = json.loads((tmp_path / place / "training.json").read_text())
