@@ -412,10 +412,12 @@ def compile_parts(device: torch.device, *parts: nn.Module) -> None:
     torch._inductor.config.triton.mix_order_reduction = False
     # all compiled modules share one count, and beyond 8 torch falls back to eager; stage 3 needs more
     torch._dynamo.config.recompile_limit = 64
+    on_cpu = device.type == "cpu"
     for part in parts:
         lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-        for module in [part] if device.type == "cpu" else lists[0]:
-            module.compile()
+        for module in [part] if on_cpu else lists[0]:
+            # torch 2.14 cannot divide by a size that may vary, where it compiles for a CPU
+            module.compile(dynamic=False if on_cpu else None)
 
 
 def precision(device: torch.device, dtype: str) -> AbstractContextManager:
