@@ -92,6 +92,8 @@ def pointwise(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
+    """Of tokens (B, P, in), as pointwise computes it."""
+
     def forward(self, x: Tensor) -> Tensor:
         return pointwise(self, x)                                                # (B, P, out)
 

@@ -85,11 +85,13 @@ def test_config_refuses_other_values(config: object, key: str, value: object, tm
 
 # ---- network, loss
 
+@pytest.mark.parametrize("onednn", [False, True], ids=["products", "convolutions"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool) -> None:
-    dit = build(config)
-    x, t, c = inputs(config)
+def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool, onednn: bool,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dit_file, "HAS_ONEDNN", onednn)
+    dit, (x, t, c) = build(config), inputs(config)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0, 1] * 3 + [0]]) if masked else None
     theirs, leaves = diffusers_dit(dit), [[a.clone().requires_grad_() for a in (x, c)] for _ in range(2)]
     v = dit(leaves[0][0], t, leaves[0][1], mask)
@@ -97,10 +99,9 @@ def test_values_and_gradients_equal_diffusers(config: DiTConfig, masked: bool) -
     assert error(v, want) < 1e-5
     torch.autograd.backward([v, want], [torch.randn(v.shape, generator=generator("dit", 2))] * 2)
     assert all(error(a.grad, b.grad) < 1e-5 for a, b in zip(*leaves, strict=True))
-    parameters = dict(theirs.named_parameters())
-    largest = max(p.grad.abs().max() for p in parameters.values())
+    largest = max(p.grad.abs().max() for p in theirs.parameters())
     for name, p in dit.named_parameters():  # without qk-norm the key bias has gradient 0, up to rounding
-        want = parameters[name].grad
+        want = theirs.get_parameter(name).grad
         assert (p.grad - want).abs().max() < 3e-5 * want.abs().max() + 1e-6 * largest, name
 
 
@@ -110,8 +111,7 @@ def test_bf16_is_as_close_to_fp32_as_diffusers_is(config: DiTConfig) -> None:
     exact, theirs = dit(x, t, c), diffusers_dit(dit).bfloat16()
     v = copy.deepcopy(dit).bfloat16()(x, t, c)
     want = theirs(x.bfloat16(), c.bfloat16(), 1000 * t, return_dict=False)[0]
-    assert v.dtype == torch.bfloat16
-    assert error(v.float(), want.float()) < 0.05
+    assert v.dtype == torch.bfloat16 and error(v.float(), want.float()) < 0.05
     assert error(v.float(), exact) < 2 * error(want.float(), exact) + 1e-3
 
 
