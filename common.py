@@ -153,7 +153,8 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> float:
     # torch does not mix tensors that FSDP has split with whole ones: a norm of each kind, then, on the CPU,
     # one of both
     kinds = [[p for p in params if isinstance(p, DTensor) == is_split] for is_split in (False, True)]
-    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind])).cpu() for kind in kinds if kind]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds if kind]
+    norms = [norm.full_tensor().cpu() if isinstance(norm, DTensor) else norm.cpu() for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
@@ -173,13 +174,16 @@ def shard(model: nn.Module) -> None:
 
 
 def whole(tree: Any) -> Any:
-    """The same nested dicts and lists with split tensors put together, one after another, on the CPU.
-    All ranks must call it."""
+    """The same nested dicts and lists with split tensors put together, one after another, on the lead's CPU.
+    All ranks must call it; what the others get is empty, or a machine would hold a copy for each of them."""
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [whole(value) for value in tree]
-    return tree.detach().full_tensor().cpu() if isinstance(tree, DTensor) else tree
+    if not isinstance(tree, DTensor):
+        return tree
+    tensor = tree.detach().full_tensor()
+    return tensor.cpu() if torch.distributed.get_rank() == 0 else tensor.new_empty(0)
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
