@@ -133,7 +133,7 @@ NANO = Preset(
                    encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,))),
     recipes={1: {"steps": 2000, "warmup": 50, "batch_size": 128, "micro_batch": 128, "lr": 2e-3,
                  "times": "noisy", "ema_decay": 0.998},
-             2: {"steps": 1700, "warmup": 100, "batch_size": 128, "micro_batch": 128, "lr": 8e-4,
+             2: {"steps": 4000, "warmup": 100, "batch_size": 128, "micro_batch": 128, "lr": 8e-4,
                  "times": "noisy", "ema_decay": 0.998},
              # pictures without guidance, in training and in the looks: half the cost, and more to gain
              3: {"steps": (50, 60, 180), "micro_batch": 64, "num_groups": 4, "group_size": 16, "lr": 2e-4,
