@@ -102,8 +102,6 @@ class GRPOConfig(RunConfig):
     ldam_gamma_max: float = knob(1.0, "upper bound of gamma")
     ldam_spike: float = knob(100.0, "ratio of successive gradient norms that counts as a jump")
     ldam_patience: int = knob(5, "declines of the reward that open its gate")
-    ldam_trigger: str = knob("all", "fires when all signals in use have triggered, or any",
-                             choices=("all", "any"))
     ldam_use_grad_norm: bool = knob(True, "listen to the gradient norm")
     ldam_use_reward: bool = knob(True, "listen to the reward")
     # held-out evaluation
@@ -668,7 +666,7 @@ def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict
     # momentum and declines of the last reward say nothing about this one
     ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
                 use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
-                gamma_max=cfg.ldam_gamma_max, trigger=cfg.ldam_trigger)
+                gamma_max=cfg.ldam_gamma_max)
     return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
 
 

@@ -9,8 +9,8 @@ Reading of the paper
 - All layers of a reward's region are perturbed at once, each with a noise of its own.
 - Declines need not follow one another. Only firing resets g_s and r_s; both keep listening during the rest.
 - Firing in epoch n is followed by n epochs of rest, so the earliest next one is 2n + 1.
-- Both gates must be open (trigger="all"); trigger="any" is the other reading. An ablated signal drops out of
-  the gates, not out of gamma, so that an ablation changes one thing.
+- Both gates must be open. An ablated signal drops out of the gates, not out of gamma, so that an ablation
+  changes one thing.
 - gamma has no bound in the paper, and a jump can make it huge; gamma_max is ours. Its default 1 is where the
   noise is as large as the feature it multiplies, and one entry in six changes sign: P(eps < -1) = 0.16.
 - One LDAM for each reward's phase: n counts its finite epochs from 1, and what fires after the last is not
@@ -58,11 +58,9 @@ class LDAM:
     use_grad_norm: bool = True      # listen to the gradient norm (False: ablation)
     use_reward: bool = True         # listen to the reward (False: ablation)
     gamma_max: float = 1.0          # upper bound of gamma
-    trigger: str = "all"            # "all" signals in use must have triggered, or "any" of them
 
     def __post_init__(self) -> None:
         assert self.use_grad_norm or self.use_reward, "LDAM needs a signal: gradient norm, reward, or both"
-        assert self.trigger in ("all", "any"), f'trigger must be "all" or "any", got {self.trigger!r}'
         self.n = 0                                  # epochs seen
         self.g_s, self.r_s, self.n_cool = False, 0, 0
         self.grad_norms: list[float] = []           # of the last `window` epochs, newest last
@@ -95,9 +93,9 @@ class LDAM:
         gamma_raw = self.gamma0 * (max(G) - min(G) + max(R) - min(R))
 
         # lines 11-23: rest, or fire where the gates are open
-        gates = [self.g_s] * self.use_grad_norm + [self.r_s >= self.patience] * self.use_reward
-        is_open = all(gates) if self.trigger == "all" else any(gates)
-        fired = self.n_cool == 0 and is_open
+        norm_opens = self.g_s or not self.use_grad_norm
+        reward_opens = self.r_s >= self.patience or not self.use_reward
+        fired = self.n_cool == 0 and norm_opens and reward_opens
         gamma = min(gamma_raw, self.gamma_max) if fired else None
         self.last = {"fired": int(fired), "gamma": gamma or 0.0, "gamma_raw": gamma_raw,
                      "bounded": int(fired and gamma_raw > self.gamma_max),

@@ -72,7 +72,6 @@ def test_which_signals_trigger() -> None:
     series = [(0.001, 0.9)] + [(1.0, 0.8 - 0.1 * n) for n in range(3)] + [(1.0, 0.9), (1.0, 0.5), (1.0, 0.4)]
     assert fired_epochs(LDAM(), series) == [7]
     assert fired_epochs(LDAM(use_reward=False), series) == [2]
-    assert fired_epochs(LDAM(trigger="any"), series) == [2]
     no_jump = [(1.0, reward) for _, reward in series]
     assert fired_epochs(LDAM(), no_jump) == fired_epochs(LDAM(use_reward=False), no_jump) == []
     assert fired_epochs(LDAM(use_grad_norm=False), no_jump) == [7]
