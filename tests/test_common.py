@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import common
 import data
 import ldam
-from common import (
-    Dist, Refused, RunConfig, adamw, clip_gradients, derive_seed, ema_update, find_checkpoint, fingerprint,
-    generator, knob, open_run, parse_config, read_log, refuse_changes, resolve, save_checkpoint, swapped,
-)
+from common import (Dist, Refused, RunConfig, adamw, clip_gradients, derive_seed, ema_update, find_checkpoint,
+                    fingerprint, generator, knob, open_run, parse_config, read_log, refuse_changes, resolve,
+                    save_checkpoint, swapped, whole)
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 
@@ -149,6 +149,14 @@ def test_clipping_scales_by_the_joint_norm() -> None:
     params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert clip_gradients(params, 9.0) == 5 and clip_gradients(params, 1.0) == 5
     torch.testing.assert_close(params[0].grad, torch.tensor([0.6, 0.0]))
+
+
+def test_only_the_lead_holds_what_is_put_together() -> None:
+    torch.distributed.init_process_group("fake", rank=1, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    held = whole([distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)])
+    torch.distributed.destroy_process_group()
+    assert held[0].numel() == 0
 
 
 def test_the_average_follows_in_place_and_changes_places_with_the_weights() -> None:

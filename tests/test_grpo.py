@@ -11,10 +11,9 @@ from torch.distributions import Normal, kl_divergence
 
 import naive
 from common import Dist, Refused, derive_seed, generator
-from grpo import (
-    GRPOConfig, Perturbation, Rollout, accumulate_gradient, check_flags, check_ratio, encode_conditions,
-    group_advantages, keep_noise, open_prompts, rollout, score_heldout, trained_steps,
-)
+from grpo import (GRPOConfig, Perturbation, Rollout, accumulate_gradient, check_flags, check_ratio,
+                  encode_conditions, group_advantages, keep_noise, open_prompts, rollout, score_heldout,
+                  trained_steps)
 from helpers import TINY, moved, tiny_model
 from model import ParaUni, Prefix
 
