@@ -14,10 +14,8 @@ from dit import DiTConfig
 from lim import LIMConfig
 from model import PRESETS, ParaUni, internvl, weights_folder
 from train import TrainConfig
-from vae import DCAEConfig
 
 NANO_WEIGHTS = weights_folder("nano", "auto")
-BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
 TINY_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
                "image_size": [32, 32], "patch_size": [4, 4]}
 TINY = replace(
@@ -27,11 +25,8 @@ TINY = replace(
     lim=LIMConfig(vlm_layers=4, width=32, num_layers=1, num_heads=2, mlp_width=64, caption_channels=32),
     dit=DiTConfig(num_layers=2, num_heads=2, head_dim=16, num_cross_heads=2, cross_head_dim=16,
                   caption_channels=32, in_channels=8),
-    vae=DCAEConfig(latent_channels=8, attention_head_dim=16, scaling_factor=1.0,
-                   encoder_block_types=BLOCKS, decoder_block_types=BLOCKS,
-                   encoder_block_out_channels=(8, 16, 16), decoder_block_out_channels=(8, 16, 16),
-                   encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
-                   encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,))))
+    vae=replace(PRESETS["nano"].vae, attention_head_dim=16, encoder_block_out_channels=(8, 16, 16),
+                decoder_block_out_channels=(8, 16, 16)))
 REWARDS = '''
 def bright(images, prompts):
     return images.mean((1, 2, 3))
@@ -119,6 +114,10 @@ def assert_same_run(a: Path, b: Path, stage: int) -> None:
     assert_equal(newest(a), newest(b))
     assert_equal(*(load_file(folder / f"stage{stage}.safetensors") for folder in (a, b)))
     assert log_of(a) == log_of(b) and len(log_of(a)) > 1
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:

@@ -5,15 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import draw
 from lim import LIM, LIMConfig
 from naive import siglip_connector
 from tools.meter import Meter
 
 SMALL = LIMConfig(vlm_layers=5, width=16, num_layers=2, num_heads=4, mlp_width=24, caption_channels=10)
-
-
-def draw(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_lim(config: LIMConfig = SMALL) -> LIM:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common import write_json
-from helpers import error
+from helpers import draw, error
 from model import check_config
 from naive import diffusers_vae
 from vae import DCAE, DCAEConfig, relu_attention
@@ -42,10 +42,6 @@ PUBLISHED = {"_class_name": "AutoencoderDC", "_name_or_path": "mit-han-lab/dc-ae
 CASES = [(PLAIN, 16, 24), (PLAIN, 32, 16), (PLAIN, 40, 32), (ODD, 16, 8), (ODD, 32, 40)]
 
 
-def draw(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def pair(config: DCAEConfig) -> tuple[DCAE, nn.Module]:
     """Ours and the reference on the same tensors; norms and biases are random as well."""
     with torch.device("meta"):
@@ -61,15 +57,15 @@ def pair(config: DCAEConfig) -> tuple[DCAE, nn.Module]:
 def value_and_grad(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
     y = function(x)
-    return y.detach(), torch.autograd.grad((y * draw(y.shape, 3)).sum(), x)[0]
+    return y.detach(), torch.autograd.grad((y * draw(*y.shape, seed=3)).sum(), x)[0]
 
 
 @pytest.mark.parametrize("config, H, W", CASES)
 def test_values_and_gradients_equal_the_reference(config: DCAEConfig, H: int, W: int) -> None:
     ours, reference = pair(config)
     s, f = config.scaling_factor, 2 ** (len(config.encoder_block_types) - 1)
-    images = draw((2, config.in_channels, H, W), 5)
-    latents = draw((2, config.latent_channels, H // f, W // f), 6)
+    images = draw(2, config.in_channels, H, W, seed=5)
+    latents = draw(2, config.latent_channels, H // f, W // f, seed=6)
     ways = ((ours.encode, lambda x: reference.encode(x).latent * s, images),
             (ours.decode, lambda z: reference.decode(z / s).sample, latents))
     for mine, theirs, x in ways:
@@ -79,7 +75,7 @@ def test_values_and_gradients_equal_the_reference(config: DCAEConfig, H: int, W:
 
 def test_the_published_size_equals_the_reference() -> None:
     ours, reference = pair(DCAEConfig())
-    image = draw((1, 3, 64, 32), 4)
+    image = draw(1, 3, 64, 32, seed=4)
     with torch.no_grad():
         z = ours.encode(image)
         assert z.shape == (1, 32, 2, 1) and error(z, reference.encode(image).latent * 0.41407) < 1e-5
@@ -93,7 +89,7 @@ def test_the_published_size_equals_the_reference() -> None:
 def test_bf16_is_as_exact_as_the_reference(config: DCAEConfig, H: int, W: int) -> None:
     ours, reference = pair(config)
     s = config.scaling_factor
-    images = draw((2, config.in_channels, H, W), 4)
+    images = draw(2, config.in_channels, H, W, seed=4)
     with torch.no_grad():
         x = ours.decode(z := ours.encode(images))
         ours, reference = ours.bfloat16(), reference.bfloat16()
@@ -110,7 +106,7 @@ def test_the_default_config_is_the_published_one(tmp_path: Path) -> None:
 
 
 def test_decoding_by_chunks_changes_nothing() -> None:
-    ours, z, seen = pair(PLAIN)[0], draw((5, 8, 4, 6), 4), []
+    ours, z, seen = pair(PLAIN)[0], draw(5, 8, 4, 6, seed=4), []
     with torch.no_grad():
         whole = ours.decode(z)
         ours.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -121,7 +117,7 @@ def test_decoding_by_chunks_changes_nothing() -> None:
 
 
 def test_attention_stays_fp32_under_autocast_and_is_zero_where_no_query_is_positive() -> None:
-    q, k, v = draw((3, 1, 2, 500, 32), 4)
+    q, k, v = draw(3, 1, 2, 500, 32, seed=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = relu_attention(q, k, v)
     assert out.dtype == torch.float32 and torch.equal(out, relu_attention(q, k, v))
@@ -131,7 +127,7 @@ def test_attention_stays_fp32_under_autocast_and_is_zero_where_no_query_is_posit
 @pytest.mark.parametrize("config", [PLAIN, ODD])
 def test_overwriting_without_gradient_changes_no_bit_and_no_input(config: DCAEConfig) -> None:
     ours, _ = pair(config)
-    images = draw((2, config.in_channels, 16, 16), 4)
+    images = draw(2, config.in_channels, 16, 16, seed=4)
     latents = ours.encode(images)                                   # with gradient: nothing is overwritten
     pictures, given = ours.decode(latents), (images.clone(), latents.detach().clone())
     assert pictures.requires_grad
