@@ -111,7 +111,7 @@ class GRPOConfig(RunConfig):
     eval_guidance_scale: float = knob(4.5, "guidance")
 
 
-# ----------------------------------------------------------------------------- the objective
+# ----------------------------------------------------------------------------- advantages, clipped loss, KL
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """(r - mean) / std within each group, population std (Flow-GRPO).
@@ -146,51 +146,6 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     mean, mean_ref (B, C, H, W); std (B,) > 0. Returns (B,), with gradient to mean.
     """
     return (mean - mean_ref).square().mean((1, 2, 3)) / (2 * std.square())
-
-
-class Rollout(NamedTuple):
-    """All that the update needs of the pictures of this rank; fp32."""
-    times: list[float]          # K + 1, from 1 (noise) to 0
-    trained: list[int]          # the stochastic steps
-    latents: Tensor             # (K + 1, B, C, H, W)   the first is noise, the last one clean
-    log_prob: Tensor            # (K, B)                under the policy that drew them
-    mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
-    kl_coef: float              # weight of the KL to the reference, in this phase
-
-
-def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int, advantages: Tensor,
-                   cfg: GRPOConfig, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of step k of a chunk of pictures, a mean over them, and what to log of each picture, (b,).
-
-    kv          the chunk's conditions as keys and values, with gradient
-    advantages  (b,)
-    first       True in the first update on these pictures
-    """
-    # how likely is the step from x to x_next, which was taken, under the weights of now?
-    x, x_next = rolled.latents[k, pictures], rolled.latents[k + 1, pictures]            # (b, C, H, W) each
-    t, t_next = rolled.times[k], rolled.times[k + 1]
-    _, log_prob, mean, std = step_log_prob(dit, kv, x, t, t_next, cfg, x_next)
-    # the policy that drew them, in the update's own rounding: the ratio of the first update is exactly 1
-    if first and cfg.anchor == "recompute":
-        rolled.log_prob[k, pictures] = log_prob.detach()
-    old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
-    loss = grpo_loss(log_prob, old_log_prob, advantages, cfg.clip_range)
-
-    # the rein: not too far from the reference
-    kl = torch.zeros_like(log_prob)                                                     # (b,)
-    if rolled.kl_coef > 0:
-        kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
-        loss = loss + rolled.kl_coef * kl.mean()
-    # the gradient grows as 1 / std, and late steps would drown early ones, which decide what is where; the
-    # first step, whose std is noise_level, keeps its weight
-    if cfg.step_weights == "noise":
-        loss = loss * std.mean() / cfg.noise_level
-
-    # to be watched
-    deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
-    is_clipped = (deviation > cfg.clip_range).float()                                   # (b,)
-    figures = {"kl": kl, "clip_frac": is_clipped}
-    return loss, (figures | {"ratio_dev": deviation} if first else figures)
 
 
 # ----------------------------------------------------------------------------- conditions, with LDAM's noise
@@ -294,6 +249,16 @@ def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple
         yield slice(first // group_size, math.ceil(last / group_size)), slice(first, last)
 
 
+class Rollout(NamedTuple):
+    """All that the update needs of the pictures of this rank; fp32."""
+    times: list[float]          # K + 1, from 1 (noise) to 0
+    trained: list[int]          # the stochastic steps
+    latents: Tensor             # (K + 1, B, C, H, W)   the first is noise, the last one clean
+    log_prob: Tensor            # (K, B)                under the policy that drew them
+    mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
+    kl_coef: float              # weight of the KL to the reference, in this phase
+
+
 @torch.no_grad()
 def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tuple],
             perturbation: Perturbation | None, trained: list[int], kl_coef: float,
@@ -343,6 +308,41 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
 
 
 # ----------------------------------------------------------------------------- update
+
+def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int, advantages: Tensor,
+                   cfg: GRPOConfig, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of step k of a chunk of pictures, a mean over them, and what to log of each picture, (b,).
+
+    kv          the chunk's conditions as keys and values, with gradient
+    advantages  (b,)
+    first       True in the first update on these pictures
+    """
+    # how likely is the step from x to x_next, which was taken, under the weights of now?
+    x, x_next = rolled.latents[k, pictures], rolled.latents[k + 1, pictures]            # (b, C, H, W) each
+    t, t_next = rolled.times[k], rolled.times[k + 1]
+    _, log_prob, mean, std = step_log_prob(dit, kv, x, t, t_next, cfg, x_next)
+    # the policy that drew them, in the update's own rounding: the ratio of the first update is exactly 1
+    if first and cfg.anchor == "recompute":
+        rolled.log_prob[k, pictures] = log_prob.detach()
+    old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
+    loss = grpo_loss(log_prob, old_log_prob, advantages, cfg.clip_range)
+
+    # the rein: not too far from the reference
+    kl = torch.zeros_like(log_prob)                                                     # (b,)
+    if rolled.kl_coef > 0:
+        kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
+        loss = loss + rolled.kl_coef * kl.mean()
+    # the gradient grows as 1 / std, and late steps would drown early ones, which decide what is where; the
+    # first step, whose std is noise_level, keeps its weight
+    if cfg.step_weights == "noise":
+        loss = loss * std.mean() / cfg.noise_level
+
+    # to be watched
+    deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
+    is_clipped = (deviation > cfg.clip_range).float()                                   # (b,)
+    figures = {"kl": kl, "clip_frac": is_clipped}
+    return loss, (figures | {"ratio_dev": deviation} if first else figures)
+
 
 def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor,
                         perturbation: Perturbation | None, cfg: GRPOConfig, first: bool) -> dict[str, Tensor]:
@@ -394,6 +394,20 @@ def check_ratio(deviation: float, cfg: GRPOConfig, warn: bool) -> None:
 
 
 # ----------------------------------------------------------------------------- the loop
+
+def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict[str, nn.Parameter],
+              ) -> tuple[torch.optim.Optimizer, LDAM]:
+    """Every reward begins with a fresh optimizer and a fresh LDAM, and where --kl-reference says so with a
+    new reference."""
+    # what earlier rewards have taught is not pulled back
+    if cfg.kl_reference == "phase":
+        copy_weights(params, params_ref)
+    # momentum and declines of the last reward say nothing about this one
+    ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
+                use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
+                gamma_max=cfg.ldam_gamma_max)
+    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
+
 
 def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
@@ -607,7 +621,7 @@ def finite_mean(values: list[float]) -> float:
     return fmean(finite) if finite else math.nan
 
 
-# ----------------------------------------------------------------------------- before the first epoch
+# ----------------------------------------------------------------------------- beginning and end
 
 def check_flags(cfg: GRPOConfig, world_size: int) -> None:
     """Refuse flags that do not fit together."""
@@ -654,20 +668,6 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
     if not scorers:
         raise Refused("expected --rewards to name a reward")
     return scorers
-
-
-def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict[str, nn.Parameter],
-              ) -> tuple[torch.optim.Optimizer, LDAM]:
-    """Every reward begins with a fresh optimizer and a fresh LDAM, and where --kl-reference says so with a
-    new reference."""
-    # what earlier rewards have taught is not pulled back
-    if cfg.kl_reference == "phase":
-        copy_weights(params, params_ref)
-    # momentum and declines of the last reward say nothing about this one
-    ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
-                use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
-                gamma_max=cfg.ldam_gamma_max)
-    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
 
 
 def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, names: list[str],
