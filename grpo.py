@@ -238,14 +238,13 @@ def trained_steps(num_steps: int, window: int, epoch: int) -> list[int]:
     return list(range(start, start + window))
 
 
-def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
+def chunks(P: int, B: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
     """(groups, pictures) of each forward pass: whole groups, or equal parts of one too large for it."""
-    size, total = micro_batch, num_groups * group_size
-    # where groups fit, as many as do
-    if size > group_size:
-        size -= size % group_size
-    for first in range(0, total, size):
-        last = min(first + size, total)
+    group_size = B // P
+    # as many groups as fit; 0 where not even one does, and then a part of it
+    size = micro_batch // group_size * group_size or micro_batch
+    for first in range(0, B, size):
+        last = min(first + size, B)
         yield slice(first // group_size, math.ceil(last / group_size)), slice(first, last)
 
 
@@ -278,7 +277,7 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
     conditions = encode_conditions(policy, prefix, perturbation, cfg)
     if kl_coef > 0:
         conditions_ref = encode_conditions(reference, prefix, perturbation, cfg)
-    for groups, pictures in chunks(P, B // P, cfg.micro_batch):
+    for groups, pictures in chunks(P, B, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         kv = chunk_kv(policy, conditions, groups, noise, cfg.guidance_scale, cfg)
         # under the same noise: the KL measures weights
@@ -353,7 +352,7 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
     leaves = tuple(c.detach().requires_grad_() for c in roots)
 
     figures: dict[str, list[Tensor]] = {}
-    for groups, pictures in chunks(P, B // P, cfg.micro_batch):
+    for groups, pictures in chunks(P, B, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         for k in rolled.trained:
             # anew for each step, whose backward frees it
