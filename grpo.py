@@ -336,11 +336,13 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
     if cfg.step_weights == "noise":
         loss = loss * std.mean() / cfg.noise_level
 
-    # to be watched
+    # to be logged; later updates are meant to deviate, the first one is not
     deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
     is_clipped = (deviation > cfg.clip_range).float()                                   # (b,)
-    figures = {"kl": kl, "clip_frac": is_clipped}
-    return loss, (figures | {"ratio_dev": deviation} if first else figures)
+    metrics = {"kl": kl, "clip_frac": is_clipped}
+    if first:
+        metrics["ratio_dev"] = deviation
+    return loss, metrics
 
 
 def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor,
@@ -351,7 +353,7 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
     roots = encode_conditions(policy, prefix, perturbation, cfg)
     leaves = tuple(c.detach().requires_grad_() for c in roots)
 
-    figures: dict[str, list[Tensor]] = {}
+    metrics: dict[str, list[Tensor]] = {}
     for groups, pictures in chunks(P, B, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         for k in rolled.trained:
@@ -364,17 +366,17 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
             (loss * share).backward()
             # whatever the objective wants to be logged
             for name, values in logged.items():
-                figures.setdefault(name, []).append(values.detach())
+                metrics.setdefault(name, []).append(values.detach())
 
     # from the leaves through LIM, VLM and queries: once; without guidance or noise some leaves are not used
     used = [(root, leaf.grad) for root, leaf in zip(roots, leaves) if leaf.grad is not None]
     torch.autograd.backward(*zip(*used))
-    return {name: torch.cat(values) for name, values in figures.items()}
+    return {name: torch.cat(values) for name, values in metrics.items()}
 
 
-def summarise(figures: dict[str, Tensor], dist: Dist) -> dict[str, float]:
+def summarise(metrics: dict[str, Tensor], dist: Dist) -> dict[str, float]:
     """Means over the pictures and steps of all ranks; of a deviation the largest."""
-    joined = {name: gather(values, dist) for name, values in figures.items()}
+    joined = {name: gather(values, dist) for name, values in metrics.items()}
     return {name: (values.max() if name.endswith("_dev") else values.mean()).item()
             for name, values in joined.items()}
 
@@ -498,28 +500,29 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             own = advantages.chunk(dist.world_size)[dist.rank].flatten()                # (B,)
 
             # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
-            norms, figures = [], []
+            grad_norms, metrics = [], {}
             for update in range(cfg.inner_updates):
                 lr = cosine_lr(step + update, lengths[phase], cfg.warmup, cfg.lr)
                 set_lr(optimizer, lr)
                 optimizer.zero_grad(set_to_none=True)
                 logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
                 average_gradients(params.values(), dist)
-                norms.append(clip_gradients(params.values(), cfg.clip_norm))
-                figures.append(summarise(logged, dist))
+                grad_norms.append(clip_gradients(params.values(), cfg.clip_norm))
+                # those of the last update stay, and ratio_dev, which the first alone has
+                metrics |= summarise(logged, dist)
                 # without a finite gradient, or a group of finite rewards, the weights stay as they are
-                can_step = math.isfinite(norms[-1]) and usable.any()
+                can_step = math.isfinite(grad_norms[-1]) and usable.any()
                 skipped = 0 if can_step else skipped + 1
                 if can_step:
                     optimizer.step()
             # on the first update rollout and update must agree
-            check_ratio(figures[0].get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
+            check_ratio(metrics.get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
             clock.append(time.perf_counter())
 
             # 6. LDAM looks at gradient norm and reward; where it fires, the next epoch is perturbed
             gamma, seen = None, {"fired": 0}
-            if cfg.ldam and math.isfinite(norms[0]) and math.isfinite(means[goal]):
-                gamma, seen = ldam.update(norms[0], means[goal]), ldam.last
+            if cfg.ldam and math.isfinite(grad_norms[0]) and math.isfinite(means[goal]):
+                gamma, seen = ldam.update(grad_norms[0], means[goal]), ldam.last
             # the other reading: not for an epoch but for good
             if gamma is not None and cfg.ldam_mode == "keep" and not phase_ends:
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
@@ -529,16 +532,15 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # where no update was made, the average stays too
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
-            # figures of the last update, with ratio_dev of the first
-            record = {"epoch": epoch + 1, "phase": goal, **figures[0], **figures[-1],
-                      "grad_norm": norms[0], "lr": lr, "skipped": skipped, "reward_nan": int((~usable).sum()),
+            record = {"epoch": epoch + 1, "phase": goal, **metrics, "grad_norm": grad_norms[0], "lr": lr,
+                      "skipped": skipped, "reward_nan": int((~usable).sum()),
                       "zero_std": (advantages[usable] == 0).all(1).float().mean().item(),
                       **{f"reward/{name}": mean for name, mean in means.items()},
                       **{f"ldam/{name}": value for name, value in seen.items()},
                       **{f"time/{part}": end - start for part, start, end in
                          zip(("rollout", "reward", "update"), clock, clock[1:])}}
             bar.update()
-            bar.set_postfix_str(f"{goal} {means[goal]:.3f}, |g| {norms[0]:.1e}")
+            bar.set_postfix_str(f"{goal} {means[goal]:.3f}, |g| {grad_norms[0]:.1e}")
             # saved before anything else may fail
             is_stopped, gives_up = mean_over_ranks(len(stop), dist) > 0, skipped >= cfg.max_skipped
             if is_stopped or gives_up or phase_ends or (epoch + 1) % cfg.save_every == 0:
