@@ -511,10 +511,10 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 # those of the last update stay, and ratio_dev, which the first alone has
                 metrics |= summarise(logged, dist)
                 # without a finite gradient, or a group of finite rewards, the weights stay as they are
-                can_step = math.isfinite(grad_norms[-1]) and usable.any()
-                skipped = 0 if can_step else skipped + 1
-                if can_step:
+                skipped += 1
+                if math.isfinite(grad_norms[-1]) and usable.any():
                     optimizer.step()
+                    skipped = 0
             # on the first update rollout and update must agree
             check_ratio(metrics.get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
             clock.append(time.perf_counter())
@@ -529,7 +529,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 gamma = None
 
             # 7. EMA, save
-            # where no update was made, the average stays too
+            # skipped counts in a row: that many, and this epoch has made no step for the average to follow
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
             record = {"epoch": epoch + 1, "phase": goal, **metrics, "grad_norm": grad_norms[0], "lr": lr,
