@@ -397,17 +397,16 @@ def check_ratio(deviation: float, cfg: GRPOConfig, warn: bool) -> None:
 # ----------------------------------------------------------------------------- the loop
 
 def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict[str, nn.Parameter],
-              ) -> tuple[torch.optim.Optimizer, LDAM]:
-    """Every reward begins with a fresh optimizer and a fresh LDAM, and where --kl-reference says so with a
-    new reference."""
+              ) -> tuple[torch.optim.Optimizer, LDAM, None]:
+    """What a reward begins with: an optimizer, LDAM, no gamma. Momentum, declines and the last firing of the
+    reward before say nothing about this one."""
     # what earlier rewards have taught is not pulled back
     if cfg.kl_reference == "phase":
         copy_weights(params, params_ref)
-    # momentum and declines of the last reward say nothing about this one
     ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
                 use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
                 gamma_max=cfg.ldam_gamma_max)
-    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
+    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam, None
 
 
 def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
@@ -427,9 +426,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     scorers = open_rewards(cfg, model, heldout[0])
     names = list(scorers)
 
-    # where the run stands: a checkpoint is loaded into these, a phase that begins makes its own
-    optimizer, ldam = new_phase(cfg, params, params_ref)
-    done, skipped, gamma, record = 0, 0, None, {"epoch": 0, "phase": names[0]}
+    # where the run stands: at its beginning, or where a checkpoint left it
+    done, skipped, record = 0, 0, {"epoch": 0, "phase": names[0]}
     # held-out scores before the first phase, and after each
     evals: list[dict[str, list[float]]] = state["evals"] if state else []
     # a resumed run must find the same prompts
@@ -437,6 +435,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     if state:
         if state["prompts"] != digest:
             raise Refused("the prompt files are not those that this run began with: put them back")
+        # a phase makes these in its first epoch; one that goes on gets back what it had made of them
+        optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
         load_checkpoint(state, params, ema, optimizer)
         ldam.load_state_dict(state["ldam"])
         copy_weights(state["reference"], params_ref)
@@ -466,7 +466,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 
             # the next reward begins, from the weights that the last one left
             if step == 0:
-                optimizer, ldam = new_phase(cfg, params, params_ref)
+                optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
             phase_ends = step + cfg.inner_updates == lengths[phase]
             clock = [time.perf_counter()]
 
@@ -476,8 +476,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # the layers that answer to this reward, of those that are fused
             firing = names[:phase + 1] if cfg.ldam_layers == "all" else [goal]
             layers = [i for i in perturbed_layers(firing, model.preset.vlm_layers) if i in model.lim.layers]
-            # what fired in a phase's last epoch is not used
-            perturbation = None if gamma is None or step == 0 else Perturbation(gamma, layers, keys)
+            perturbation = None if gamma is None else Perturbation(gamma, layers, keys)
             # prompts, and last the unconditional one: their keys and values, without gradient
             prefix = model.encode_prefix([*texts, None])
 
