@@ -8,9 +8,9 @@
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near a reference (KL): the stage II model, or that which the phase began with
   6. LDAM looks at the gradient norm and the reward, and may fire
-  7. EMA, save; the epoch's line of the log is written when the next turn has looked at held-out prompts
+  7. EMA, save; the next turn looks at held-out prompts, where it is time, and writes this epoch's line
 
-Rewards come one after another (phases), each with a fresh optimizer, from the weights of the phase before.
+Rewards come one after another (phases), each from the last one's weights with a fresh optimizer and LDAM.
 
 What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
 update, on the same chunks, so the first ratio is 1; it is measured in every epoch. The noise of a picture is
@@ -444,15 +444,16 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
     before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
-    # of every epoch its phase, and the phase's optimizer steps before it; last, the turn that only looks
-    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))] + [1]
+    # the steps of each phase; of every epoch its phase, and how many of the phase's steps come before it
+    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))]
     schedule = [(phase, step) for phase, n in enumerate(lengths) for step in range(0, n, cfg.inner_updates)]
-    total = len(schedule) - 1
+    total = len(schedule)
     mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
     with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
-        # a turn looks back on the epoch before, then runs one; the last only looks back
-        for epoch, (phase, step) in enumerate(schedule[done:], start=done):
-            # look at held-out prompts before and after each phase, and now and then; log what has been done
+        # A turn first ends the epoch before: held-out scores, a line of the log. They follow its checkpoint:
+        # a run that fails in them loses nothing, and resumes with them. The last turn does no more.
+        for epoch, (phase, step) in enumerate([*schedule[done:], (None, 0)], start=done):
+            # before and after each phase, and now and then
             if step == 0 or epoch % cfg.eval_every == 0:
                 with swapped(params, ema):
                     scores = score_heldout(model, scorers, heldout, cfg, dist)
