@@ -154,7 +154,7 @@ class Perturbation(NamedTuple):
     """LDAM has fired: noise for some layers of every picture."""
     gamma: float
     layers: list[int]
-    keys: list[tuple]           # one a picture
+    keys: list[tuple]           # of each picture: (seed, epoch, group, member)
 
     def noise(self, pictures: slice, model: ParaUni) -> list[Tensor]:
         """gamma eps of each perturbed layer (Eq. 6), S x (b, N, E)."""
@@ -262,11 +262,10 @@ class Rollout(NamedTuple):
 def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tuple],
             perturbation: Perturbation | None, trained: list[int], kl_coef: float,
             cfg: GRPOConfig) -> Rollout:
-    """Sample the pictures of the P prompts of a prefix. keys: one a picture, (seed, epoch, group, member), to
-    draw it from."""
+    """Sample the pictures of a prefix of P prompts, each from its key, (seed, epoch, group, member)."""
     # the prefix ends with the unconditional prompt
-    P, B, K, device = len(prefix.mask) - 1, len(keys), cfg.num_steps, policy.device
-    shape = policy.preset.latent_shape
+    P, B, K = len(prefix.mask) - 1, len(keys), cfg.num_steps
+    shape, device = policy.preset.latent_shape, policy.device
     # more steps near the noise, where content is decided
     times = euler_grid(K, cfg.shift)[0].tolist()
     latents = torch.zeros(K + 1, B, *shape, device=device)                              # (K + 1, B, C, H, W)
@@ -370,7 +369,8 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
 
     # from the leaves through LIM, VLM and queries: once; without guidance or noise some leaves are not used
     used = [(root, leaf.grad) for root, leaf in zip(roots, leaves) if leaf.grad is not None]
-    torch.autograd.backward(*zip(*used))
+    used_roots, grads = zip(*used)
+    torch.autograd.backward(used_roots, grads)
     return {name: torch.cat(values) for name, values in metrics.items()}
 
 
