@@ -15,11 +15,10 @@ Rewards come one after another (phases), each from the last one's weights with a
 What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
 update, on the same chunks, so the first ratio is 1; it is measured in every epoch. The noise of a picture is
 drawn from (seed, epoch, group, member), LDAM's from these and the layer, a shared start from (seed, epoch,
-group), epochs counted over all phases: nothing depends on the number of devices, and a resumed run repeats
+group), epochs counted over all phases: no draw depends on the number of devices, and a resumed run repeats
 an unbroken one bit for bit.
-What makes it cheap. The condition of a prompt is shared by its group. In the update it is encoded once with
-gradient and detached to a leaf; the leaf's gradient is summed over all pictures and steps and sent back
-through LIM, VLM and queries once.
+What makes it cheap. A group shares its prompt's condition. The update encodes it once with gradient and
+detaches it to a leaf, whose gradient, summed over pictures and steps, goes once through LIM, VLM and queries.
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
 see clean pictures; an epoch has one update, not one for each half of its pictures; the KL is that of the two
@@ -29,8 +28,8 @@ the group's own std.
 Reading of the paper: a reward has --steps of its own; the noise of Eq. 6 is each picture's own and lasts an
 epoch (--ldam-mode); the layers of the present reward alone are perturbed (--ldam-layers).
 
-Letters: P prompts (groups), G members of a group, B = P G pictures, b pictures of a chunk, K steps, L VLM
-layers, S perturbed layers, N queries, E condition width, C H W latent.
+Letters: P prompts (groups) of a rank, G members of a group, B = P G pictures, b pictures of a chunk (of one
+forward pass), K steps, L VLM layers, S perturbed layers, N queries, E condition width, C H W latent.
 """
 import copy
 import math
@@ -114,14 +113,11 @@ class GRPOConfig(RunConfig):
 # ----------------------------------------------------------------------------- advantages, clipped loss, KL
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(r - mean) / std within each group, population std (Flow-GRPO).
-
-    rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward that is not finite, gets
-    zeros: it teaches nothing.
-    """
+    """(r - mean) / std within each group, population std (Flow-GRPO), (P, G) fp32. A group without spread, or
+    with a reward that is not finite, gets zeros: it teaches nothing."""
     mean = rewards.mean(1, keepdim=True)                                                # (P, 1)
     std = rewards.std(1, correction=0, keepdim=True)                                    # (P, 1)
-    # equal rewards are equal up to rounding
+    # what rounding makes of equal rewards is no spread
     has_spread = std > 1e-6 * (1 + mean.abs())                                          # False for NaN too
     return torch.where(has_spread, (rewards - mean) / std, 0.0)                         # (P, G)
 
@@ -154,7 +150,7 @@ class Perturbation(NamedTuple):
     """LDAM has fired: noise for some layers of every picture."""
     gamma: float
     layers: list[int]
-    keys: list[tuple]           # of each picture: (seed, epoch, group, member)
+    keys: list[tuple]           # of each picture: (seed, epoch, group, member); keep: one, (seed, epoch)
 
     def noise(self, pictures: slice, model: ParaUni) -> list[Tensor]:
         """gamma eps of each perturbed layer (Eq. 6), S x (b, N, E)."""
@@ -182,7 +178,7 @@ def encode_conditions(model: ParaUni, prefix: Prefix, perturbation: Perturbation
 def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: slice, noise: list[Tensor],
              guidance_scale: float, cfg: GRPOConfig) -> list:
     """Cross-attention keys and values for a chunk of pictures: one condition a group, or one a picture where
-    LDAM perturbs each; with guidance, as many unconditional ones in front."""
+    LDAM perturbs each. With guidance, which an objective may forgo, as many unconditional ones in front."""
     c, c_uncond, c_of_layers = conditions
     # the DiT shares a condition among all pictures of its group
     c = c[groups]                                                                       # (groups, N, E)
@@ -222,9 +218,10 @@ def velocity(dit: DiT, kv: list, x: Tensor, t: float, cfg: GRPOConfig) -> Tensor
 def step_log_prob(dit: DiT, kv: list, x: Tensor, t: float, t_next: float, cfg: GRPOConfig,
                   x_next: Tensor | None = None, generators: list[torch.Generator] | None = None,
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One stochastic step of one chunk: the only place where a log-probability is computed.
-    Returns what sde_step does: x_next (b, C, H, W), log_prob (b,), mean (b, C, H, W), std (b,)."""
+    """One stochastic step of one chunk, drawn, or scored where x_next is given: the only place where a
+    log-probability is computed. Returns sde_step's x_next (b, C, H, W), log_prob (b,), mean, std (b,)."""
     v = velocity(dit, kv, x, t, cfg)                                                    # (b, C, H, W)
+    # on the CPU, where sde_step wants them: no wait for the GPU
     t, t_next = torch.full((len(x),), t), torch.full((len(x),), t_next)                 # (b,) each
     return sde_step(x, v, t, t_next, cfg.noise_level, x_next, generators)
 
@@ -279,7 +276,7 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
     for groups, pictures in chunks(P, B, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         kv = chunk_kv(policy, conditions, groups, noise, cfg.guidance_scale, cfg)
-        # under the same noise: the KL measures weights
+        # LDAM's noise is in both: the KL measures the weights alone
         if kl_coef > 0:
             kv_ref = chunk_kv(reference, conditions_ref, groups, noise, cfg.guidance_scale, cfg)
 
@@ -319,7 +316,7 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
     x, x_next = rolled.latents[k, pictures], rolled.latents[k + 1, pictures]            # (b, C, H, W) each
     t, t_next = rolled.times[k], rolled.times[k + 1]
     _, log_prob, mean, std = step_log_prob(dit, kv, x, t, t_next, cfg, x_next)
-    # the policy that drew them, in the update's own rounding: the ratio of the first update is exactly 1
+    # the policy is still that of the rollout: its log-probability as rounded here takes that one's place
     if first and cfg.anchor == "recompute":
         rolled.log_prob[k, pictures] = log_prob.detach()
     old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
@@ -331,7 +328,7 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
         kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
         loss = loss + rolled.kl_coef * kl.mean()
     # the gradient grows as 1 / std, and late steps would drown early ones, which decide what is where; the
-    # first step, whose std is noise_level, keeps its weight
+    # first step, whose std is noise_level (see sde_step), keeps its weight; a step has a single std
     if cfg.step_weights == "noise":
         loss = loss * std.mean() / cfg.noise_level
 
@@ -413,8 +410,9 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
     check_flags(cfg, dist.world_size)
     state = open_run(cfg, dist, "epoch")
+    # stage II's weights (--init): the model that learns, and a copy to which the KL refers, split and
+    # compiled alike, but frozen; what nobody trains is shared
     model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)
-    # a frozen copy, to which the KL refers; what nobody trains is shared
     reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
     params, params_ref = prepare(cfg, model), prepare(cfg, reference)
     reference.requires_grad_(False)
@@ -493,10 +491,10 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             clock.append(time.perf_counter())
 
             # 4. compare within groups
-            # a group with a reward that is not finite gets no advantage
+            # by this phase's reward; the others are only watched
             usable = rewards[goal].isfinite().all(1)                                    # (P of all ranks,)
             advantages = group_advantages(rewards[goal])                                # (P of all ranks, G)
-            # of this rank's pictures
+            # those of this rank's pictures
             own = advantages.chunk(dist.world_size)[dist.rank].flatten()                # (B,)
 
             # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
@@ -515,7 +513,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 if math.isfinite(grad_norms[-1]) and usable.any():
                     optimizer.step()
                     skipped = 0
-            # on the first update rollout and update must agree
+            # on the first update rollout and update must agree; another objective may have no ratio
             check_ratio(metrics.get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
             clock.append(time.perf_counter())
 
@@ -565,10 +563,9 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 # ----------------------------------------------------------------------------- scoring
 
 def score(name: str, scorer: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """A reward of some pictures, (b,). Where it raises, as a user's reward may, these pictures have none."""
+    """A reward of some pictures, (b,); NaN where it raises, as a user's may: it costs a group, not a run."""
     try:
         return scorer(images, prompts)                                                  # (b,)
-    # a user's code promises nothing, and costs a group, never the run
     except Exception as error:
         tqdm.write(f"reward {name} failed on {prompts[0]!r}, which is left out: {error!r}")
         return torch.full((len(images),), math.nan, device=images.device)
