@@ -422,10 +422,10 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     prompts = open_prompts(cfg.prompts, model)
     heldout = (open_prompts(cfg.eval_prompts, model) or nano_prompts(test=True))[:cfg.num_eval]
     scorers = open_rewards(cfg, model, heldout[0])
-    names = list(scorers)
+    goals = list(scorers)                                           # a reward each phase
 
     # where the run stands: at its beginning, or where a checkpoint left it
-    done, skipped, record = 0, 0, {"epoch": 0, "phase": names[0]}
+    done, skipped, record = 0, 0, {"epoch": 0, "phase": goals[0]}
     # held-out scores before the first phase, and after each
     evals: list[dict[str, list[float]]] = state["evals"] if state else []
     # a resumed run must find the same prompts
@@ -443,13 +443,13 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
     # the steps of each phase; of every epoch its phase, and how many of the phase's steps come before it
-    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))]
+    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(goals))]
     schedule = [(phase, step) for phase, n in enumerate(lengths) for step in range(0, n, cfg.inner_updates)]
     total = len(schedule)
     mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
     with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
-        # A turn first ends the epoch before: held-out scores, a line of the log. They follow its checkpoint:
-        # a run that fails in them loses nothing, and resumes with them. The last turn does no more.
+        # A turn first ends the epoch before: held-out scores, a line of the log. They follow its checkpoint,
+        # if it has one: a run that fails in them resumes with them. The last turn does no more.
         for epoch, (phase, step) in enumerate([*schedule[done:], (None, 0)], start=done):
             # before and after each phase, and now and then
             if step == 0 or epoch % cfg.eval_every == 0:
@@ -461,7 +461,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             write_log(cfg.run_dir, record, dist)
             if epoch == total:
                 break
-            goal = names[phase]             # the reward that this phase trains
+            goal = goals[phase]
 
             # the next reward begins, from the weights that the last one left
             if step == 0:
@@ -472,8 +472,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
             texts = [draw_prompt(prompts, cfg.num_groups, cfg.seed, epoch, group) for group in mine]    # P
             keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
-            # the layers that answer to this reward, of those that are fused
-            firing = names[:phase + 1] if cfg.ldam_layers == "all" else [goal]
+            # where LDAM acts, if it fires: the layers that answer to this reward, of those that are fused
+            firing = goals[:phase + 1] if cfg.ldam_layers == "all" else [goal]
             layers = [i for i in perturbed_layers(firing, model.preset.vlm_layers) if i in model.lim.layers]
             perturbation = None if gamma is None else Perturbation(gamma, layers, keys)
             # prompts, and last the unconditional one: their keys and values, without gradient
@@ -518,9 +518,9 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             clock.append(time.perf_counter())
 
             # 6. LDAM looks at gradient norm and reward; where it fires, the next epoch is perturbed
-            gamma, seen = None, {"fired": 0}
+            gamma, ldam_log = None, {"fired": 0}
             if cfg.ldam and math.isfinite(grad_norms[0]) and math.isfinite(means[goal]):
-                gamma, seen = ldam.update(grad_norms[0], means[goal]), ldam.last
+                gamma, ldam_log = ldam.update(grad_norms[0], means[goal]), ldam.last
             # the other reading: not for an epoch but for good
             if gamma is not None and cfg.ldam_mode == "keep" and not phase_ends:
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
@@ -534,7 +534,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                       "skipped": skipped, "reward_nan": int((~usable).sum()),
                       "zero_std": (advantages[usable] == 0).all(1).float().mean().item(),
                       **{f"reward/{name}": mean for name, mean in means.items()},
-                      **{f"ldam/{name}": value for name, value in seen.items()},
+                      **{f"ldam/{name}": value for name, value in ldam_log.items()},
                       "time/rollout": clock[1] - clock[0], "time/reward": clock[2] - clock[1],
                       "time/update": clock[3] - clock[2]}
             bar.update()
@@ -556,7 +556,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         write_stage(cfg, model, dist, record)
         after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
     if dist.lead:
-        show(cfg, heldout, before, after, names, evals)
+        show(cfg, heldout, before, after, goals, evals)
     return {name: finite_mean(values) for name, values in evals[-1].items()}
 
 
@@ -668,7 +668,7 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
     return scorers
 
 
-def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, names: list[str],
+def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, goals: list[str],
          evals: list[dict[str, list[float]]]) -> None:
     """What a run leaves to look at: pictures before and after, (8, 3, H, W) each, curves, a table a phase."""
     # a row of pictures a model, of the same prompts and noise
@@ -677,5 +677,5 @@ def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, nam
                ["before", "after"])
     plot_rewards(folder / "rewards.png", read_log(folder / "metrics.jsonl"))
     # the held-out scores before and after each phase
-    for name, first, last in zip(names, evals[:-1], evals[1:]):
-        print(f"\n{name}\n{reward_table(first, last)}")
+    for goal, first, last in zip(goals, evals[:-1], evals[1:]):
+        print(f"\n{goal}\n{reward_table(first, last)}")
