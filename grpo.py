@@ -17,8 +17,9 @@ update, on the same chunks, so the first ratio is 1; it is measured in every epo
 drawn from (seed, epoch, group, member), LDAM's from these and the layer, a shared start from (seed, epoch,
 group), epochs counted over all phases: no draw depends on the number of devices, and a resumed run repeats
 an unbroken one bit for bit.
-What makes it cheap. A group shares its prompt's condition. The update encodes it once with gradient and
-detaches it to a leaf, whose gradient, summed over pictures and steps, goes once through LIM, VLM and queries.
+What makes it cheap. The VLM reads prompts once an epoch, without gradient; only the queries run again: for
+the rollout, for its reference and, with gradient, for the update. A group shares its prompt's condition: the
+update detaches it to a leaf, whose gradient, of all its pictures and steps, goes once through LIM and VLM.
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
 see clean pictures; an epoch has one update, not one for each half of its pictures; the KL is that of the two
@@ -123,13 +124,12 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """The clipped objective, to be minimised (Flow-GRPO):
-    mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
+    """Flow-GRPO's objective, to be minimised: mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
 
     log_prob, old_log_prob, advantages  (B,) fp32; log-probabilities are means over C H W,
                                         so clip_range is per element
     """
-    # how much likelier is the picture now than when it was drawn? 1 in the first update
+    # how much likelier is the step now than when it was drawn? 1 in the first update
     ratio = torch.exp(log_prob - old_log_prob)                                          # (B,)
     # beyond the clip range there is nothing more to gain, but there is to lose: hence the maximum
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)                               # (B,)
@@ -656,7 +656,6 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
     side = model.preset.image_size
     scorers = {}
     for name in cfg.rewards:
-        # a frozen model, or a user's function
         scorer = build_reward(name, model.device, weights=folder)
         scorer(torch.full((1, 3, side, side), 0.5, device=model.device), [prompt])
         short_name = name.rpartition(":")[2]
