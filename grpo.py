@@ -8,18 +8,18 @@
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near a reference (KL): the stage II model, or that which the phase began with
   6. LDAM looks at the gradient norm and the reward, and may fire
-  7. EMA, save; the epoch's line of the log is written when the next turn has looked at held-out prompts
+  7. EMA, save; the next turn looks at held-out prompts, where it is time, and writes this epoch's line
 
-Rewards come one after another (phases), each with a fresh optimizer, from the weights of the phase before.
+Rewards come one after another (phases), each from the last one's weights with a fresh optimizer and LDAM.
 
 What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
 update, on the same chunks, so the first ratio is 1; it is measured in every epoch. The noise of a picture is
 drawn from (seed, epoch, group, member), LDAM's from these and the layer, a shared start from (seed, epoch,
-group), epochs counted over all phases: nothing depends on the number of devices, and a resumed run repeats
+group), epochs counted over all phases: no draw depends on the number of devices, and a resumed run repeats
 an unbroken one bit for bit.
-What makes it cheap. The condition of a prompt is shared by its group. In the update it is encoded once with
-gradient and detached to a leaf; the leaf's gradient is summed over all pictures and steps and sent back
-through LIM, VLM and queries once.
+What makes it cheap. The VLM reads prompts once an epoch, without gradient; only the queries run again: for
+the rollout, for its reference and, with gradient, for the update. A group shares its prompt's condition: the
+update detaches it to a leaf, whose gradient, of all its pictures and steps, goes once through LIM and VLM.
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
 see clean pictures; an epoch has one update, not one for each half of its pictures; the KL is that of the two
@@ -29,8 +29,8 @@ the group's own std.
 Reading of the paper: a reward has --steps of its own; the noise of Eq. 6 is each picture's own and lasts an
 epoch (--ldam-mode); the layers of the present reward alone are perturbed (--ldam-layers).
 
-Letters: P prompts (groups), G members of a group, B = P G pictures, b pictures of a chunk, K steps, L VLM
-layers, S perturbed layers, N queries, E condition width, C H W latent.
+Letters: P prompts (groups) of a rank, G members of a group, B = P G pictures, b pictures of a chunk (of one
+forward pass), K steps, L VLM layers, S perturbed layers, N queries, E condition width, C H W latent.
 """
 import copy
 import math
@@ -111,29 +111,25 @@ class GRPOConfig(RunConfig):
     eval_guidance_scale: float = knob(4.5, "guidance")
 
 
-# ----------------------------------------------------------------------------- the objective
+# ----------------------------------------------------------------------------- advantages, clipped loss, KL
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(r - mean) / std within each group, population std (Flow-GRPO).
-
-    rewards (P, G) fp32. Returns (P, G). A group without spread, or with a reward that is not finite, gets
-    zeros: it teaches nothing.
-    """
+    """(r - mean) / std within each group, population std (Flow-GRPO), (P, G) fp32. A group without spread, or
+    with a reward that is not finite, gets zeros: it teaches nothing."""
     mean = rewards.mean(1, keepdim=True)                                                # (P, 1)
     std = rewards.std(1, correction=0, keepdim=True)                                    # (P, 1)
-    # equal rewards are equal up to rounding
+    # what rounding makes of equal rewards is no spread
     has_spread = std > 1e-6 * (1 + mean.abs())                                          # False for NaN too
     return torch.where(has_spread, (rewards - mean) / std, 0.0)                         # (P, G)
 
 
 def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """The clipped objective, to be minimised (Flow-GRPO):
-    mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
+    """Flow-GRPO's objective, to be minimised: mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
 
     log_prob, old_log_prob, advantages  (B,) fp32; log-probabilities are means over C H W,
                                         so clip_range is per element
     """
-    # how much likelier is the picture now than when it was drawn? 1 in the first update
+    # how much likelier is the step now than when it was drawn? 1 in the first update
     ratio = torch.exp(log_prob - old_log_prob)                                          # (B,)
     # beyond the clip range there is nothing more to gain, but there is to lose: hence the maximum
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)                               # (B,)
@@ -148,58 +144,13 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     return (mean - mean_ref).square().mean((1, 2, 3)) / (2 * std.square())
 
 
-class Rollout(NamedTuple):
-    """All that the update needs of the pictures of this rank; fp32."""
-    times: list[float]          # K + 1, from 1 (noise) to 0
-    trained: list[int]          # the stochastic steps
-    latents: Tensor             # (K + 1, B, C, H, W)   the first is noise, the last one clean
-    log_prob: Tensor            # (K, B)                under the policy that drew them
-    mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
-    kl_coef: float              # weight of the KL to the reference, in this phase
-
-
-def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int, advantages: Tensor,
-                   cfg: GRPOConfig, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of step k of a chunk of pictures, a mean over them, and what to log of each picture, (b,).
-
-    kv          the chunk's conditions as keys and values, with gradient
-    advantages  (b,)
-    first       True in the first update on these pictures
-    """
-    # how likely is the step from x to x_next, which was taken, under the weights of now?
-    x, x_next = rolled.latents[k, pictures], rolled.latents[k + 1, pictures]            # (b, C, H, W) each
-    t, t_next = rolled.times[k], rolled.times[k + 1]
-    _, log_prob, mean, std = step_log_prob(dit, kv, x, t, t_next, cfg, x_next)
-    # the policy that drew them, in the update's own rounding: the ratio of the first update is exactly 1
-    if first and cfg.anchor == "recompute":
-        rolled.log_prob[k, pictures] = log_prob.detach()
-    old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
-    loss = grpo_loss(log_prob, old_log_prob, advantages, cfg.clip_range)
-
-    # the rein: not too far from the reference
-    kl = torch.zeros_like(log_prob)                                                     # (b,)
-    if rolled.kl_coef > 0:
-        kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
-        loss = loss + rolled.kl_coef * kl.mean()
-    # the gradient grows as 1 / std, and late steps would drown early ones, which decide what is where; the
-    # first step, whose std is noise_level, keeps its weight
-    if cfg.step_weights == "noise":
-        loss = loss * std.mean() / cfg.noise_level
-
-    # to be watched
-    deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
-    is_clipped = (deviation > cfg.clip_range).float()                                   # (b,)
-    figures = {"kl": kl, "clip_frac": is_clipped}
-    return loss, (figures | {"ratio_dev": deviation} if first else figures)
-
-
 # ----------------------------------------------------------------------------- conditions, with LDAM's noise
 
 class Perturbation(NamedTuple):
     """LDAM has fired: noise for some layers of every picture."""
     gamma: float
     layers: list[int]
-    keys: list[tuple]           # one a picture
+    keys: list[tuple]           # of each picture: (seed, epoch, group, member); keep: one, (seed, epoch)
 
     def noise(self, pictures: slice, model: ParaUni) -> list[Tensor]:
         """gamma eps of each perturbed layer (Eq. 6), S x (b, N, E)."""
@@ -227,7 +178,7 @@ def encode_conditions(model: ParaUni, prefix: Prefix, perturbation: Perturbation
 def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: slice, noise: list[Tensor],
              guidance_scale: float, cfg: GRPOConfig) -> list:
     """Cross-attention keys and values for a chunk of pictures: one condition a group, or one a picture where
-    LDAM perturbs each; with guidance, as many unconditional ones in front."""
+    LDAM perturbs each. With guidance, which an objective may forgo, as many unconditional ones in front."""
     c, c_uncond, c_of_layers = conditions
     # the DiT shares a condition among all pictures of its group
     c = c[groups]                                                                       # (groups, N, E)
@@ -267,9 +218,10 @@ def velocity(dit: DiT, kv: list, x: Tensor, t: float, cfg: GRPOConfig) -> Tensor
 def step_log_prob(dit: DiT, kv: list, x: Tensor, t: float, t_next: float, cfg: GRPOConfig,
                   x_next: Tensor | None = None, generators: list[torch.Generator] | None = None,
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One stochastic step of one chunk: the only place where a log-probability is computed.
-    Returns what sde_step does: x_next (b, C, H, W), log_prob (b,), mean (b, C, H, W), std (b,)."""
+    """One stochastic step of one chunk, drawn, or scored where x_next is given: the only place where a
+    log-probability is computed. Returns sde_step's x_next (b, C, H, W), log_prob (b,), mean, std (b,)."""
     v = velocity(dit, kv, x, t, cfg)                                                    # (b, C, H, W)
+    # on the CPU, where sde_step wants them: no wait for the GPU
     t, t_next = torch.full((len(x),), t), torch.full((len(x),), t_next)                 # (b,) each
     return sde_step(x, v, t, t_next, cfg.noise_level, x_next, generators)
 
@@ -283,26 +235,34 @@ def trained_steps(num_steps: int, window: int, epoch: int) -> list[int]:
     return list(range(start, start + window))
 
 
-def chunks(num_groups: int, group_size: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
+def chunks(P: int, B: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
     """(groups, pictures) of each forward pass: whole groups, or equal parts of one too large for it."""
-    size, total = micro_batch, num_groups * group_size
-    # where groups fit, as many as do
-    if size > group_size:
-        size -= size % group_size
-    for first in range(0, total, size):
-        last = min(first + size, total)
+    group_size = B // P
+    # as many groups as fit; 0 where not even one does, and then a part of it
+    size = micro_batch // group_size * group_size or micro_batch
+    for first in range(0, B, size):
+        last = min(first + size, B)
         yield slice(first // group_size, math.ceil(last / group_size)), slice(first, last)
+
+
+class Rollout(NamedTuple):
+    """All that the update needs of the pictures of this rank; fp32."""
+    times: list[float]          # K + 1, from 1 (noise) to 0
+    trained: list[int]          # the stochastic steps
+    latents: Tensor             # (K + 1, B, C, H, W)   the first is noise, the last one clean
+    log_prob: Tensor            # (K, B)                under the policy that drew them
+    mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
+    kl_coef: float              # weight of the KL to the reference, in this phase
 
 
 @torch.no_grad()
 def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tuple],
             perturbation: Perturbation | None, trained: list[int], kl_coef: float,
             cfg: GRPOConfig) -> Rollout:
-    """Sample the pictures of the P prompts of a prefix. keys: one a picture, (seed, epoch, group, member), to
-    draw it from."""
+    """Sample the pictures of a prefix of P prompts, each from its key, (seed, epoch, group, member)."""
     # the prefix ends with the unconditional prompt
-    P, B, K, device = len(prefix.mask) - 1, len(keys), cfg.num_steps, policy.device
-    shape = policy.preset.latent_shape
+    P, B, K = len(prefix.mask) - 1, len(keys), cfg.num_steps
+    shape, device = policy.preset.latent_shape, policy.device
     # more steps near the noise, where content is decided
     times = euler_grid(K, cfg.shift)[0].tolist()
     latents = torch.zeros(K + 1, B, *shape, device=device)                              # (K + 1, B, C, H, W)
@@ -313,10 +273,10 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
     conditions = encode_conditions(policy, prefix, perturbation, cfg)
     if kl_coef > 0:
         conditions_ref = encode_conditions(reference, prefix, perturbation, cfg)
-    for groups, pictures in chunks(P, B // P, cfg.micro_batch):
+    for groups, pictures in chunks(P, B, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         kv = chunk_kv(policy, conditions, groups, noise, cfg.guidance_scale, cfg)
-        # under the same noise: the KL measures weights
+        # LDAM's noise is in both: the KL measures the weights alone
         if kl_coef > 0:
             kv_ref = chunk_kv(reference, conditions_ref, groups, noise, cfg.guidance_scale, cfg)
 
@@ -344,6 +304,43 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
 
 # ----------------------------------------------------------------------------- update
 
+def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int, advantages: Tensor,
+                   cfg: GRPOConfig, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of step k of a chunk of pictures, a mean over them, and what to log of each picture, (b,).
+
+    kv          the chunk's conditions as keys and values, with gradient
+    advantages  (b,)
+    first       True in the first update on these pictures
+    """
+    # how likely is the step from x to x_next, which was taken, under the weights of now?
+    x, x_next = rolled.latents[k, pictures], rolled.latents[k + 1, pictures]            # (b, C, H, W) each
+    t, t_next = rolled.times[k], rolled.times[k + 1]
+    _, log_prob, mean, std = step_log_prob(dit, kv, x, t, t_next, cfg, x_next)
+    # the policy is still that of the rollout: its log-probability as rounded here takes that one's place
+    if first and cfg.anchor == "recompute":
+        rolled.log_prob[k, pictures] = log_prob.detach()
+    old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
+    loss = grpo_loss(log_prob, old_log_prob, advantages, cfg.clip_range)
+
+    # the rein: not too far from the reference
+    kl = torch.zeros_like(log_prob)                                                     # (b,)
+    if rolled.kl_coef > 0:
+        kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
+        loss = loss + rolled.kl_coef * kl.mean()
+    # the gradient grows as 1 / std, and late steps would drown early ones, which decide what is where; the
+    # first step, whose std is noise_level (see sde_step), keeps its weight; a step has a single std
+    if cfg.step_weights == "noise":
+        loss = loss * std.mean() / cfg.noise_level
+
+    # to be logged; later updates are meant to deviate, the first one is not
+    deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
+    is_clipped = (deviation > cfg.clip_range).float()                                   # (b,)
+    metrics = {"kl": kl, "clip_frac": is_clipped}
+    if first:
+        metrics["ratio_dev"] = deviation
+    return loss, metrics
+
+
 def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor,
                         perturbation: Perturbation | None, cfg: GRPOConfig, first: bool) -> dict[str, Tensor]:
     """Add the gradient of the objective over this rank's pictures to .grad; returns what to log."""
@@ -352,8 +349,8 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
     roots = encode_conditions(policy, prefix, perturbation, cfg)
     leaves = tuple(c.detach().requires_grad_() for c in roots)
 
-    figures: dict[str, list[Tensor]] = {}
-    for groups, pictures in chunks(P, B // P, cfg.micro_batch):
+    metrics: dict[str, list[Tensor]] = {}
+    for groups, pictures in chunks(P, B, cfg.micro_batch):
         noise = perturbation.noise(pictures, policy) if perturbation else []
         for k in rolled.trained:
             # anew for each step, whose backward frees it
@@ -365,17 +362,18 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
             (loss * share).backward()
             # whatever the objective wants to be logged
             for name, values in logged.items():
-                figures.setdefault(name, []).append(values.detach())
+                metrics.setdefault(name, []).append(values.detach())
 
     # from the leaves through LIM, VLM and queries: once; without guidance or noise some leaves are not used
     used = [(root, leaf.grad) for root, leaf in zip(roots, leaves) if leaf.grad is not None]
-    torch.autograd.backward(*zip(*used))
-    return {name: torch.cat(values) for name, values in figures.items()}
+    used_roots, grads = zip(*used)
+    torch.autograd.backward(used_roots, grads)
+    return {name: torch.cat(values) for name, values in metrics.items()}
 
 
-def summarise(figures: dict[str, Tensor], dist: Dist) -> dict[str, float]:
+def summarise(metrics: dict[str, Tensor], dist: Dist) -> dict[str, float]:
     """Means over the pictures and steps of all ranks; of a deviation the largest."""
-    joined = {name: gather(values, dist) for name, values in figures.items()}
+    joined = {name: gather(values, dist) for name, values in metrics.items()}
     return {name: (values.max() if name.endswith("_dev") else values.mean()).item()
             for name, values in joined.items()}
 
@@ -395,12 +393,26 @@ def check_ratio(deviation: float, cfg: GRPOConfig, warn: bool) -> None:
 
 # ----------------------------------------------------------------------------- the loop
 
+def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict[str, nn.Parameter],
+              ) -> tuple[torch.optim.Optimizer, LDAM, None]:
+    """What a reward begins with: an optimizer, LDAM, no gamma. Momentum, declines and the last firing of the
+    reward before say nothing about this one."""
+    # what earlier rewards have taught is not pulled back
+    if cfg.kl_reference == "phase":
+        copy_weights(params, params_ref)
+    ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
+                use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
+                gamma_max=cfg.ldam_gamma_max)
+    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam, None
+
+
 def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
     check_flags(cfg, dist.world_size)
     state = open_run(cfg, dist, "epoch")
+    # stage II's weights (--init): the model that learns, and a copy to which the KL refers, split and
+    # compiled alike, but frozen; what nobody trains is shared
     model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)
-    # a frozen copy, to which the KL refers; what nobody trains is shared
     reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
     params, params_ref = prepare(cfg, model), prepare(cfg, reference)
     reference.requires_grad_(False)
@@ -410,11 +422,10 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     prompts = open_prompts(cfg.prompts, model)
     heldout = (open_prompts(cfg.eval_prompts, model) or nano_prompts(test=True))[:cfg.num_eval]
     scorers = open_rewards(cfg, model, heldout[0])
-    names = list(scorers)
+    goals = list(scorers)                                           # a reward each phase
 
-    # where the run stands: a checkpoint is loaded into these, a phase that begins makes its own
-    optimizer, ldam = new_phase(cfg, params, params_ref)
-    done, skipped, gamma, record = 0, 0, None, {"epoch": 0, "phase": names[0]}
+    # where the run stands: at its beginning, or where a checkpoint left it
+    done, skipped, record = 0, 0, {"epoch": 0, "phase": goals[0]}
     # held-out scores before the first phase, and after each
     evals: list[dict[str, list[float]]] = state["evals"] if state else []
     # a resumed run must find the same prompts
@@ -422,6 +433,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     if state:
         if state["prompts"] != digest:
             raise Refused("the prompt files are not those that this run began with: put them back")
+        # a phase makes these in its first epoch; one that goes on gets back what it had made of them
+        optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
         load_checkpoint(state, params, ema, optimizer)
         ldam.load_state_dict(state["ldam"])
         copy_weights(state["reference"], params_ref)
@@ -429,15 +442,16 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
     before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
-    # of every epoch its phase, and the phase's optimizer steps before it; last, the turn that only looks
-    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(names))] + [1]
+    # the steps of each phase; of every epoch its phase, and how many of the phase's steps come before it
+    lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(goals))]
     schedule = [(phase, step) for phase, n in enumerate(lengths) for step in range(0, n, cfg.inner_updates)]
-    total = len(schedule) - 1
+    total = len(schedule)
     mine = range(dist.rank, cfg.num_groups, dist.world_size)        # the groups of this rank
     with catch_stop() as stop, tqdm(total=total, initial=done, disable=not dist.lead, unit="epoch") as bar:
-        # a turn looks back on the epoch before, then runs one; the last only looks back
-        for epoch, (phase, step) in enumerate(schedule[done:], start=done):
-            # look at held-out prompts before and after each phase, and now and then; log what has been done
+        # A turn first ends the epoch before: held-out scores, a line of the log. They follow its checkpoint,
+        # if it has one: a run that fails in them resumes with them. The last turn does no more.
+        for epoch, (phase, step) in enumerate([*schedule[done:], (None, 0)], start=done):
+            # before and after each phase, and now and then
             if step == 0 or epoch % cfg.eval_every == 0:
                 with swapped(params, ema):
                     scores = score_heldout(model, scorers, heldout, cfg, dist)
@@ -447,22 +461,21 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             write_log(cfg.run_dir, record, dist)
             if epoch == total:
                 break
-            goal = names[phase]             # the reward that this phase trains
+            goal = goals[phase]
 
             # the next reward begins, from the weights that the last one left
             if step == 0:
-                optimizer, ldam = new_phase(cfg, params, params_ref)
+                optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
             phase_ends = step + cfg.inner_updates == lengths[phase]
             clock = [time.perf_counter()]
 
             # 1. prompts, each read once; LDAM's noise where it fired in the last epoch
             texts = [draw_prompt(prompts, cfg.num_groups, cfg.seed, epoch, group) for group in mine]    # P
             keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
-            # the layers that answer to this reward, of those that are fused
-            firing = names[:phase + 1] if cfg.ldam_layers == "all" else [goal]
+            # where LDAM acts, if it fires: the layers that answer to this reward, of those that are fused
+            firing = goals[:phase + 1] if cfg.ldam_layers == "all" else [goal]
             layers = [i for i in perturbed_layers(firing, model.preset.vlm_layers) if i in model.lim.layers]
-            # what fired in a phase's last epoch is not used
-            perturbation = None if gamma is None or step == 0 else Perturbation(gamma, layers, keys)
+            perturbation = None if gamma is None else Perturbation(gamma, layers, keys)
             # prompts, and last the unconditional one: their keys and values, without gradient
             prefix = model.encode_prefix([*texts, None])
 
@@ -478,54 +491,54 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             clock.append(time.perf_counter())
 
             # 4. compare within groups
-            # a group with a reward that is not finite gets no advantage
+            # by this phase's reward; the others are only watched
             usable = rewards[goal].isfinite().all(1)                                    # (P of all ranks,)
             advantages = group_advantages(rewards[goal])                                # (P of all ranks, G)
-            # of this rank's pictures
+            # those of this rank's pictures
             own = advantages.chunk(dist.world_size)[dist.rank].flatten()                # (B,)
 
             # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
-            norms, figures = [], []
+            grad_norms, metrics = [], {}
             for update in range(cfg.inner_updates):
                 lr = cosine_lr(step + update, lengths[phase], cfg.warmup, cfg.lr)
                 set_lr(optimizer, lr)
                 optimizer.zero_grad(set_to_none=True)
                 logged = accumulate_gradient(model, prefix, rolled, own, perturbation, cfg, first=update == 0)
                 average_gradients(params.values(), dist)
-                norms.append(clip_gradients(params.values(), cfg.clip_norm))
-                figures.append(summarise(logged, dist))
+                grad_norms.append(clip_gradients(params.values(), cfg.clip_norm))
+                # those of the last update stay, and ratio_dev, which the first alone has
+                metrics |= summarise(logged, dist)
                 # without a finite gradient, or a group of finite rewards, the weights stay as they are
-                can_step = math.isfinite(norms[-1]) and usable.any()
-                skipped = 0 if can_step else skipped + 1
-                if can_step:
+                skipped += 1
+                if math.isfinite(grad_norms[-1]) and usable.any():
                     optimizer.step()
-            # on the first update rollout and update must agree
-            check_ratio(figures[0].get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
+                    skipped = 0
+            # on the first update rollout and update must agree; another objective may have no ratio
+            check_ratio(metrics.get("ratio_dev", 0.0), cfg, warn=dist.lead and epoch == done)
             clock.append(time.perf_counter())
 
             # 6. LDAM looks at gradient norm and reward; where it fires, the next epoch is perturbed
-            gamma, seen = None, {"fired": 0}
-            if cfg.ldam and math.isfinite(norms[0]) and math.isfinite(means[goal]):
-                gamma, seen = ldam.update(norms[0], means[goal]), ldam.last
+            gamma, ldam_log = None, {"fired": 0}
+            if cfg.ldam and math.isfinite(grad_norms[0]) and math.isfinite(means[goal]):
+                gamma, ldam_log = ldam.update(grad_norms[0], means[goal]), ldam.last
             # the other reading: not for an epoch but for good
             if gamma is not None and cfg.ldam_mode == "keep" and not phase_ends:
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
                 gamma = None
 
             # 7. EMA, save
-            # where no update was made, the average stays too
+            # skipped counts in a row: that many, and this epoch has made no step for the average to follow
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
-            # figures of the last update, with ratio_dev of the first
-            record = {"epoch": epoch + 1, "phase": goal, **figures[0], **figures[-1],
-                      "grad_norm": norms[0], "lr": lr, "skipped": skipped, "reward_nan": int((~usable).sum()),
+            record = {"epoch": epoch + 1, "phase": goal, **metrics, "grad_norm": grad_norms[0], "lr": lr,
+                      "skipped": skipped, "reward_nan": int((~usable).sum()),
                       "zero_std": (advantages[usable] == 0).all(1).float().mean().item(),
                       **{f"reward/{name}": mean for name, mean in means.items()},
-                      **{f"ldam/{name}": value for name, value in seen.items()},
-                      **{f"time/{part}": end - start for part, start, end in
-                         zip(("rollout", "reward", "update"), clock, clock[1:])}}
+                      **{f"ldam/{name}": value for name, value in ldam_log.items()},
+                      "time/rollout": clock[1] - clock[0], "time/reward": clock[2] - clock[1],
+                      "time/update": clock[3] - clock[2]}
             bar.update()
-            bar.set_postfix_str(f"{goal} {means[goal]:.3f}, |g| {norms[0]:.1e}")
+            bar.set_postfix_str(f"{goal} {means[goal]:.3f}, |g| {grad_norms[0]:.1e}")
             # saved before anything else may fail
             is_stopped, gives_up = mean_over_ranks(len(stop), dist) > 0, skipped >= cfg.max_skipped
             if is_stopped or gives_up or phase_ends or (epoch + 1) % cfg.save_every == 0:
@@ -543,17 +556,16 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         write_stage(cfg, model, dist, record)
         after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
     if dist.lead:
-        show(cfg, heldout, before, after, names, evals)
+        show(cfg, heldout, before, after, goals, evals)
     return {name: finite_mean(values) for name, values in evals[-1].items()}
 
 
 # ----------------------------------------------------------------------------- scoring
 
 def score(name: str, scorer: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """A reward of some pictures, (b,). Where it raises, as a user's reward may, these pictures have none."""
+    """A reward of some pictures, (b,); NaN where it raises, as a user's may: it costs a group, not a run."""
     try:
         return scorer(images, prompts)                                                  # (b,)
-    # a user's code promises nothing, and costs a group, never the run
     except Exception as error:
         tqdm.write(f"reward {name} failed on {prompts[0]!r}, which is left out: {error!r}")
         return torch.full((len(images),), math.nan, device=images.device)
@@ -607,7 +619,7 @@ def finite_mean(values: list[float]) -> float:
     return fmean(finite) if finite else math.nan
 
 
-# ----------------------------------------------------------------------------- before the first epoch
+# ----------------------------------------------------------------------------- beginning and end
 
 def check_flags(cfg: GRPOConfig, world_size: int) -> None:
     """Refuse flags that do not fit together."""
@@ -644,7 +656,6 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
     side = model.preset.image_size
     scorers = {}
     for name in cfg.rewards:
-        # a frozen model, or a user's function
         scorer = build_reward(name, model.device, weights=folder)
         scorer(torch.full((1, 3, side, side), 0.5, device=model.device), [prompt])
         short_name = name.rpartition(":")[2]
@@ -656,21 +667,7 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
     return scorers
 
 
-def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict[str, nn.Parameter],
-              ) -> tuple[torch.optim.Optimizer, LDAM]:
-    """Every reward begins with a fresh optimizer and a fresh LDAM, and where --kl-reference says so with a
-    new reference."""
-    # what earlier rewards have taught is not pulled back
-    if cfg.kl_reference == "phase":
-        copy_weights(params, params_ref)
-    # momentum and declines of the last reward say nothing about this one
-    ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
-                use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
-                gamma_max=cfg.ldam_gamma_max)
-    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
-
-
-def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, names: list[str],
+def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, goals: list[str],
          evals: list[dict[str, list[float]]]) -> None:
     """What a run leaves to look at: pictures before and after, (8, 3, H, W) each, curves, a table a phase."""
     # a row of pictures a model, of the same prompts and noise
@@ -679,5 +676,5 @@ def show(cfg: GRPOConfig, prompts: list[str], before: Tensor, after: Tensor, nam
                ["before", "after"])
     plot_rewards(folder / "rewards.png", read_log(folder / "metrics.jsonl"))
     # the held-out scores before and after each phase
-    for name, first, last in zip(names, evals[:-1], evals[1:]):
-        print(f"\n{name}\n{reward_table(first, last)}")
+    for goal, first, last in zip(goals, evals[:-1], evals[1:]):
+        print(f"\n{goal}\n{reward_table(first, last)}")
