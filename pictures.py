@@ -92,10 +92,12 @@ def save_sheet(path: str | Path, images: Tensor, columns: int, captions: Iterabl
         pixels = image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()               # (H, W, 3)
         axis.imshow(pixels, interpolation="nearest")
     for axis, caption in zip(axes, captions):
-        axis.text(0.5, -0.04, fill(caption, 20), transform=axis.transAxes, fontsize=7, ha="center", va="top")
+        # a prompt may hold dollars
+        axis.text(0.5, -0.04, fill(caption, 20), transform=axis.transAxes, fontsize=7, ha="center", va="top",
+                  parse_math=False)
     for axis, title in zip(axes[::columns], titles):
         axis.text(-0.08, 0.5, fill(title, 18), transform=axis.transAxes, rotation=90, fontsize=9,
-                  ha="right", va="center", multialignment="center")
+                  ha="right", va="center", multialignment="center", parse_math=False)
     save_figure(path, figure)
 
 
