@@ -98,7 +98,9 @@ def charts(logs: dict[Path, list[dict]]) -> str:
             continue
         figure, (axis,) = panels(1, 4.2, 2.4)
         for (folder, log), color in zip(logs.items(), itertools.cycle(COLORS)):
-            draw_curve(axis, log, name, color, folder.name)
+            # a run that has just begun has no line yet
+            if log:
+                draw_curve(axis, log, name, color, folder.name)
         if not parts:
             axis.legend(fontsize=8)
         parts.append(embed(figure.savefig, name))
