@@ -53,7 +53,7 @@ def geneval(argv: list[str] | None = None) -> dict:
     keys = [(i, j) for i in spread(cfg.limit, len(prompts)) for j in range(cfg.per_prompt)]
     jobs = [sample_job(cfg, folder / "images", i, j, prompts[i].text) for i, j in keys]
     draw_files(cfg, dist, jobs)
-    if not dist.lead:
+    if not (cfg.score and dist.lead):
         return {}
 
     images = torch.stack([to_tensor(read_picture(path)) for path, _, _ in jobs])    # (B, 3, H, W)
