@@ -15,8 +15,7 @@ from pathlib import Path
 
 from common import Refused, atomic, knob, parse_config, read_log
 from evaluation import read_json
-from evaluation.claims import COLORS, draw_curve
-from pictures import panels, read_picture
+from pictures import COLORS, draw_curve, panels, read_picture
 
 # the numbers in a log that are drawn, in this order
 CHARTS = ("reward/", "heldout/", "loss", "kl", "grad_norm", "ratio_dev", "clip_frac", "zero_std",
