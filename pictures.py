@@ -107,7 +107,7 @@ def save_figure(path: str | Path, figure: Figure) -> None:
         figure.savefig(temporary, format="png")
 
 
-# of runs in one panel
+# of runs, or of bars, side by side
 COLORS = ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange", "tab:cyan", "tab:brown")
 
 
