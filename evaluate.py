@@ -53,7 +53,7 @@ def geneval(argv: list[str] | None = None) -> dict:
     keys = [(i, j) for i in spread(cfg.limit, len(prompts)) for j in range(cfg.per_prompt)]
     jobs = [sample_job(cfg, folder / "images", i, j, prompts[i].text) for i, j in keys]
     draw_files(cfg, dist, jobs)
-    if not dist.lead:
+    if not (cfg.score and dist.lead):
         return {}
 
     images = torch.stack([to_tensor(read_picture(path)) for path, _, _ in jobs])    # (B, 3, H, W)
@@ -158,8 +158,6 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     # centre crops of one's own pictures, or held-out pictures of the nano world
     if cfg.images:
         paths = sorted(path for path in Path(cfg.images).iterdir() if path.is_file())[:cfg.count]
-        if len(paths) < 2:
-            raise Refused(f"expected at least 2 pictures in {cfg.images}, found {len(paths)}")
         size = model.preset.image_size, model.preset.image_size
         crops = [ImageOps.fit(read_picture(path), size, Image.Resampling.BICUBIC) for path in paths]
         originals = torch.stack(list(map(to_tensor, crops)))                        # (B, 3, H, W)

@@ -13,6 +13,7 @@ from textwrap import fill
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -92,10 +93,12 @@ def save_sheet(path: str | Path, images: Tensor, columns: int, captions: Iterabl
         pixels = image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()               # (H, W, 3)
         axis.imshow(pixels, interpolation="nearest")
     for axis, caption in zip(axes, captions):
-        axis.text(0.5, -0.04, fill(caption, 20), transform=axis.transAxes, fontsize=7, ha="center", va="top")
+        # a prompt may hold dollars
+        axis.text(0.5, -0.04, fill(caption, 20), transform=axis.transAxes, fontsize=7, ha="center", va="top",
+                  parse_math=False)
     for axis, title in zip(axes[::columns], titles):
         axis.text(-0.08, 0.5, fill(title, 18), transform=axis.transAxes, rotation=90, fontsize=9,
-                  ha="right", va="center", multialignment="center")
+                  ha="right", va="center", multialignment="center", parse_math=False)
     save_figure(path, figure)
 
 
@@ -104,34 +107,44 @@ def save_figure(path: str | Path, figure: Figure) -> None:
         figure.savefig(temporary, format="png")
 
 
-def smoothed(values: list[float], rate: float = 0.1) -> list[float]:
-    """Exponential moving average (the paper's supplement, section 3); rate is the new value's weight."""
-    def step(average: float, value: float) -> float:
-        return (1 - rate) * average + rate * value
-    return list(itertools.accumulate(values, step))
+# of runs, or of bars, side by side
+COLORS = ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange", "tab:cyan", "tab:brown")
+
+
+def draw_curve(axis: Axes, log: list[dict], key: str, color: str, label: str = "") -> None:
+    """A number of a log, as logged (pale) and as EMA 0.1 (the paper's supplement, section 3). Grey: a new
+    phase; dotted: LDAM fires."""
+    unit = "epoch" if "epoch" in log[0] else "step"
+    known = [record for record in log if record.get(key) is not None]
+    x = [record[unit] for record in known]
+    y = [record[key] for record in known]
+    # held-out scores are few: show where they are
+    few = len(x) < 8
+    rate = 1.0 if few else 0.1
+    smoothed = itertools.accumulate(y, lambda average, value: (1 - rate) * average + rate * value)
+    axis.plot(x, y, color=color, alpha=0.3, marker="." if few else "")
+    axis.plot(x, list(smoothed), color=color, label=label)
+    axis.set_title(key, parse_math=False, fontsize=10)
+    axis.set_xlabel(unit)
+    for before, record in zip(log[:1] + log, log):
+        if record.get("phase") != before.get("phase"):
+            axis.axvline(record[unit] - 0.5, color="grey", linewidth=0.5)
+        if record.get("ldam/fired"):
+            axis.axvline(record[unit], color=color, linewidth=0.8, linestyle=":")
 
 
 def plot_rewards(path: str | Path, records: list[dict]) -> None:
-    """Mean reward of each epoch of stage III (paper Figure 9), raw (pale) and smoothed, a panel a reward. Its
-    own phase is shaded; black dots are held-out scores; a red line stands where LDAM fired."""
+    """Mean reward of each epoch of stage III (paper Figure 9), a panel a reward. Its own phase is shaded;
+    black dots are held-out scores."""
     names = list(dict.fromkeys(record["phase"] for record in records))
-    looks = [record for record in records if f"heldout/{names[0]}" in record]
-    records = [record for record in records if record["epoch"] > 0]
     figure, axes = panels(len(names), height=3)
     for axis, name in zip(axes, names):
-        scored = [record for record in records if record[f"reward/{name}"] is not None]
-        epochs = [record["epoch"] for record in scored]
-        values = [record[f"reward/{name}"] for record in scored]
-        axis.plot(epochs, values, color="tab:blue", alpha=0.3)
-        axis.plot(epochs, smoothed(values), color="tab:blue")
+        draw_curve(axis, records, f"reward/{name}", "tab:blue")
+        looks = [record for record in records if f"heldout/{name}" in record]
         axis.plot([record["epoch"] for record in looks], [record[f"heldout/{name}"] for record in looks],
                   "o-", color="black", markersize=3, linewidth=0.8)
-        own = [record["epoch"] for record in records if record["phase"] == name]
+        own = [record["epoch"] for record in records if record["phase"] == name and record["epoch"] > 0]
         axis.axvspan(own[0] - 0.5, own[-1] + 0.5, color="tab:blue", alpha=0.08)
-        for record in records:
-            if record["ldam/fired"]:
-                axis.axvline(record["epoch"], color="tab:red", linewidth=0.8, linestyle=":")
-        axis.set(title=name, xlabel="epoch")
     save_figure(path, figure)
 
 

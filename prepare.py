@@ -276,7 +276,7 @@ def encode(vae: DCAE, squares: list[np.ndarray]) -> Tensor:
     images = torch.from_numpy(np.stack(squares)).to(weight.device)                      # (B, S, S, 3)
     images = images.permute(0, 3, 1, 2).float() / 127.5 - 1                             # (B, 3, S, S)
     with precision(weight.device, "bf16" if weight.is_cuda else "fp32"):
-        return vae.encode(images.to(weight.dtype)).bfloat16().cpu()                     # (B, C, h, w)
+        return vae.encode(images).bfloat16().cpu()                                      # (B, C, h, w)
 
 
 def make_shard(cfg: PrepareConfig, vae: DCAE, jobs: list[tuple],

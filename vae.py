@@ -232,7 +232,7 @@ class Encoder(nn.Module):
         widths = config.encoder_block_out_channels
         self.Z = config.latent_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks = nn.Sequential()
         stages = zip(config.encoder_block_types, widths, config.encoder_layers_per_block,
                      config.encoder_qkv_multiscales, strict=True)
         for i, stage in enumerate(stages):
@@ -243,9 +243,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], self.Z, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)                                                     # (B, C, H, W)
-        for stage in self.down_blocks:
-            x = stage(x)                                                        # (B, C, H, W)
+        x = self.down_blocks(self.conv_in(x))                                   # (B, C, H, W)
         return self.conv_out(x) + group_mean(x, self.Z)                         # (B, Z, H, W)
 
 

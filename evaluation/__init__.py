@@ -62,8 +62,7 @@ class ScoreConfig(HeldoutConfig):
 
 
 def start(cls: type, argv: list[str] | None, doc: str) -> tuple[Any, Dist]:
-    """The flags of a command with every "auto" decided, and this process's place. doc: what --help begins
-    with, to the end of its first line."""
+    """The flags with every "auto" decided, and this process's place; the first line of doc heads --help."""
     cfg = parse_config(cls, argv, description=doc.split("\n")[0])
     dist = setup_dist()
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -193,10 +193,6 @@ class Detector:
         return sorted(objects, key=lambda thing: -thing["score"])
 
 
-TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}",
-             "a photo of a {color} object")
-
-
 def crop(image: Image.Image, thing: dict) -> Image.Image:
     """The object's box, all outside its mask grey."""
     grey = Image.new("RGB", image.size, "#999999")
@@ -220,14 +216,13 @@ class ColorNamer:
         """The colour of an object of a picture."""
         pixels = self.look(crop(image, thing))[None]                                # (1, 3, T, T)
         seen = self.clip.encode_image(pixels.to(self.device))[0]                    # (E,)
-        return COLORS[(self.describe(thing["class"]) @ seen).argmax()]
+        return COLORS[(seen @ self.describe(thing["class"])).argmax()]
 
     def describe(self, name: str) -> Tensor:
-        """A unit embedding for each colour of a thing called `name`, (10, E)."""
-        texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-        text = self.clip.encode_text(self.encode(texts).to(self.device))            # (30, E)
-        text = F.normalize(text, dim=-1).view(len(COLORS), len(TEMPLATES), -1)      # (10, 3, E)
-        return F.normalize(text.mean(1), dim=-1)                                    # (10, E)
+        """A unit embedding for each colour of a thing called `name`, (E, 10)."""
+        templates = f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}", "a photo of a {} object"
+        return open_clip.build_zero_shot_classifier(self.clip, self.encode, COLORS, templates,
+                                                    device=self.device)             # (E, 10)
 
 
 # ----------------------------------------------------------------------------- the command

@@ -24,11 +24,11 @@ from tqdm import tqdm
 from common import Refused, derive_seed, fingerprint, knob, precision, read_log, write_json
 from evaluation import (DrawConfig, ScoreConfig, draw, drawing_settings, finish, heldout_prompts, load,
                         mean_and_error, read_json, same_settings, start, table)
-from evaluation.claims import COLORS, claim, draw_curve
+from evaluation.claims import claim
 from grpo import open_rewards
 from ldam import REGIONS, REWARD_REGIONS, region_layers
 from model import ParaUni
-from pictures import panels, save_sheet
+from pictures import COLORS, draw_curve, panels, save_sheet
 
 Scores = dict[str, dict[str, Tensor]]       # variant -> reward -> one score a prompt, (B,) float64
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from common import Refused, atomic, knob, parse_config, read_log
 from evaluation import read_json
-from evaluation.claims import COLORS, draw_curve
-from pictures import panels, read_picture
+from pictures import COLORS, draw_curve, panels, read_picture
 
 # the numbers in a log that are drawn, in this order
 CHARTS = ("reward/", "heldout/", "loss", "kl", "grad_norm", "ratio_dev", "clip_frac", "zero_std",
@@ -98,7 +97,9 @@ def charts(logs: dict[Path, list[dict]]) -> str:
             continue
         figure, (axis,) = panels(1, 4.2, 2.4)
         for (folder, log), color in zip(logs.items(), itertools.cycle(COLORS)):
-            draw_curve(axis, log, name, color, folder.name)
+            # a run that has just begun has no line yet
+            if log:
+                draw_curve(axis, log, name, color, folder.name)
         if not parts:
             axis.legend(fontsize=8)
         parts.append(embed(figure.savefig, name))

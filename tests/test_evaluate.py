@@ -68,10 +68,9 @@ def test_a_stopped_evaluation_goes_on_under_the_same_settings(tmp_path: Path, pa
     with pytest.raises(KeyboardInterrupt):
         geneval(tmp_path / "part")
     painter.batches, painter.stop_at = [], -1
-    assert geneval(tmp_path / "part") == whole
-    assert [len(batch) for batch in painter.batches] == [7, 7, 3]
+    assert geneval(tmp_path / "part") == whole and [len(batch) for batch in painter.batches] == [7, 7, 3]
     # more pictures are no other setting
-    geneval(tmp_path / "part", "--per-prompt", "4", "--batch-size", "64")
+    assert geneval(tmp_path / "part", "--per-prompt", "4", "--batch-size", "64", "--no-score") == {}
     assert len(painter.batches[-1]) == 8
     with pytest.raises(Refused, match="--num-steps 20 -> 9, --guidance-scale 4.5 -> 3.0"):
         geneval(tmp_path / "part", "--guidance-scale", "3", "--num-steps", "9")
@@ -165,8 +164,7 @@ def test_the_last_layer_is_compared_with_all(tmp_path: Path, monkeypatch: pytest
     assert [(len(prompts), layers) for prompts, layers in seen] == [(2, None), (1, None), (2, [4]), (1, [4])]
     assert {prompt for prompts, _ in seen for prompt in prompts} == {"Keep the image as it is."}
     row, similar, clip = result["table"]                    # -20 log10 of 0.1, 0.05
-    assert row["n"] == 3 and row["before"] == pytest.approx(20, abs=1e-4)
-    assert row["after"] == pytest.approx(26.0206, abs=1e-4)
+    assert row["n"] == 3 and [row["before"], row["after"]] == pytest.approx([20, 26.0206], abs=1e-4)
     assert similar["change"] > 0 and -1 <= clip["before"] <= 1
     rolled = evaluate.ssim(originals.roll(1, 0), originals).mean().item()
     assert result["ends"][1]["before"] == pytest.approx(rolled)
@@ -179,6 +177,7 @@ def test_pictures_of_ones_own_are_cropped_and_kept(tmp_path: Path) -> None:
     result = evaluate.main(["reconstruct", "--weights", "random", "--num-steps", "1",
                             "--images", str(tmp_path / "p"), "--out", str(tmp_path)])
     assert result["table"][0]["n"] == 2
+    evaluate.save_sheet(tmp_path / "sheet.png", torch.zeros(1, 3, 8, 8), 1, ["$^$"], ["$^$"])   # no formula
 
 
 @pytest.mark.parametrize("argv", [["--limit", "3", "geneval"], ["reconstruct"], ["compare", "--other", "x"]])

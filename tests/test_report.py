@@ -29,7 +29,8 @@ def make_run(folder: Path, fires: bool = False, **settings: object) -> Path:
 
 
 def make(tmp_path: Path, *folders: Path) -> str:
-    report.main([*map(str, folders), "--out", str(tmp_path / "r.html")])
+    (make_run(tmp_path / "new") / "metrics.jsonl").write_text("")                       # has just begun
+    report.main([*map(str, folders), str(tmp_path / "new"), "--out", str(tmp_path / "r.html")])
     return (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
@@ -46,7 +47,7 @@ def test_runs_are_shown_with_curves_pictures_layers_and_flags(tmp_path: Path) ->
     page = make(tmp_path, make_run(tmp_path / "quiet"), make_run(tmp_path / "fires", fires=True, lr=3e-4))
     names = [attributes["alt"] for tag, attributes in tags_of(page) if tag == "img"]
     assert names[:4] == ["reward/clip", "kl", "grad_norm", "ldam/r_s"]
-    assert names[4:] == ["epoch-00000.png", "epoch-00020.png"] * 2
+    assert names[4:] == ["epoch-00000.png", "epoch-00020.png"] * 3
     # what differs between the runs comes first
     assert re.findall(r"<tr><td>(\w+)</td>", page[page.index("Configuration"):])[:2] == ["flag", "lr"]
 

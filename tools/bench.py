@@ -172,12 +172,9 @@ def run_decode(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
     with torch.device(DEVICE):
         vae = DCAE(preset.vae).to(dtype).requires_grad_(False)
         z = torch.randn(args.batch, *preset.latent_shape, dtype=dtype)                  # (B, C, h, w)
-    theirs = naive.diffusers_vae(vae) if is_peer else None
+    decoder = naive.diffusers_vae(vae) if is_peer else vae
     while True:
-        if is_peer:
-            theirs.decode(z / preset.vae.scaling_factor)
-        else:
-            vae.decode(z)
+        decoder.decode(z)
         next(turns)
 
 
