@@ -140,6 +140,7 @@ def plot_rewards(path: str | Path, records: list[dict]) -> None:
     figure, axes = panels(len(names), height=3)
     for axis, name in zip(axes, names):
         draw_curve(axis, records, f"reward/{name}", "tab:blue")
+        axis.set_title(name)
         looks = [record for record in records if f"heldout/{name}" in record]
         axis.plot([record["epoch"] for record in looks], [record[f"heldout/{name}"] for record in looks],
                   "o-", color="black", markersize=3, linewidth=0.8)
