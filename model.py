@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
 from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLForConditionalGeneration,
                           InternVLVisionConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config)
 from transformers.utils import logging
@@ -442,9 +443,7 @@ class ParaUni(nn.Module):
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         # as the vision tower was trained
-        mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]         # (3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]           # (3, 1, 1)
-        return ((images - mean) / std).to(self.vlm.dtype)                               # (B, 3, side, side)
+        return normalize(images, IMAGENET_MEAN, IMAGENET_STD).to(self.vlm.dtype)        # (B, 3, side, side)
 
     @torch.no_grad()
     def encode_prefix(self, prompts: list[str | None], images: Tensor | None = None,

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.transforms.functional import InterpolationMode, center_crop, crop, normalize, resize
 
 from common import ROOT, Refused
 
@@ -57,29 +58,22 @@ def preprocess(images: Tensor, size: int, mean: tuple = MEAN, std: tuple = STD,
               True:  grey levels, bicubic, the crop of Hugging Face's processor on PIL (pickscore, aesthetic)
     Returns (B, 3, T, T) fp32.
     """
-    H, W = images.shape[-2:]
-    # the shorter of the two becomes size
-    h = int(size * max(H, W) / W)
-    w = int(size * max(H, W) / H)
-    # at a picture's own size this changes nothing
-    resize = partial(F.interpolate, antialias=True)
     if like_pil:
+        # the shorter of the two becomes size
+        H, W = images.shape[-2:]
+        h = int(size * max(H, W) / W)
+        w = int(size * max(H, W) / H)
         # PIL resizes rows, stores whole grey levels, then resizes columns: bicubic overshoot is cut twice
-        x = resize(grey_levels(images * 255), (H, w), mode="bicubic")               # (B, 3, H, w)
-        x = resize(grey_levels(x), (h, w), mode="bicubic")                          # (B, 3, h, w)
+        bicubic = partial(resize, interpolation=InterpolationMode.BICUBIC)
+        x = bicubic(grey_levels(images * 255), (H, w))                              # (B, 3, H, w)
+        x = bicubic(grey_levels(x), (h, w))                                         # (B, 3, h, w)
         x = grey_levels(x) / 255                                                    # (B, 3, h, w)
-        top = (h - size) // 2
-        left = (w - size) // 2
+        # at some odd margins torchvision's crop is one pixel off
+        x = crop(x, (h - size) // 2, (w - size) // 2, size, size)                   # (B, 3, T, T)
     else:
-        x = resize(images, (h, w), mode="bilinear")                                 # (B, 3, h, w)
-        # at some odd margins this is one pixel off PIL's
-        top = round((h - size) / 2)
-        left = round((w - size) / 2)
-    # the crop, then normalised by the statistics of the tower's training pictures
-    x = x[..., top:top + size, left:left + size]                                    # (B, 3, T, T)
-    mean = x.new_tensor(mean).view(3, 1, 1)
-    std = x.new_tensor(std).view(3, 1, 1)
-    return (x - mean) / std                                                         # (B, 3, T, T)
+        x = center_crop(resize(images, size), size)                                 # (B, 3, T, T)
+    # by the statistics of the tower's training pictures
+    return normalize(x, mean, std)                                                  # (B, 3, T, T)
 
 
 def embed_images(visual: nn.Module, images: Tensor, picture: dict) -> Tensor:
