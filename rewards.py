@@ -39,7 +39,6 @@ from common import ROOT, Refused
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 ScoreFn = Callable[[Tensor, list[str]], Tensor]             # images (B, 3, H, W), B prompts -> (B,)
-EncodeFn = Callable[[list[str]], Tensor]                    # U texts -> (U, S)
 
 
 # ----------------------------------------------------------------------------- the scores
@@ -219,12 +218,9 @@ def imports_from(folder: Path) -> Iterator[None]:
     """Import as if Python had been started in the folder: its common.py is found, and ours stays ours."""
     files = {path.stem: path for path in folder.glob("*.py")}
     files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
-    taken = set()
-    for name, path in files.items():
-        loaded = getattr(sys.modules.get(name), "__file__", None)
-        if loaded and Path(loaded).resolve() != path.resolve():
-            taken.add(name)
+    loaded = {name: getattr(sys.modules.get(name), "__file__", None) for name in files}
     # what is loaded under these names from elsewhere steps aside for as long as the block lasts
+    taken = [name for name in files if loaded[name] and not files[name].samefile(loaded[name])]
     aside = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in taken}
     for name in aside:
         del sys.modules[name]
@@ -238,9 +234,9 @@ def imports_from(folder: Path) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------- weights
 
-def load_clip(folder: Path) -> tuple[CLIP, EncodeFn, dict]:
-    """The CLIP of a folder, its tokenizer, and size, mean and std for preprocess. What the folder may say of
-    rounding, interpolation and crop is not read: they belong to the reward."""
+def load_clip(folder: Path) -> tuple[CLIP, Callable, dict]:
+    """The CLIP of a folder, its tokenizer (U texts -> (U, S)), size, mean and std for preprocess. What the
+    folder may say of rounding, interpolation and crop is not read: they belong to the reward."""
     name = f"local-dir:{folder}"
     # building draws initial values, which must not move the caller's random numbers
     with torch.random.fork_rng(devices=[]):
