@@ -386,7 +386,6 @@ def flow_matching_loss(dit: nn.Module, x0: Tensor, c: Tensor, t: Tensor, noise: 
     c           (B/G, N, E)    conditions
     t           (B,)           in (0, 1], how much of the noise
     """
-    x0 = x0.float()
     s = t[:, None, None, None]                                                   # (B, 1, 1, 1)
     x_t = (1 - s) * x0 + s * noise                                               # (B, C, H, W)
     return F.mse_loss(dit(x_t, t, c).float(), noise - x0)

@@ -460,7 +460,7 @@ class ParaUni(nn.Module):
         # the pictures' features take the places that image_text() has kept for them
         shown = {} if images is None else {"pixel_values": self.pixels(images)}
         # without its head: no words are asked for
-        cache = self.vlm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask),
+        cache = self.vlm.base_model(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1) - 1,
                                     use_cache=True, **shown).past_key_values
         return Prefix([(layer.keys, layer.values) for layer in cache.layers], mask)
 
@@ -470,10 +470,11 @@ class ParaUni(nn.Module):
         mask = torch.cat([prefix.mask, prefix.mask.new_ones(B, N)], 1)                  # (B, S + N)
         # a fresh cache each time: the pass extends it, and it would keep the graph
         cache = DynamicCache(prefix.keys_values)
-        # positions go on behind each prompt's own end
+        # positions go on behind each prompt's own end: padding is not counted
+        positions = mask.cumsum(1)[:, -N:] - 1                                          # (B, N)
         queries = self.queries.to(self.vlm.dtype).expand(B, -1, -1)                     # (B, N, D)
         out = self.vlm.get_decoder()(inputs_embeds=queries, attention_mask=mask,
-                                     position_ids=positions(mask)[:, -N:], past_key_values=cache,
+                                     position_ids=positions, past_key_values=cache,
                                      use_cache=True, output_hidden_states=True)
         # 0 is the embedding, which is no layer's output
         return torch.stack(out.hidden_states[1:])                                       # (L, B, N, D)
@@ -545,8 +546,3 @@ class ParaUni(nn.Module):
         """The frozen VLM's answer to a question about one picture, (3, H, W) in [0, 1]."""
         # a batch of one
         return self.answer(image[None].to(self.device), [question])[0]
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position of each token, (B, S), counted over real tokens only."""
-    return mask.cumsum(1) - 1
