@@ -46,8 +46,8 @@ def knob(default: Any, help: str, choices: Iterable | None = None, words: bool =
     return field(default=default, metadata={"help": help, "choices": choices, "words": words})
 
 
-def parse_config(cls: type, argv: list[str] | None = None, recipe: Callable[[dict], dict] | None = None,
-                 description: str = "") -> Any:
+def parse_config(cls: type, argv: list[str] | None = None,
+                 recipe: Callable[[dict], dict] = lambda flags: {}, description: str = "") -> Any:
     """Build the dataclass `cls` of knobs: its defaults < recipe(flags as typed) < flags."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
@@ -65,7 +65,7 @@ def parse_config(cls: type, argv: list[str] | None = None, recipe: Callable[[dic
                 kind = lambda text, item=item: tuple(map(item, filter(None, text.split(","))))  # noqa: E731
             parser.add_argument(flag, type=kind, choices=meta["choices"], help=text)
     flags = vars(parser.parse_intermixed_args(argv))
-    return cls(**{**(recipe(flags) if recipe else {}), **flags})
+    return cls(**(recipe(flags) | flags))
 
 
 def config_dict(cfg: Any) -> dict:
@@ -76,7 +76,7 @@ def config_dict(cfg: Any) -> dict:
 def refuse_changes(old: dict, cfg: Any, may_change: Iterable[str], what: str) -> None:
     """Refuse to go on with work done under other settings."""
     # a flag that is younger than the work has its default there
-    old = {**config_dict(type(cfg)()), **old}
+    old = config_dict(type(cfg)()) | old
     changed = [f"--{name.replace('_', '-')} {old[name]} -> {value}"
                for name, value in config_dict(cfg).items()
                if name not in may_change and old[name] != value]
@@ -116,8 +116,9 @@ class Dist:
 
 def setup_dist() -> Dist:
     """From torchrun's environment, or alone; nccl on GPUs, gloo on CPUs."""
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -291,11 +292,8 @@ def resolve(cfg: Any, device: torch.device, small: bool = False) -> Any:
     return replace(cfg, **decided)
 
 
-def open_run(cfg: RunConfig, dist: Dist, unit: str) -> dict | None:
-    """Refuse to mix two runs in a folder, print and write config.json; returns the checkpoint to go on from.
-
-    unit  "step" or "epoch": what checkpoints and the lines of the log are counted by
-    """
+def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
+    """Refuse to mix two runs in a folder, write config.json; returns the checkpoint to go on from."""
     checkpoint, log = find_checkpoint(cfg.resume, cfg.run_dir), Path(cfg.run_dir) / "metrics.jsonl"
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True) if checkpoint else None
     if state:
@@ -308,8 +306,9 @@ def open_run(cfg: RunConfig, dist: Dist, unit: str) -> dict | None:
     is_own = cfg.resume == "auto" or home == Path(cfg.run_dir).resolve()
     if lines and not is_own:
         raise Refused(f"{cfg.run_dir} already holds a run: go on with --resume auto, or change --run-dir")
-    # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3 writes the
-    # checkpoint's own line again
+    # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3, which counts
+    # epochs, writes the checkpoint's own line again
+    unit = "epoch" if cfg.stage == 3 else "step"
     lines = [line for line in lines if state and json.loads(line)[unit] < state[unit] + (unit == "step")]
     with atomic(log) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines))
@@ -337,7 +336,7 @@ def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: dict[str, n
     if dist.lead:
         newest = Path(cfg.run_dir) / "checkpoints" / f"{number:08}.pt"
         with atomic(newest) as temporary:
-            torch.save({**state, "config": config_dict(cfg)}, temporary)
+            torch.save(state | {"config": config_dict(cfg)}, temporary)
         past = sorted(path for path in newest.parent.glob("*.pt") if path <= newest)
         for path in newest.parent.glob("*.pt"):
             if path not in past[-max(cfg.keep, 1):]:
@@ -359,7 +358,7 @@ def load_checkpoint(state: dict, params: dict[str, nn.Parameter], ema: dict[str,
     order = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {i: {key: split_like(value, order[i]) if value.ndim else value for key, value in entry.items()}
                for i, entry in state["optimizer"]["state"].items()}
-    optimizer.load_state_dict({**state["optimizer"], "state": moments})
+    optimizer.load_state_dict(state["optimizer"] | {"state": moments})
 
 
 def write_log(run_dir: str, record: dict, dist: Dist) -> None:

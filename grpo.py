@@ -409,7 +409,7 @@ def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict
 def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
     check_flags(cfg, dist.world_size)
-    state = open_run(cfg, dist, "epoch")
+    state = open_run(cfg, dist)
     # stage II's weights (--init): the model that learns, and a copy to which the KL refers, split and
     # compiled alike, but frozen; what nobody trains is shared
     model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)

@@ -88,7 +88,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
         raise Refused(f"expected --batch-size to be a multiple of the {dist.world_size} devices")
     if not (cfg.data or PRESETS[cfg.preset].shapes_world):
         raise Refused(f"preset {cfg.preset} needs --data, latents with captions: prepare.py makes them")
-    state = open_run(cfg, dist, "step")
+    state = open_run(cfg, dist)
     # the model of the stage before, and what it is fed; what is fused is decided in stage 1
     fused = {"layers": cfg.layers, "norm": cfg.norm} if cfg.stage == 1 else {}
     model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh,

@@ -109,14 +109,14 @@ def test_a_crash_while_saving_leaves_a_good_checkpoint(cfg: RunConfig, module: o
     with pytest.raises(OSError, match="disk"):
         save(cfg, 2)
     monkeypatch.undo()
-    assert saved(cfg) == [1] and open_run(replace(cfg, resume="auto"), ALONE, "step")["step"] == 1
+    assert saved(cfg) == [1] and open_run(replace(cfg, resume="auto"), ALONE)["step"] == 1
 
 
 def test_a_checkpoint_with_code_in_it_is_not_loaded(cfg: RunConfig) -> None:
     save(cfg, 1)
     torch.save({"f": print}, find_checkpoint("auto", cfg.run_dir))
     with pytest.raises(Exception, match="[Ww]eights.only"):
-        open_run(replace(cfg, resume="auto"), ALONE, "step")
+        open_run(replace(cfg, resume="auto"), ALONE)
 
 
 def test_a_run_folder_is_resumed_from_its_newest_checkpoint(cfg: RunConfig, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(cfg: RunConfig) ->
     save(cfg, 2)
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
     assert len(read_log(log)) == 3
-    open_run(replace(cfg, resume="auto"), ALONE, "step")
+    open_run(replace(cfg, resume="auto"), ALONE)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
