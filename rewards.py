@@ -21,8 +21,7 @@ Letters: B images, U different prompts, S text tokens, E embedding, H W picture,
 """
 import importlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -208,25 +207,19 @@ def load_function(name: str) -> ScoreFn:
     if where.endswith(".py"):
         folder = Path(where).resolve().parent
         module_name = Path(where).stem
-    with imports_from(folder):
-        module = importlib.import_module(module_name)
-    return getattr(module, function)
-
-
-@contextmanager
-def imports_from(folder: Path) -> Iterator[None]:
-    """Import as if Python had been started in the folder: its common.py is found, and ours stays ours."""
+    # import as if Python had been started in the folder: its common.py is found, and ours stays ours
     files = {path.stem: path for path in folder.glob("*.py")}
     files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
     loaded = {name: getattr(sys.modules.get(name), "__file__", None) for name in files}
-    # what is loaded under these names from elsewhere steps aside for as long as the block lasts
+    # what is loaded under these names from elsewhere steps aside
     taken = [name for name in files if loaded[name] and not files[name].samefile(loaded[name])]
     aside = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in taken}
     for name in aside:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
     try:
-        yield
+        return getattr(importlib.import_module(module_name), function)
+    # and comes back
     finally:
         sys.path.remove(str(folder))
         sys.modules.update(aside)
