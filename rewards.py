@@ -179,22 +179,18 @@ def build_reward(name: str, device: str | torch.device, weights: str | Path | No
     weights  folder laid out as the head of this file says; None: nano's
     """
     folder = ROOT / "weights" / "nano" if weights is None else Path(weights)
-    if name in ("clip", "pickscore", "aesthetic") and not (folder / name).is_dir():
-        raise Refused(f"no reward weights at {folder / name}: `python tools/convert.py rewards` fetches the "
-                      "published ones; or name a folder with clip/, pickscore/ and aesthetic/")
-
+    if ":" in name:
+        score = load_function(name)
+    elif name not in ("clip", "pickscore", "aesthetic") or not (folder / name).is_dir():
+        raise Refused(f"no reward at {folder / name}: expected package.module:function, file.py:function, or "
+                      "clip, pickscore or aesthetic, which `python tools/convert.py rewards` fetches")
     # the divisors bring the logits near 1
-    if name == "clip":
+    elif name == "clip":
         score = ClipScore(folder / "clip", 30.0, like_pil=False)
     elif name == "pickscore":
         score = ClipScore(folder / "pickscore", 26.0, like_pil=True)
-    elif name == "aesthetic":
-        score = AestheticScore(folder)
-    elif ":" in name:
-        score = load_function(name)
     else:
-        raise Refused(f"unknown reward {name!r}: expected clip, pickscore, aesthetic, "
-                      "package.module:function or path/to/file.py:function")
+        score = AestheticScore(folder)
     return Reward(name, score, device)
 
 
