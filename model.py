@@ -280,8 +280,6 @@ class ParaUni(nn.Module):
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which sizes, which files
-        if name not in PRESETS:
-            raise Refused(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         preset, folder = PRESETS[name], weights_folder(name, str(weights))
         if weights != "random" and not folder.is_dir():
             raise Refused(f"no weights at {folder}: run tools/convert.py {name}, or change --weights")
@@ -328,9 +326,8 @@ class ParaUni(nn.Module):
         tokenizer = AutoTokenizer.from_pretrained(folder / "vlm", local_files_only=True)
         model = cls(preset, vlm, tokenizer)
         # the published files have the names of our modules
-        for part, prefix, module, config in (("transformer", "dit.", model.dit, preset.dit),
-                                             ("vae", "vae.", model.vae, preset.vae)):
-            check_config(folder / part / "config.json", config)
+        for part, prefix, module in (("transformer", "dit.", model.dit), ("vae", "vae.", model.vae)):
+            check_config(folder / part / "config.json", module.config)
             tensors, _ = read_tensors(folder / part / "diffusion_pytorch_model.safetensors")
             # the autoencoder stays as its checkpoint is, fp32 or bf16
             if part == "vae" and next(iter(tensors.values())).dtype == torch.bfloat16:
