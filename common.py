@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 ROOT = Path(__file__).resolve().parent
+Weights = dict[str, Tensor]                                 # by name: parameters, or averages of them
 
 
 class Refused(ValueError):
@@ -93,7 +94,8 @@ def derive_seed(*key: int | str) -> int:
     >>> derive_seed(0, "rollout", 3) != derive_seed(0, 3, "rollout")
     True
     """
-    text = json.dumps([part if isinstance(part, str) else int(part) for part in key])
+    # numpy's integers count as Python's
+    text = json.dumps(key, default=int)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -137,7 +139,8 @@ def gather(tensor: Tensor, dist: Dist) -> Tensor:
 
 
 def mean_over_ranks(value: float, dist: Dist) -> float:
-    return gather(torch.tensor([value], dtype=torch.float64, device=dist.device), dist).mean().item()
+    values = torch.tensor([value], dtype=torch.float64, device=dist.device)
+    return gather(values, dist).mean().item()
 
 
 def average_gradients(params: Iterable[nn.Parameter], dist: Dist) -> None:
@@ -328,8 +331,8 @@ def find_checkpoint(resume: str, run_dir: str) -> Path | None:
     return found[-1] if found else None
 
 
-def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: dict[str, nn.Parameter],
-                    ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, rest: dict) -> None:
+def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: Weights, ema: Weights,
+                    optimizer: torch.optim.Optimizer, rest: dict) -> None:
     """All that a run needs to go on, as one file in one rename. All ranks must call it, the lead writes. The
     newest `keep` stay, and none of a later number, which would be another future."""
     state = whole({"trained": params, "ema": ema, "optimizer": optimizer.state_dict(), **rest})
@@ -344,21 +347,22 @@ def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: dict[str, n
 
 
 @torch.no_grad()
-def copy_weights(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+def copy_weights(source: Weights, target: Weights) -> None:
     """Those that `source` has, split as `target` is."""
     for name, tensor in source.items():
         target[name].copy_(split_like(tensor, target[name]))
 
 
-def load_checkpoint(state: dict, params: dict[str, nn.Parameter], ema: dict[str, Tensor],
-                    optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(state: dict, params: Weights, ema: Weights, optimizer: torch.optim.Optimizer) -> None:
     """Put back what save_checkpoint was given, split as the model is now."""
     copy_weights(state["trained"], params)
     copy_weights(state["ema"], ema)
     order = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {i: {key: split_like(value, order[i]) if value.ndim else value for key, value in entry.items()}
-               for i, entry in state["optimizer"]["state"].items()}
-    optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+    for i, entry in state["optimizer"]["state"].items():
+        # the count of steps stays whole
+        for key in ("exp_avg", "exp_avg_sq"):
+            entry[key] = split_like(entry[key], order[i])
+    optimizer.load_state_dict(state["optimizer"])
 
 
 def write_log(run_dir: str, record: dict, dist: Dist) -> None:
@@ -394,7 +398,7 @@ def catch_stop() -> Iterator[list[int]]:
 
 # ----------------------------------------------------------------------------- training
 
-def prepare(cfg: RunConfig, model: nn.Module) -> dict[str, nn.Parameter]:
+def prepare(cfg: RunConfig, model: nn.Module) -> Weights:
     """What the stage trains, by name, with the model ready to train it; everything else is frozen."""
     model.requires_grad_(False)
     for p in model.trainable(cfg.stage).values():
@@ -456,14 +460,14 @@ def cosine_lr(step: int, total: int, warmup: int, base: float) -> float:
 
 
 @torch.no_grad()
-def ema_update(ema: dict[str, Tensor], params: dict[str, Tensor], decay: float) -> None:
+def ema_update(ema: Weights, params: Weights, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * params, in place."""
     for name, average in ema.items():
         average.lerp_(params[name], 1 - decay)
 
 
 @contextmanager
-def swapped(params: dict[str, nn.Parameter], ema: dict[str, Tensor]) -> Iterator[None]:
+def swapped(params: Weights, ema: Weights) -> Iterator[None]:
     """The EMA's values in the model, and the model's in the EMA, for as long as the block lasts."""
     for turn in ("there", "back"):
         with torch.no_grad():

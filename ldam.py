@@ -107,10 +107,10 @@ class LDAM:
         self.last["n_cool"] = self.n_cool
         return gamma
 
-    def state_dict(self) -> dict[str, int | bool | list[float]]:
+    def state_dict(self) -> dict:
         """All that a resumed run needs to go on identically, in plain types, without the settings."""
         return {"n": self.n, "g_s": self.g_s, "r_s": self.r_s, "n_cool": self.n_cool,
                 "grad_norms": self.grad_norms, "rewards": self.rewards}
 
-    def load_state_dict(self, state: dict[str, int | bool | list[float]]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)

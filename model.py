@@ -29,7 +29,7 @@ from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLF
                           InternVLVisionConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config)
 from transformers.utils import logging
 
-from common import ROOT, Refused, atomic, config_dict, derive_seed, generator, whole
+from common import ROOT, Refused, Weights, atomic, config_dict, derive_seed, generator, whole
 from dit import DiT, DiTConfig, randn, sample_ode
 from lim import LIM, LIMConfig
 from vae import DCAE, DCAEConfig
@@ -176,7 +176,7 @@ def weights_folder(name: str, weights: str) -> Path:
     return ROOT / "weights" / name if weights == "auto" else Path(weights)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[Weights, dict[str, str]]:
     """The tensors and the text metadata of a safetensors file."""
     try:
         with safe_open(path, "pt") as file:
@@ -187,8 +187,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @torch.no_grad()
-def load_strict(own: dict[str, Tensor], tensors: dict[str, Tensor], fresh: tuple[str, ...],
-                what: str) -> None:
+def load_strict(own: Weights, tensors: Weights, fresh: tuple[str, ...], what: str) -> None:
     """Copy a file's tensors into the model's, by name. Only names that begin as `fresh` says may be missing:
     they keep the values they were made with."""
     missing = [name for name in own if name not in tensors and not name.startswith(fresh)]
@@ -369,7 +368,7 @@ class ParaUni(nn.Module):
         if not norm:
             self.lim.agglayer_norm = nn.Identity()
 
-    def trainable(self, stage: int) -> dict[str, nn.Parameter]:
+    def trainable(self, stage: int) -> Weights:
         """Name -> parameter of what a stage trains: queries and LIM in stage 1, the DiT too in 2 and 3."""
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
