@@ -247,8 +247,7 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The flags that all three stages share; the defaults are the paper's (supplement, Table 1)
-    where it has any."""
+    """The flags of all stages; the defaults are the paper's (supplement, Table 1) where it has any."""
     stage: int = knob(1, "1 align, 2 fine-tune, 3 reinforce (--stage 3 --help)", choices=(1, 2, 3))
     preset: str = knob("nano", "size of everything; see PRESETS in model.py")
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
@@ -276,8 +275,7 @@ MAY_CHANGE = ("run_dir", "resume", "max_skipped", "save_every", "keep")
 
 
 def resolve(cfg: Any, device: torch.device, small: bool = False) -> Any:
-    """The config with precision, compiling and run folder decided for this device; also picks the process's
-    attention kernels."""
+    """Decide precision, compiling and run folder, and the attention kernels of this process."""
     is_cuda = device.type == "cuda"
     decided = {"dtype": cfg.dtype}
     if cfg.dtype == "auto":
@@ -325,10 +323,10 @@ def find_checkpoint(resume: str, run_dir: str) -> Path | None:
     if Path(resume).is_file() or not resume:
         return Path(resume) if resume else None
     folder = Path(run_dir if resume == "auto" else resume) / "checkpoints"
-    found = sorted(folder.glob("*.pt"))
-    if not found and resume != "auto":
+    newest = max(folder.glob("*.pt"), default=None)
+    if newest is None and resume != "auto":
         raise Refused(f"no checkpoint in {resume}: --resume takes auto, a run folder or a checkpoint of it")
-    return found[-1] if found else None
+    return newest
 
 
 def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: Weights, ema: Weights,

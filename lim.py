@@ -32,8 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class LIMConfig:
-    """Sizes of the LIM. The defaults are OpenUni-L's, for the paper's parts: InternVL3-2B in front,
-    SANA-1.5 1.6B behind."""
+    """Sizes of the LIM; the defaults are OpenUni-L's, between InternVL3-2B and SANA-1.5 1.6B."""
     vlm_layers: int = 28            # L
     width: int = 1536               # D, hidden size of the VLM
     num_layers: int = 6             # depth of the connector
