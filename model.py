@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.functional import InterpolationMode, normalize, resize
 from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLForConditionalGeneration,
                           InternVLVisionConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config)
 from transformers.utils import logging
@@ -436,8 +435,8 @@ class ParaUni(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] -> the VLM's input, one tile with ImageNet statistics."""
         side = self.preset.vlm.vision_config.image_size[0]
-        if images.shape[-2:] != (side, side):
-            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        # bicubic may overshoot; at its own size a picture stays as it is
+        images = resize(images, (side, side), InterpolationMode.BICUBIC).clamp(0, 1)    # (B, 3, side, side)
         # as the vision tower was trained
         return normalize(images, IMAGENET_MEAN, IMAGENET_STD).to(self.vlm.dtype)        # (B, 3, side, side)
 
