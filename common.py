@@ -357,9 +357,10 @@ def load_checkpoint(state: dict, params: Weights, ema: Weights, optimizer: torch
     copy_weights(state["ema"], ema)
     order = [p for group in optimizer.param_groups for p in group["params"]]
     for i, entry in state["optimizer"]["state"].items():
-        # the count of steps stays whole
-        for key in ("exp_avg", "exp_avg_sq"):
-            entry[key] = split_like(entry[key], order[i])
+        for key, value in entry.items():
+            # moments, not the count of steps
+            if value.ndim:
+                entry[key] = split_like(value, order[i])
     optimizer.load_state_dict(state["optimizer"])
 
 

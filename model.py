@@ -278,6 +278,8 @@ class ParaUni(nn.Module):
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which sizes, which files
+        if name not in PRESETS:
+            raise Refused(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         preset, folder = PRESETS[name], weights_folder(name, str(weights))
         if weights != "random" and not folder.is_dir():
             raise Refused(f"no weights at {folder}: run tools/convert.py {name}, or change --weights")

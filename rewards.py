@@ -208,7 +208,8 @@ def load_function(name: str) -> ScoreFn:
     files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
     loaded = {name: getattr(sys.modules.get(name), "__file__", None) for name in files}
     # what is loaded under these names from elsewhere steps aside
-    taken = [name for name in files if loaded[name] and not files[name].samefile(loaded[name])]
+    taken = [name for name, path in files.items()
+             if loaded[name] and Path(loaded[name]).resolve() != path.resolve()]
     aside = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in taken}
     for name in aside:
         del sys.modules[name]
