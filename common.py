@@ -299,6 +299,11 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True) if checkpoint else None
     if state:
         refuse_changes(state["config"], cfg, MAY_CHANGE, str(checkpoint))
+    # stage 3 counts epochs
+    unit = "epoch" if cfg.stage == 3 else "step"
+    done = state[unit] if state else 0
+    if mean_over_ranks(done, dist) != done:
+        raise Refused("the processes found different checkpoints: --run-dir must be on a disk that all share")
     if not dist.lead:
         return state
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
@@ -307,10 +312,9 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
     is_own = cfg.resume == "auto" or home == Path(cfg.run_dir).resolve()
     if lines and not is_own:
         raise Refused(f"{cfg.run_dir} already holds a run: go on with --resume auto, or change --run-dir")
-    # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3, which counts
-    # epochs, writes the checkpoint's own line again
-    unit = "epoch" if cfg.stage == 3 else "step"
-    lines = [line for line in lines if state and json.loads(line)[unit] < state[unit] + (unit == "step")]
+    # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3 writes the
+    # checkpoint's own line again
+    lines = [line for line in lines if state and json.loads(line)[unit] < done + (unit == "step")]
     with atomic(log) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines))
     write_json(Path(cfg.run_dir) / "config.json", config_dict(cfg))

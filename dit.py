@@ -500,7 +500,8 @@ def sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: float
     """
     assert ((0 <= t_next) & (t_next < t) & (t <= 1)).all(), f"t = {t.tolist()}, t_next = {t_next.tolist()}"
     x, v = x.float(), v.float()
-    t, t_next = (s.to(x.device, torch.float32)[:, None, None, None] for s in (t, t_next))
+    # to a GPU without waiting for it
+    t, t_next = (s.to(x.device, torch.float32, non_blocking=True)[:, None, None, None] for s in (t, t_next))
     dt = t_next - t                                                              # (B, 1, 1, 1)
     # Sigma diverges at t = 1. There 1 - t_next replaces 1 - t, as in Flow-GRPO, and the std of that step is
     # a, whatever t_next is. No help for t just below 1: use euler_grid, which starts at 1.

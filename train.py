@@ -86,6 +86,8 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     """Stages 1 and 2. Returns the last line of the log, {} if it was stopped."""
     if cfg.batch_size % dist.world_size:
         raise Refused(f"expected --batch-size to be a multiple of the {dist.world_size} devices")
+    if cfg.stage == 2 and (cfg.layers or not cfg.norm):
+        raise Refused("--layers and --no-norm are for stage 1: stage 2 fuses as its --init file says")
     if not (cfg.data or PRESETS[cfg.preset].shapes_world):
         raise Refused(f"preset {cfg.preset} needs --data, latents with captions: prepare.py makes them")
     state = open_run(cfg, dist)

@@ -275,7 +275,7 @@ class Decoder(nn.Module):
 
 class DCAE(nn.Module):
     """The autoencoder. Its latents are always scaled (mean square about 1), as a diffusion model wants them.
-    Any float dtype goes in; that of the weights comes out, contiguous."""
+    Any float dtype goes in; that of the weights comes out, or autocast's, contiguous."""
 
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()

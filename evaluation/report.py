@@ -56,14 +56,11 @@ def main(argv: list[str] | None = None) -> dict:
         parts.append(f"<h2>{text(folder)}</h2>")
         # not of subfolders; links may lead anywhere
         files = [path for path in sorted(folder.glob("*.png")) if path.is_file() and not path.is_symlink()]
-        # of what was drawn while training the first and the last
-        epochs = [path for path in files if path.name.startswith("epoch-")]
         for path in files:
-            if path not in epochs[1:-1]:
-                picture = read_picture(path)
-                picture.thumbnail((1600, picture.height))
-                caption = f"<figcaption>{text(path.name)}</figcaption>"
-                parts.append(f'<figure class="scroll">{embed(picture.save, path.name)}{caption}</figure>')
+            picture = read_picture(path)
+            picture.thumbnail((1600, picture.height))
+            caption = f"<figcaption>{text(path.name)}</figcaption>"
+            parts.append(f'<figure class="scroll">{embed(picture.save, path.name)}{caption}</figure>')
     parts += ["<h2>Configuration</h2>", config_table(folders)]
     with atomic(cfg.out) as temporary:
         temporary.write_text(PAGE % "\n".join(parts), encoding="utf-8")

@@ -9,9 +9,10 @@
     pick     the preference model: CLIP tuned on what a crowd thinks of pairs, which is known by construction
     aes      the aesthetic head: from CLIP's features to how bright the ground is, 1 to 10
 
-in this order, since later ones need earlier ones. All are the classes of the full size with smaller numbers,
-written in the layout of their published counterparts. Six trainings share one loop, `train`. None of them
-sees what a test prompt says: not in a caption, not in a question, not in a picture.
+in this order, since later ones need earlier ones, into runs/parts (--out). All are the classes of the full
+size with smaller numbers, written in the layout of their published counterparts. Six trainings share one
+loop, `train`. None of them sees what a test prompt says: not in a caption, not in a question, not in a
+picture.
 
 Letters: B pictures or texts, S tokens, P patches, K things, D width of a tower, E of a condition or
 embedding, C h w latent.
@@ -43,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (Refused, adamw, atomic, cosine_lr, environment, generator, knob, parse_config, precision,
                     run, set_lr, write_json)
 from dit import DiT, flow_matching_loss, randn, sample_ode
-from model import PRESETS, PROMPT, QUESTION, ParaUni, weights_folder
+from model import PRESETS, PROMPT, QUESTION, ParaUni
 from nano import world
 from nano.world import Prompt, Rng, Scene, pick
 from rewards import AestheticHead, preprocess
@@ -654,7 +655,7 @@ def train_dit(folder: Path, steps: int) -> Scores:
             c = read_tokens(clip, ids.to(DEVICE))                                       # (1 + b, S, E)
             noise = randn((len(some), *NANO.latent_shape), generator(SEED, "judge", i), DEVICE)
             images = vae.decode(sample_ode(dit, noise, c[1:], c[:1])) / 2 + 0.5         # (b, 3, H, W)
-            verdicts += world.judge(images.cpu(), some)
+            verdicts += world.judge(images, some)
     return world.task_scores(verdicts, prompts)
 
 
@@ -757,7 +758,7 @@ PARTS = {"vae": (train_vae, 900, "vae"),
 class PretrainConfig:
     parts: tuple[str, ...] = knob((), f"what to train, of {', '.join(PARTS)}; none named: all", words=True)
     scale: float = knob(1.0, "multiplies every number of steps, for a quick look")
-    out: str = knob("auto", "folder for the weights; auto: weights/nano")
+    out: str = knob("runs/parts", "folder for the weights, which train.py --weights then names")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -768,17 +769,16 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(DEVICE.type == "cpu")
 
-    folder = weights_folder("nano", cfg.out)
     for part in cfg.parts or PARTS:
         train_part, steps, place = PARTS[part]
         steps = max(1, round(steps * cfg.scale))
         start = time.time()
         torch.manual_seed(SEED)
-        scores = train_part(folder, steps)
+        scores = train_part(Path(cfg.out), steps)
         record = {"command": f"python nano/pretrain.py {part}", "seed": SEED, "steps": steps,
                   "seconds": round(time.time() - start), **environment()}
         record |= {name: round(score, 4) for name, score in scores.items()}
-        write_json(folder / place / "training.json", record)
+        write_json(Path(cfg.out) / place / "training.json", record)
         print(json.dumps(record), flush=True)
 
 

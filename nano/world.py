@@ -602,7 +602,7 @@ def fulfils(found: list[Found], prompt: Prompt) -> bool:
 
 def judge(images: Tensor, prompts: list[Prompt]) -> list[bool]:
     """Does picture b, (B, 3, H, W) in [0, 1], show what prompt b asks for?"""
-    return [fulfils(found, prompt) for found, prompt in zip(detect(images), prompts, strict=True)]
+    return [fulfils(found, prompt) for found, prompt in zip(detect(images.cpu()), prompts, strict=True)]
 
 
 def task_scores(verdicts: list[bool], prompts: list[Prompt]) -> dict[str, float]:

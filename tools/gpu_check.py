@@ -197,7 +197,8 @@ def plans(name: str, toy: bool) -> Iterator[dict]:
             cfg = plan.recipe(model.preset, stage)
             if stage == 3:
                 cfg = replace(cfg, num_groups=1, group_size=2 if toy else FULL_SIZE[name])
-            yield asdict(plan.plan(model, cfg, devices=1))
+            # its reward is a function, without weights
+            yield asdict(plan.plan(model, cfg, devices=1)) | {"rewards_bytes": 0.0}
 
 
 def full_size(name: str, toy: bool, planned: list[plan.Plan]) -> Iterator[dict]:

@@ -7,7 +7,7 @@ How. A model of fake tensors, which have a shape and a dtype and no memory, runs
 forward and backward in the precision of a GPU: frozen VLM in bf16, the rest in fp32, matrix products in bf16.
 meter.py counts FLOPs, and every byte from the moment a tensor is made until nothing refers to it any more.
 Memory is that of eager runs, and in stage III of an epoch in which LDAM has fired, so that each picture has a
-condition of its own; FLOPs are those of an epoch at rest. Left out: the reward models, which are small.
+condition of its own; FLOPs are those of an epoch at rest, without those of the rewards.
 
 Letters: m pictures of a micro-batch, B pictures of a device, S prompt tokens, N queries, E condition width,
 C h w latent, K steps.
@@ -36,6 +36,8 @@ from train import TrainConfig
 
 GB = 1e9
 RESERVE = 1.5 * GB                      # a device keeps it for the CUDA context and fragments
+# the published rewards in fp32: CLIP ViT-L/14, PickScore's ViT-H/14, the aesthetic score's image tower
+REWARDS = 4 * (428e6 + 986e6 + 304e6)
 MANY = 8                                # pictures of the larger micro-batch that is measured; the other: 1
 MOST = 64                               # pictures of a micro-batch that anyone would ask for
 STAGES = {1: "align", 2: "fine-tune", 3: "reinforce"}
@@ -147,13 +149,14 @@ class Plan:
     # picture adds; the largest moment counts
     alive: list[list[tuple[float, float]]]
     group_size: int                     # pictures of a prompt: a micro-batch divides it, or is a multiple
+    rewards_bytes: float = 0.0          # of stage III
 
     def activations(self, m: int, checkpointing: bool = False) -> float:
         return max(one + more * (m - 1) for one, more in self.alive[checkpointing])
 
     def memory(self, m: int, checkpointing: bool = False, shards: int = 1) -> float:
         """Bytes on each device with m pictures a micro-batch; shards: devices that split what is trained."""
-        weights = self.frozen_bytes + self.trained_bytes / shards
+        weights = self.frozen_bytes + self.rewards_bytes + self.trained_bytes / shards
         return weights + self.activations(m, checkpointing) + RESERVE
 
     def largest(self, limit: float, checkpointing: bool = False, shards: int = 1) -> int:
@@ -212,7 +215,8 @@ def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
 
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return Plan(cfg.stage, trained, sum(p.numel() for p in frozen), flops, images,
-                sum(p.nbytes for p in frozen), 4 * trained * copies, alive, group_size)
+                sum(p.nbytes for p in frozen), 4 * trained * copies, alive, group_size,
+                REWARDS if cfg.stage == 3 else 0.0)
 
 
 # ----------------------------------------------------------------------------- tables
@@ -249,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
                           "images a step": f"{p.images:,}",
                           "PFLOPs a step": f"{p.flops_image * p.images / 1e15:,.2f}"})
             memory.append({"GB on a device": label,
-                           "frozen weights": gb(p.frozen_bytes),
+                           "frozen weights": gb(p.frozen_bytes + p.rewards_bytes),
                            "what is trained, with its states": gb(p.trained_bytes),
                            "activations of 1 / 8 images": gb(p.activations(1), p.activations(8)),
                            "the same, checkpointing": gb(p.activations(1, True), p.activations(8, True)),
