@@ -110,6 +110,10 @@ def test_a_crash_while_saving_leaves_a_good_checkpoint(cfg: RunConfig, module: o
         save(cfg, 2)
     monkeypatch.undo()
     assert saved(cfg) == [1] and open_run(replace(cfg, resume="auto"), ALONE)["step"] == 1
+    # another machine without this disk found none
+    monkeypatch.setattr(common, "gather", lambda step, dist: torch.stack([step, 0 * step]))
+    with pytest.raises(Refused, match="different checkpoints"):
+        open_run(replace(cfg, resume="auto"), ALONE)
 
 
 def test_a_checkpoint_with_code_in_it_is_not_loaded(cfg: RunConfig) -> None:

@@ -52,15 +52,10 @@ def rewrite(path: Path, change: Callable[[str, Tensor], tuple[str, Tensor]]) -> 
 
 
 def shard(path: Path) -> None:
-    """Split a file in three, as diffusers and transformers do."""
-    tensors, places = load_file(path), {}
-    for i in range(3):
-        part = path.with_name(f"{path.stem}-{i + 1:05}-of-00003.safetensors")
-        names = list(tensors)[i::3]
-        save_file({name: tensors[name] for name in names}, part, {"format": "pt"})
-        places |= dict.fromkeys(names, part.name)
-    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    path.unlink()
+    """Split a file, which goes, as diffusers and transformers do."""
+    huggingface_hub.save_torch_state_dict(
+        load_file(path), path.parent, max_shard_size=path.stat().st_size // 2,
+        filename_pattern=f"{path.stem}{{suffix}}.safetensors")
 
 
 # ----------------------------------------------------------------------------- a preset's folder
@@ -125,8 +120,8 @@ def outside_shard(path: Path) -> None:
     """A shard that is there, but in another folder."""
     shard(path)
     edit("diffusion_pytorch_model-00001", "../x-00001")(path.with_name(f"{path.name}.index.json"))
-    first = path.with_name("diffusion_pytorch_model-00001-of-00003.safetensors")
-    first.rename(path.parent.parent / "x-00001-of-00003.safetensors")
+    [first] = path.parent.glob("*-00001-of-*")
+    first.rename(path.parent.parent / first.name.replace(path.stem, "x"))
 
 
 def first_row(name: str, tensor: Tensor) -> tuple[str, Tensor]:

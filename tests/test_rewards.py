@@ -44,11 +44,6 @@ def hf_processor(size: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def torchvision_pixels(images: Tensor) -> Tensor:
-    return transforms.Compose([transforms.Resize(T), transforms.CenterCrop(T),
-                               transforms.Normalize(rewards.MEAN, rewards.STD)])(images)    # (B, 3, T, T)
-
-
 @pytest.fixture(scope="module")
 def hf_tokenizer() -> CLIPTokenizer:
     """Hugging Face's CLIP tokenizer with the published vocabulary, which open_clip brings along."""
@@ -106,8 +101,10 @@ def test_scores_match_transformers(hf: tuple[CLIPModel, Path], hf_tokenizer: CLI
     for shape in [(T, T), (T, 71), (512, 600)]:
         pictures = [PHOTO.rotate(angle).resize(shape) for angle in (0, 90, 120, 180)]
         images = to_tensor(*pictures)
-        pixels = (torchvision_pixels(images) if name == "clip" else
-                  hf_processor(T)(pictures, return_tensors="pt")["pixel_values"])           # (4, 3, T, T)
+        pixels = hf_processor(T)(pictures, return_tensors="pt")["pixel_values"]             # (4, 3, T, T)
+        if name == "clip":
+            tower = transforms.Normalize(rewards.MEAN, rewards.STD)
+            pixels = tower(transforms.CenterCrop(T)(transforms.Resize(T)(images)))
         with torch.no_grad():
             expected = model(pixel_values=pixels, **texts).logits_per_image.diagonal() / divisor    # (4,)
         assert expected.std() > 0.01                        # the pictures and prompts are told apart

@@ -18,9 +18,11 @@ import train
 from common import Dist, Refused, generator, read_log
 from data import NanoLatents, stamp_of
 from dit import randn
+from evaluation import DrawConfig
 from grpo import GRPOConfig, nano_prompts, score_heldout
 from helpers import TINY, TINY_VISION, assert_equal, assert_same_run, log_of, newest, tiny_model
 from model import PRESETS, ParaUni, internvl
+from sample import load
 from train import TrainConfig, batch_loss
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
@@ -330,6 +332,8 @@ def test_stages_are_chained_strictly(run: Callable, tiny_weights: Path) -> None:
                                (3, tiny_weights / "stage1.safetensors", "stage 2, it is of stage 1")):
         with pytest.raises(Refused, match=words):
             run(stage, "run", "--init", str(init))
+    with pytest.raises(Refused, match="--layers"):
+        run(2, "run", "--no-norm")
     with pytest.raises(Refused, match="unknown preset 'micro'"):
         run(3, "run", "--preset", "micro")
 
@@ -350,6 +354,8 @@ def test_a_new_preset_is_one_entry(run: Callable, tmp_path: Path, monkeypatch: p
     vlm = internvl(width=32, layers=4, heads=2, kv_heads=1, mlp_width=64, vision=TINY_VISION)
     monkeypatch.setitem(PRESETS, "mine", replace(TINY, name="mine", vlm=vlm, shapes_world=False, recipes={}))
     vae = ParaUni.from_preset("mine", "random").vae
+    exact = load(DrawConfig(preset="mine", weights="random", dtype="fp32"), torch.device("cpu"))
+    assert exact.queries.dtype == torch.float32
     save_file({"latents": torch.randn(2, *TINY.latent_shape).bfloat16(), "offsets": torch.tensor([0, 5, 13]),
                "captions": torch.tensor(list(b"a cattwo dogs"), dtype=torch.uint8)},
               tmp_path / "shard.safetensors")

@@ -1,5 +1,6 @@
 """vae.py against diffusers' AutoencoderDC, an independent implementation, on random weights."""
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,14 @@ from torch import Tensor, nn
 
 from common import write_json
 from helpers import draw, error
-from model import check_config
+from model import PRESETS, check_config
 from naive import diffusers_vae
 from vae import DCAE, DCAEConfig, relu_attention
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
-PLAIN = DCAEConfig(latent_channels=8, attention_head_dim=32,
-                   encoder_block_types=(RES, RES, VIT), decoder_block_types=(RES, RES, VIT),
-                   encoder_block_out_channels=(32, 64, 128), decoder_block_out_channels=(32, 64, 128),
-                   encoder_layers_per_block=(2, 1, 2), decoder_layers_per_block=(1, 2, 1),
-                   encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,)))
+# The stages of nano's, in other numbers of layers, scaled.
+PLAIN = replace(PRESETS["nano"].vae, encoder_layers_per_block=(2, 1, 2), decoder_layers_per_block=(1, 2, 1),
+                scaling_factor=0.41407)
 # Sides that differ, every kind of change of width, no two neighbouring numbers alike.
 ODD = DCAEConfig(in_channels=4, latent_channels=8, attention_head_dim=16,
                  encoder_block_types=(VIT, RES, VIT, VIT), decoder_block_types=(RES, VIT, RES, VIT),
