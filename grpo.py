@@ -627,6 +627,10 @@ def check_flags(cfg: GRPOConfig, world_size: int) -> None:
     if cfg.group_size < 2 or cfg.num_groups % world_size or not fits:
         raise Refused("expected --group-size of at least 2, --num-groups to be a multiple of the number of "
                       f"devices, {world_size}, and --micro-batch to divide --group-size or to be as large")
+    numbers = len(cfg.steps), len(cfg.kl_coef)
+    if min(numbers) < 1 or max(numbers) > len(cfg.rewards):
+        raise Refused("expected --steps and --kl-coef to have a number, at most one for each of --rewards; a "
+                      "preset's own are meant for its own rewards: with others, name both")
     if any(steps % cfg.inner_updates for steps in cfg.steps):
         raise Refused("expected --inner-updates to divide --steps")
     if not 0 <= cfg.sde_window <= cfg.num_steps // 2:
@@ -662,8 +666,6 @@ def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Rewa
         if short_name in scorers:
             raise Refused(f"expected --rewards to name each reward once, got two called {short_name}")
         scorers[short_name] = scorer
-    if not scorers:
-        raise Refused("expected --rewards to name a reward")
     return scorers
 
 

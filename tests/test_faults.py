@@ -96,7 +96,7 @@ def flags(stage: int, weights: Path, run_dir: Path, *more: str) -> list[str]:
         return [*both, "--steps", "5", "--batch-size", "4", "--warmup", "0", "--log-every", "2", *more]
     return [*both, "--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-steps", "3",
             "--warmup", "0", "--num-eval", "5", "--eval-steps", "2", "--guidance-scale", "1",
-            "--rewards", f"{weights}/rewards.py:bright,{weights}/rewards.py:red", *more]
+            "--kl-coef", "0.3", "--rewards", f"{weights}/rewards.py:bright,{weights}/rewards.py:red", *more]
 
 
 @pytest.fixture(scope="module")

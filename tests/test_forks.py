@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FORKS = {name: (lines, commands, diff) for lines, name, commands, diff in re.findall(
     r"^(\d+) changed lines.*?```sh\ngit apply docs/forks/(\w+)\.patch\n(.*?)```.*?```diff\n(.*?)```",
     (ROOT / "docs/forks.md").read_text(), re.S | re.M)}
-SMALL = {"train.py": "--steps 2 --batch-size 4", "sample.py": "--num-steps 2",
-         "3": "--steps 2 --group-size 2 --num-steps 3 --num-eval 2 --eval-steps 2 --rewards clip"}
+SMALL = {"train.py": "--batch-size 4", "sample.py": "--num-steps 2",
+         "3": "--group-size 2 --num-steps 3 --num-eval 2 --eval-steps 2 --rewards clip --kl-coef 0.3"}
 
 
 def test_the_page_shows_the_patches_and_counts_their_lines() -> None:
@@ -116,5 +116,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for command in FORKS[sys.argv[1]][1].splitlines():
         _, script, *argv = shlex.split(command)
-        import_module(script.removesuffix(".py")).main(SMALL["3" if "3" in argv else script].split() + argv)
+        small = SMALL["3" if "3" in argv else script].split() + argv
+        import_module(script.removesuffix(".py")).main(small + ["--steps", "2"] * (script == "train.py"))
     globals()[f"check_{sys.argv[1]}"]()

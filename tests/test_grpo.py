@@ -257,8 +257,8 @@ def test_heldout_pictures_have_their_own_noise_and_a_chunk_fails_alone(policy: P
 @pytest.mark.parametrize("flag, change", [
     ("--group-size", {"group_size": 1}), ("--num-groups", {"num_groups": 3}),
     ("--micro-batch", {"micro_batch": 3}), ("--sde-window", {"sde_window": CFG.num_steps}),
-    ("--noise-level", {"noise_level": 0.0}), ("--steps", {"steps": (2, 0)}),
-    ("--inner-updates", {"steps": (4, 3), "inner_updates": 2}),
+    ("--noise-level", {"noise_level": 0.0}), ("--steps", {"steps": (2, 0)}), ("--kl-coef", {"kl_coef": ()}),
+    ("--rewards", {"steps": (1, 2, 3, 4)}), ("--inner-updates", {"steps": (4, 3), "inner_updates": 2}),
     ("--eval-prompts", {"preset": "l-512", "prompts": "p.txt"})])
 def test_flags_that_do_not_fit_are_refused(flag: str, change: dict) -> None:
     check_flags(CFG, world_size=2)

@@ -30,7 +30,7 @@ SHORT = ("--steps", "5", "--batch-size", "4", "--micro-batch", "4", "--warmup", 
          "--lr", "1e-3")
 REINFORCE = ("--steps", "2", "--num-groups", "2", "--group-size", "2", "--num-steps", "3", "--warmup", "0",
              "--micro-batch", "4", "--num-eval", "4", "--eval-steps", "2", "--rewards", "bright,red",
-             "--guidance-scale", "4.5")
+             "--guidance-scale", "4.5", "--kl-coef", "0.3")
 # what other programs may read from a line of the log of stage 3
 KEYS = {"epoch", "phase", "reward/bright", "reward/red", "heldout/bright", "heldout/red", "kl", "ratio_dev",
         "clip_frac", "zero_std", "grad_norm", "ldam/fired", "ldam/gamma", "ldam/r_s", "ldam/g_s",

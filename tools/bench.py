@@ -237,7 +237,7 @@ def stage3_flags(folder: str, preset: str) -> list[str]:
              "prompts": prompts, "eval-prompts": prompts, "rewards": f"{reward}:brightness", "num-eval": 1,
              "eval-steps": 1, "eval-every": never, "save-every": never, "steps": never,
              # the paper's, whatever the preset's recipe says
-             "guidance-scale": 4.5, "sde-window": 0}
+             "guidance-scale": 4.5, "sde-window": 0, "kl-coef": 0.01}
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -361,7 +361,7 @@ def window(args: BenchConfig) -> None:
     for size in (0, 3, 1):
         with tempfile.TemporaryDirectory() as folder:
             train.main(["--stage=3", "--rewards=aesthetic", f"--run-dir={folder}", f"--sde-window={size}",
-                        f"--steps={args.steps}", f"--eval-every={args.steps}"])
+                        f"--steps={args.steps}", f"--eval-every={args.steps}", "--kl-coef=0.3"])
             records = read_log(Path(folder, "metrics.jsonl"))
         seconds = 0.0
         for record in records:
