@@ -49,7 +49,7 @@ def draw_prompt(prompts: list[str], per_step: int, seed: int, step: int, item: i
     if not prompts:
         return nano_pair(seed, step, item)[1].text
     turn, place = divmod(step * per_step + item, len(prompts))
-    order = np.random.default_rng(derive_seed(seed, "prompts", turn)).permutation(len(prompts))
+    order = np.random.default_rng([seed % 2 ** 32, turn]).permutation(len(prompts))
     return prompts[order[place]]
 
 

@@ -11,8 +11,9 @@
     ablate       what is each part worth? (evaluation/ablate.py)
     report       a run, or several, as one HTML file (evaluation/report.py)
 
-Each prints a table and writes it, with its settings, as JSON into --out. What was cut short goes on with the
-same command; `torchrun --nproc-per-node N` shares the pictures of geneval and dpg between N processes.
+Most print a table and write it, with its settings, as JSON into --out. Of geneval, dpg, understand, layers
+and ablate, what was cut short goes on with the same command; `torchrun --nproc-per-node N` shares the
+pictures of geneval and dpg between N processes.
 
 Letters: B pictures, H W pixels, E embedding.
 """
@@ -165,6 +166,10 @@ def reconstruct(argv: list[str] | None = None) -> dict:
         originals, _ = world.question_set(cfg.count, cfg.seed % 2 ** 32)            # (B, 3, H, W)
     else:
         raise Refused(f"preset {cfg.preset} has no pictures of its own: name a folder with --images")
+    # what tells how near pictures are
+    folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
+    clip, _, picture = load_clip(folder / "clip")
+    visual = clip.eval().visual
     seeds = [derive_seed(cfg.seed, "reconstruct", i) for i in range(len(originals))]
     # the model that reads its last layer: the same one, or one that was trained so
     last_model, last_layer = model, [model.preset.vlm_layers]
@@ -172,8 +177,9 @@ def reconstruct(argv: list[str] | None = None) -> dict:
         last_model, last_layer = load(cfg, dist.device, cfg.last_layer_file), None
     # the paper's prompt (supplement, section 4)
     prompts = ["Keep the image as it is."] * len(originals)
+    # few at a time: at 1024 x 1024 a picture takes gigabytes
     decoded = [model.decode(model.vae.encode(part.to(model.device) * 2 - 1)).cpu()
-               for part in originals.split(cfg.batch_size)]                         # of (b, 3, H, W)
+               for part in originals.split(4)]                                      # of (b, 3, H, W)
     kept = {"autoencoder": torch.cat(decoded),
             "all layers": draw(cfg, model, prompts, seeds, originals),
             "last layer": draw(cfg, last_model, prompts, seeds, originals, last_layer),
@@ -183,14 +189,13 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     save_sheet(path, torch.cat(rows), columns, titles=["original", *kept])
 
     # how near they are to the originals
-    folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
-    clip, _, picture = load_clip(folder / "clip")
-    visual = clip.eval().visual
-    seen = embed_images(visual, originals, picture)                                 # (B, E)
-    marks = {name: {"psnr": psnr(images, originals).tolist(),
-                    "ssim": ssim(images, originals).tolist(),
-                    "clip": (embed_images(visual, images, picture) * seen).sum(-1).tolist()}
-             for name, images in kept.items()}
+    marks = {name: {"psnr": [], "ssim": [], "clip": []} for name in kept}
+    for name, images in kept.items():
+        for ours, theirs in zip(images.split(16), originals.split(16)):             # (b, 3, H, W) each
+            marks[name]["psnr"] += psnr(ours, theirs).tolist()
+            marks[name]["ssim"] += ssim(ours, theirs).tolist()
+            cosine = embed_images(visual, ours, picture) * embed_images(visual, theirs, picture)
+            marks[name]["clip"] += cosine.sum(-1).tolist()
     rows = paired(marks["last layer"], marks["all layers"])
     ends = paired(marks["another"], marks["autoencoder"])
     before = cfg.last_layer_file or "the same weights, read at the last layer"

@@ -3,7 +3,8 @@
 `build_reward(name, device)` gives a frozen module: (images, prompts) -> one number an image. It runs in this
 process, without gradient, in fp32 whatever autocast surrounds it. Scales and pictures are those of Flow-GRPO
 (arXiv 2505.05470), so that curves compare. The aesthetic model is LAION's head, as in Flow-GRPO; the paper
-cites another one.
+cites another one. Texts are cleaned as in OpenAI's CLIP (curly quotes, HTML), which transformers'
+fast tokenizer leaves out.
 
     name       weights at full size           picture to tower size  score                      usual range
     clip       openai/clip-vit-large-patch14  floats, bilinear       exp(logit_scale)·cos / 30  0.5 .. 1.2
@@ -196,7 +197,7 @@ def build_reward(name: str, device: str | torch.device, weights: str | Path | No
 
 def load_function(name: str) -> ScoreFn:
     """The function that package.module:function or path/to/file.py:function names. A module may lie in the
-    current folder; both may import what lies beside them."""
+    current folder; both may import what lies beside them, at their heads."""
     where, _, function = name.rpartition(":")
     folder = Path.cwd()
     module_name = where

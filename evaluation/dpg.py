@@ -118,12 +118,17 @@ def main(argv: list[str] | None = None) -> dict:
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
     items = read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist))
     items = [items[i] for i in spread(cfg.limit, len(items))]
-    # pictures, four of each prompt
-    if not cfg.images:
+    # pictures, four of each prompt, which stands beside them
+    if not (cfg.images or cfg.answers):
         jobs = []
         for name, rows in items:
+            text, path = rows[0]["text"], folder / f"{name}.json"
+            if path.is_file() and read_json(path) != text:
+                raise Refused(f"{path} asks for something else than --questions there: choose another --out")
+            if dist.lead:
+                write_json(path, text)
             seeds = [derive_seed(cfg.seed, "dpg", name, k) for k in range(4)]
-            jobs.append((folder / f"{name}.png", rows[0]["text"], seeds))
+            jobs.append((folder / f"{name}.png", text, seeds))
         draw_files(cfg, dist, jobs)
     if not cfg.score:
         return {}

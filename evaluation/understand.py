@@ -48,17 +48,17 @@ class Question(NamedTuple):
     choices: list[str] = []             # texts of A, B, ...
 
 
-def read_pope(path: Path) -> list[Question]:
+def read_pope(path: Path, limit: int | None = None) -> list[Question]:
     """JSON lines: question_id, image, text, label yes or no. One file for each of its three samplings."""
     questions = []
-    for entry in map(json.loads, read_lines(path)):
+    for entry in map(json.loads, read_lines(path)[:limit]):
         assert entry["label"] in ("yes", "no"), f"expected the label yes or no, got {entry['label']!r}"
         questions.append(Question(str(entry["question_id"]), "all", Path(entry["image"]),
                                   entry["text"] + WORD, entry["label"]))
     return questions
 
 
-def read_mmbench(path: Path) -> list[Question]:
+def read_mmbench(path: Path, limit: int | None = None) -> list[Question]:
     """Tab-separated: index, question, A, B, ..., answer, category, image (base64, or an earlier row's index),
     hint if there is one. Each question is asked once for each turn of its options, at index + k 1,000,000;
     such rows, which circular files have, are made here."""
@@ -68,6 +68,8 @@ def read_mmbench(path: Path) -> list[Question]:
         index, image = row["index"], row["image"]
         if int(index) >= 10 ** 6:
             continue
+        if len(pictures) == limit:
+            break
         pictures[index] = pictures[image] if image in pictures else base64.b64decode(image, validate=True)
         choices = [row[letter] for letter in LETTERS if row.get(letter)]
         right = LETTERS[:len(choices)].index(row["answer"])
@@ -86,8 +88,9 @@ def choice_letter(answer: str, choices: list[str]) -> str:
     """The letter of the chosen option: at the start, in brackets or at the end; else that of the only option
     whose text is there; else ""."""
     letters = LETTERS[:len(choices)]
-    for pattern in (rf"^([{letters}])(?![A-Za-z'])", rf"\(([{letters}])\)", rf"\b([{letters}])[.):]",
-                    rf"\b([{letters}])$"):
+    # an A before a word is an article
+    for pattern in (rf"^(?!A [a-z])([{letters}])(?![A-Za-z'])", rf"\(([{letters}])\)",
+                    rf"\b([{letters}])[.):]", rf"\b([{letters}])$"):
         match = re.search(pattern, answer.strip())
         if match:
             return match[1]
@@ -171,7 +174,7 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         # a stranger's file may be wrong in any way
         try:
-            questions = read(Path(cfg.questions))[:cfg.limit or None]
+            questions = read(Path(cfg.questions), cfg.limit or None)
             assert questions, "it holds no questions"
         except Exception as error:
             raise Refused(f"--questions {cfg.questions} cannot be read as the published file of "

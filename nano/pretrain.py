@@ -11,8 +11,8 @@
 
 in this order, since later ones need earlier ones, into runs/parts (--out). All are the classes of the full
 size with smaller numbers, written in the layout of their published counterparts. Six trainings share one
-loop, `train`. None of them sees what a test prompt says: not in a caption, not in a question, not in a
-picture.
+loop, `train`. None of them is shown what a test prompt says, and nothing else, in a caption, a question or a
+picture; longer lists, and pictures of three and four things that differ (vae, vlm), may hold it.
 
 Letters: B pictures or texts, S tokens, P patches, K things, D width of a tower, E of a condition or
 embedding, C h w latent.
@@ -217,9 +217,10 @@ def through(vae: DCAE, images: Tensor, noise: float = 0.0) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] after the autoencoder, as all drawn ones are; each with noise of its
     own level, 0 to `noise`, on its latents."""
     parts = []
-    levels = noise * torch.rand(len(images), 1, 1, 1).to(DEVICE)                        # (B, 1, 1, 1)
+    device = next(vae.parameters()).device
+    levels = noise * torch.rand(len(images), 1, 1, 1).to(device)                        # (B, 1, 1, 1)
     for x, level in zip(images.split(250), levels.split(250)):
-        z = vae.encode(x.to(DEVICE) * 2 - 1)                                            # (b, C, h, w)
+        z = vae.encode(x.to(device) * 2 - 1)                                            # (b, C, h, w)
         z = z + level * torch.randn_like(z)                                             # (b, C, h, w)
         parts.append(vae.decode(z) / 2 + 0.5)                                           # (b, 3, H, W)
     return torch.cat(parts).clamp(0, 1)

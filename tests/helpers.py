@@ -1,10 +1,12 @@
 """A ParaUni of a few thousand weights that trains in milliseconds, and how its runs are made and compared."""
+import io
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -118,6 +120,12 @@ def assert_same_run(a: Path, b: Path, stage: int) -> None:
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def file_of(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:

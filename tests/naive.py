@@ -71,8 +71,7 @@ def siglip_connector(lim: LIM) -> nn.Module:
     config, ours = lim.config, lim.connector
     settings = SiglipVisionConfig(
         hidden_size=config.width, intermediate_size=config.mlp_width, num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
-        attention_dropout=0.0)
+        num_attention_heads=config.num_heads, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
     settings._attn_implementation = "sdpa"
     with torch.device("meta"):
         theirs = Connector(settings)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from common import Refused
 from data import (Latents, NanoLatents, draw_prompt, nano_caption, nano_pair, nano_prompts,
                   parse_mixture, read_prompts, stamp_of)
-from helpers import TINY, tiny_model
+from helpers import TINY, file_of, tiny_model
 from nano import world
 from pictures import read_picture
 
@@ -51,12 +51,6 @@ def test_a_list_of_prompts_is_gone_through_in_a_new_order_each_time() -> None:
 
 
 # ----------------------------------------------------------------------------- pictures
-
-def file_of(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
 
 def scene() -> Image.Image:
     """Red grows to the right, green downwards; sides differ, so that every turn shows."""

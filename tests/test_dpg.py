@@ -107,6 +107,9 @@ def test_it_draws_asks_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     painter.batches = []
     assert score(tmp_path)["prompts"] == result["prompts"]
     assert FakeAnswerer.asked == [1] * 4 and not painter.batches
+    (tmp_path / "images/a1.json").write_text('"two cats"')
+    with pytest.raises(Refused, match="a1.json asks for something else"):
+        score(tmp_path)
     (tmp_path / "images/a1.png").unlink()                   # the rest of another model's folder
     assert score(tmp_path, "--images", tmp_path / "images")["prompts"] == {"b_2": result["prompts"]["b_2"]}
 
@@ -114,7 +117,7 @@ def test_it_draws_asks_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 def test_ready_answers_are_scored_alone(tmp_path: Path) -> None:
     answers = {"a1": [{"1": "yes", "2": "no"}, {"1": "no", "2": "yes"}]}
     (tmp_path / "a.json").write_text(json.dumps({"judge": "made up", "items": answers}))
-    flags = ["--images", tmp_path, "--answers", tmp_path / "a.json"]
+    flags = ["--answers", tmp_path / "a.json"]
     result = score(tmp_path, *flags)
     assert result["score"] == 25 and list(result["prompts"]) == ["a1"] and result["error"] is None
     assert {"questions": "entity", "score": 50, "s.e.": None, "n": 2} in result["rows"]

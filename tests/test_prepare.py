@@ -18,15 +18,14 @@ from safetensors.torch import load_file
 
 import prepare
 from common import Refused, derive_seed
+from helpers import file_of
 
 
 def picture(width: int = 100, height: int = 90, seed: int = 0) -> bytes:
     """The bytes of a PNG: red grows to the right, green downwards."""
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x * 200 / width, y * 200 / height, 0 * x + 40 * (seed % 6)], 2)
-    file = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
+    return file_of(Image.fromarray(pixels.astype(np.uint8)))
 
 
 def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from evaluate import COMMANDS
 from helpers import tiny_model
 from nano import world
 
@@ -60,7 +61,8 @@ def test_every_command_names_a_script_and_flags_that_it_has(page: str, words: li
     if script == "train.py":
         modules += ["grpo"]
     if script == "evaluate.py":
-        modules += [name for name in SCRIPTS if name.startswith("evaluation.")]
+        assert words[place + 1] in COMMANDS
+        modules += [name for name in SCRIPTS if name == f"evaluation.{words[place + 1]}"]
     assert flags <= set().union(*map(flags_of, modules))
 
 

@@ -1,6 +1,5 @@
 """evaluation/understand.py: formats from files made here, metrics by hand; what is cut short goes on."""
 import base64
-import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import evaluate
 from common import Refused
 from evaluation import understand
 from evaluation.understand import BENCHMARKS, Question
+from helpers import file_of
 from nano import world
 
 
@@ -28,9 +28,7 @@ def values(name: str, questions: list[Question], answers: list[str]) -> dict[str
 
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8)
-FILE = io.BytesIO()
-Image.fromarray(PIXELS).save(FILE, "PNG")
-PICTURE = base64.b64encode(FILE.getvalue()).decode()
+PICTURE = base64.b64encode(file_of(Image.fromarray(PIXELS))).decode()
 
 
 def test_pope(tmp_path: Path) -> None:
@@ -59,12 +57,13 @@ def test_mmbench_asks_every_turn_of_the_options(tmp_path: Path) -> None:
         "colors": 1, "places": 0, "all": 0.5, "first turn": 1}
     # a circular file has the turns already
     turned = table + f"1000008\tWhere?\t\tdown\tup\t\t\tB\tplaces\t{PICTURE}\n"
-    assert understand.read_mmbench(write(tmp_path / "c.tsv", turned)) == asked
+    for limit, turns in ((None, 5), (1, 3)):
+        assert understand.read_mmbench(write(tmp_path / "c.tsv", turned), limit) == asked[:turns]
 
 
 @pytest.mark.parametrize(("answer", "letter"), [
     ("B", "B"), ("(C) a cow", "C"), ("The answer is B.", "B"), ("I think it is A", "A"), ("dog", "B"),
-    ("Answer: cow", "C"), ("cat or dog", ""), ("E", ""), ("", ""), ("B's", "")])
+    ("Answer: cow", "C"), ("cat or dog", ""), ("E", ""), ("", ""), ("B's", ""), ("A dog", "B")])
 def test_the_letter_of_an_answer(answer: str, letter: str) -> None:
     assert understand.choice_letter(answer, ["cat", "dog", "cow"]) == letter
 
@@ -133,7 +132,7 @@ def test_the_untouched_model_is_asked_the_same(pope: list[str], monkeypatch: pyt
 
 
 def test_pictures_of_questions_may_be_bytes() -> None:
-    seer, content = Seer(), FILE.getvalue()
+    seer, content = Seer(), file_of(Image.fromarray(PIXELS))
     got = understand.tile(Question("q", "all", content, "", ""), "", seer)
     assert torch.equal(got, torch.from_numpy(PIXELS).permute(2, 0, 1) / 255)
     with pytest.raises(Refused, match="question q: "):
