@@ -110,7 +110,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         if x.is_cuda:
-            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+            # which autocast would have in fp32
+            with torch.autocast("cuda", enabled=False):
+                return F.rms_norm(x, self.normalized_shape, weight, self.eps)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         y = x * torch.rsqrt(norm.square() / x.shape[-1] + self.eps)              # (..., M) fp32
         return y.to(x.dtype) * weight                                            # (..., M)
@@ -328,7 +330,8 @@ class DiT(nn.Module):
         e, modulation = self.time_embed(t, self.dtype)                           # (B, M), (B, 6, M)
         for block, block_kv in zip(self.transformer_blocks, kv, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, block_kv, grid, use_reentrant=False)
+                x = checkpoint(block, x, modulation, block_kv, grid, use_reentrant=False,
+                               preserve_rng_state=False)                         # (B, P, M)
             else:
                 x = block(x, modulation, block_kv, grid)                         # (B, P, M)
 
@@ -374,7 +377,9 @@ def randn(shape: tuple[int, ...], generator: Generators, device: torch.device | 
     an image's noise does not depend on its batch."""
     if isinstance(generator, list):
         assert len(generator) == shape[0], f"{len(generator)} generators for {shape[0]} rows"
-        return torch.cat([randn((1, *shape[1:]), g, device) for g in generator])
+        rows = [randn((1, *shape[1:]), g, g.device) for g in generator]
+        # to a GPU at once, and without waiting for it
+        return torch.cat(rows).to(device, non_blocking=True)
     source = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=source).to(device)
 

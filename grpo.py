@@ -16,7 +16,7 @@ What makes it exact. One function, `step_log_prob`, gives the log-probability in
 update, on the same chunks, so the first ratio is 1; it is measured in every epoch. The noise of a picture is
 drawn from (seed, epoch, group, member), LDAM's from these and the layer, a shared start from (seed, epoch,
 group), epochs counted over all phases: no draw depends on the number of devices, and a resumed run repeats
-an unbroken one bit for bit.
+an unbroken one bit for bit (on a GPU, as far as torch's kernels repeat themselves).
 What makes it cheap. The VLM reads prompts once an epoch, without gradient; only the queries run again: for
 the rollout, for its reference and, with gradient, for the update. A group shares its prompt's condition: the
 update detaches it to a leaf, whose gradient, of all its pictures and steps, goes once through LIM and VLM.

@@ -60,7 +60,7 @@ class PrepareConfig:
     preset: str = knob("nano", "whose autoencoder and picture size", choices=tuple(PRESETS))
     weights: str = knob("auto", "folder with vae/; auto: weights/PRESET")
     seed: int = knob(0, "of the crops")
-    micro_batch: int = knob(16, "pictures a forward pass")
+    micro_batch: int = knob(8, "pictures a forward pass")
     per_shard: int = knob(10_000, "files of a source that make a shard")
     workers: int = knob(4, "processes that read pictures; 0: none")
     max_bad: float = knob(0.05, "share of bad samples above which it stops")

@@ -149,7 +149,10 @@ def test_a_preempted_run_saves_and_leaves(stage: int, tiny_weights: Path, tmp_pa
 
 # ----------------------------------------------------------------------------- the number of ranks
 
-@pytest.mark.parametrize("split", [(), ("--fsdp",)], ids=["plain", "fsdp"])
+SPLIT = "--fsdp", "--gradient-checkpointing"
+
+
+@pytest.mark.parametrize("split", [(), SPLIT], ids=["plain", "fsdp"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_take_the_step_that_one_takes(stage: int, split: tuple[str, ...], whole: Callable) -> None:
     one, two = whole(stage, 1)[0], whole(stage, 2, *split)[0]
@@ -171,9 +174,9 @@ def test_two_ranks_take_the_step_that_one_takes(stage: int, split: tuple[str, ..
 
 
 def test_a_split_run_goes_on_bit_for_bit(whole: Callable, tiny_weights: Path, tmp_path: Path) -> None:
-    run_dir, _ = whole(2, 2, "--fsdp")
+    run_dir, _ = whole(2, 2, *SPLIT)
     checkpoint = run_dir / "checkpoints" / "00000003.pt"
-    ended = launch(flags(2, tiny_weights, tmp_path / "run", "--fsdp", "--resume", str(checkpoint)), 2)
+    ended = launch(flags(2, tiny_weights, tmp_path / "run", *SPLIT, "--resume", str(checkpoint)), 2)
     assert ended.codes == [0, 0], ended.output
     assert_equal(newest(run_dir), newest(tmp_path / "run"))
     # step 3 was in the middle of a line of the log
