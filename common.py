@@ -305,7 +305,7 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
     # stage 3 counts epochs
     unit = "epoch" if cfg.stage == 3 else "step"
     done = state[unit] if state else 0
-    if mean_over_ranks(done, dist) != done:
+    if (gather(torch.tensor([done], device=dist.device), dist) != done).any():
         raise Refused("the processes found different checkpoints: --run-dir must be on a disk that all share")
     if not dist.lead:
         return state

@@ -159,6 +159,8 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     # centre crops of one's own pictures, or held-out pictures of the nano world
     if cfg.images:
         paths = sorted(path for path in Path(cfg.images).iterdir() if path.is_file())[:cfg.count]
+        if len(paths) < 2:
+            raise Refused(f"expected at least 2 pictures in {cfg.images}, found {len(paths)}")
         size = model.preset.image_size, model.preset.image_size
         crops = [ImageOps.fit(read_picture(path), size, Image.Resampling.BICUBIC) for path in paths]
         originals = torch.stack(list(map(to_tensor, crops)))                        # (B, 3, H, W)

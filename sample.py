@@ -41,7 +41,7 @@ class SampleConfig:
 
 def load(cfg: Any, device: torch.device, stage_file: str = "") -> ParaUni:
     """The model of cfg.preset, cfg.weights and a stage file, to sample from."""
-    # bf16 is SANA's own precision; evaluation may ask for more
+    # bf16 is SANA's own precision; where there is a --dtype, as in evaluation, fp32 is fp32
     in_fp32 = PRESETS[cfg.preset].shapes_world or getattr(cfg, "dtype", "bf16") == "fp32"
     dtype = torch.float32 if in_fp32 else torch.bfloat16
     return ParaUni.from_preset(cfg.preset, cfg.weights, stage_file or cfg.stage_file, cfg.seed, device,

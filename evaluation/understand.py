@@ -87,14 +87,14 @@ def read_mmbench(path: Path, limit: int | None = None) -> list[Question]:
 def choice_letter(answer: str, choices: list[str]) -> str:
     """The letter of the chosen option: at the start, in brackets or at the end; else that of the only option
     whose text is there; else ""."""
-    letters = LETTERS[:len(choices)]
-    # an A before a word is an article
-    for pattern in (rf"^(?!A [a-z])([{letters}])(?![A-Za-z'])", rf"\(([{letters}])\)",
-                    rf"\b([{letters}])[.):]", rf"\b([{letters}])$"):
-        match = re.search(pattern, answer.strip())
-        if match:
-            return match[1]
     named = [letter for letter, choice in zip(LETTERS, choices) if choice.strip().lower() in answer.lower()]
+    letters = LETTERS[:len(choices)]
+    for pattern in (rf"^([{letters}])(?![A-Za-z'])", rf"\(([{letters}])\)", rf"\b([{letters}])[.):]",
+                    rf"\b([{letters}])$"):
+        match = re.search(pattern, answer.strip())
+        # the A of "A dog" is an article, where the dog is an option
+        if match and not (answer.strip().startswith("A ") and len(named) == 1):
+            return match[1]
     return named[0] if len(named) == 1 else ""
 
 

@@ -5,9 +5,9 @@ A scene is one to four upright shapes on a plain ground of 32 x 32 pixels. It is
 alone: segmentation by colour, shape by matching, GenEval's rules for counts, colours and positions. Nothing
 in the judge is learned.
 
-Prompts are split by content: what a test prompt says (in either order, from either side) is never said in
-training. Only for a single shape, where there is too little to say, the wording is held out instead ("a photo
-of a heart").
+Prompts are split by content: what a test prompt says (in either order, from either side) is never said by
+itself in training. Only for a single shape, where there is too little to say, the wording is held out instead
+("a photo of a heart").
 
 Letters: B pictures, K components found in them, H W pixels.
 """

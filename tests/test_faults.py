@@ -152,8 +152,8 @@ def test_a_preempted_run_saves_and_leaves(stage: int, tiny_weights: Path, tmp_pa
 SPLIT = "--fsdp", "--gradient-checkpointing"
 
 
-@pytest.mark.parametrize("split", [(), SPLIT], ids=["plain", "fsdp"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage, split", [(1, ()), (2, ()), (3, ()), (1, ("--fsdp",)), (2, SPLIT),
+                                          (3, ("--fsdp",))])
 def test_two_ranks_take_the_step_that_one_takes(stage: int, split: tuple[str, ...], whole: Callable) -> None:
     one, two = whole(stage, 1)[0], whole(stage, 2, *split)[0]
     start = tiny_model().trainable(3)

@@ -172,9 +172,12 @@ def run_decode(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
     with torch.device(DEVICE):
         vae = DCAE(preset.vae).to(dtype).requires_grad_(False)
         z = torch.randn(args.batch, *preset.latent_shape, dtype=dtype)                  # (B, C, h, w)
-    decoder = naive.diffusers_vae(vae) if is_peer else vae
+    theirs = naive.diffusers_vae(vae) if is_peer else None
     while True:
-        decoder.decode(z)
+        if is_peer:
+            theirs.decode(z / preset.vae.scaling_factor)
+        else:
+            vae.decode(z)
         next(turns)
 
 
@@ -236,7 +239,7 @@ def stage3_flags(folder: str, preset: str) -> list[str]:
     flags = {"stage": 3, "preset": preset, "weights": "random", "run-dir": f"{folder}/run", "lr": 1e-6,
              "prompts": prompts, "eval-prompts": prompts, "rewards": f"{reward}:brightness", "num-eval": 1,
              "eval-steps": 1, "eval-every": never, "save-every": never, "steps": never,
-             # the paper's, whatever the preset's recipe says
+             # those of the full-size presets, whatever nano's recipe says
              "guidance-scale": 4.5, "sde-window": 0, "kl-coef": 0.01}
     return [f"--{name}={value}" for name, value in flags.items()]
 

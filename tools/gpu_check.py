@@ -3,8 +3,8 @@ does not get through by then is named in the table, and `--parts` asks for it al
 
     exact           DiT, LIM and DC-AE: bf16 against fp32, compiled against eager
     nano            a few steps of each stage; stage III's first ratio, eager and compiled, LDAM having fired
-    b-512, l-1024   one step of each stage at the micro-batch that plan.py says, eager and compiled: seconds,
-                    share of the matmul peak, memory beside the plan's, and what LDAM adds to it
+    b-512, l-1024   one step of each stage at the micro-batch that plan.py says (without reward models), eager
+                    and compiled: seconds, share of the matmul peak, memory beside the plan's, what LDAM adds
     dit ...         DiT of 1.6B at full depth, 16 rows, forward and training, beside diffusers
     sample, decode  20 steps with decoding, DC-AE at 512 and 1024 px, beside diffusers
 
