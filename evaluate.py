@@ -160,7 +160,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     if cfg.images:
         paths = sorted(path for path in Path(cfg.images).iterdir() if path.is_file())[:cfg.count]
         if len(paths) < 2:
-            raise Refused(f"expected at least 2 pictures in {cfg.images}, found {len(paths)}")
+            raise Refused(f"expected at least 2 pictures in --images {cfg.images}, found {len(paths)}")
         size = model.preset.image_size, model.preset.image_size
         crops = [ImageOps.fit(read_picture(path), size, Image.Resampling.BICUBIC) for path in paths]
         originals = torch.stack(list(map(to_tensor, crops)))                        # (B, 3, H, W)
@@ -191,13 +191,14 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     save_sheet(path, torch.cat(rows), columns, titles=["original", *kept])
 
     # how near they are to the originals
-    marks = {name: {"psnr": [], "ssim": [], "clip": []} for name in kept}
+    marks, seen = {}, embed_images(visual, originals, picture)                      # (B, E)
     for name, images in kept.items():
+        cosine = (embed_images(visual, images, picture) * seen).sum(-1)             # (B,)
+        marks[name] = {"psnr": [], "ssim": [], "clip": cosine.tolist()}
+        # these in fp64, few at a time
         for ours, theirs in zip(images.split(16), originals.split(16)):             # (b, 3, H, W) each
             marks[name]["psnr"] += psnr(ours, theirs).tolist()
             marks[name]["ssim"] += ssim(ours, theirs).tolist()
-            cosine = embed_images(visual, ours, picture) * embed_images(visual, theirs, picture)
-            marks[name]["clip"] += cosine.sum(-1).tolist()
     rows = paired(marks["last layer"], marks["all layers"])
     ends = paired(marks["another"], marks["autoencoder"])
     before = cfg.last_layer_file or "the same weights, read at the last layer"

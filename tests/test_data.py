@@ -45,7 +45,7 @@ def test_prompts_are_what_they_were() -> None:
 
 
 def test_a_list_of_prompts_is_gone_through_in_a_new_order_each_time() -> None:
-    drawn = [draw_prompt(list("abcdefg"), 2, 0, n // 2, n % 2) for n in range(21)]
+    drawn = [draw_prompt(list("abcdefg"), 2, -1, n // 2, n % 2) for n in range(21)]
     rounds = [drawn[0:7], drawn[7:14], drawn[14:21]]
     assert all(set(one) == set("abcdefg") for one in rounds) and rounds[0] != rounds[1] != rounds[2]
 

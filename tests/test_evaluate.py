@@ -181,9 +181,10 @@ def test_pictures_of_ones_own_are_cropped_and_kept(tmp_path: Path) -> None:
     evaluate.save_sheet(tmp_path / "sheet.png", torch.zeros(1, 3, 8, 8), 1, ["$^$"], ["$^$"])   # no formula
 
 
-@pytest.mark.parametrize("argv", [["--limit", "3", "geneval"], ["reconstruct"], ["compare", "--other", "x"]])
+@pytest.mark.parametrize("argv", [["--limit", "3", "geneval"], ["reconstruct"], ["compare", "--other", "x"],
+                                  ["reconstruct", "--images", "."]])
 def test_missing_data_is_refused(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No preset but nano has pictures and prompts of its own."""
+    """No preset but nano has pictures and prompts of its own; an empty folder has none either."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "load", lambda *args: SimpleNamespace(preset=PRESETS["l-1024"]))
     with pytest.raises(Refused, match="--help|--images|--prompts"):

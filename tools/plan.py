@@ -149,7 +149,7 @@ class Plan:
     # picture adds; the largest moment counts
     alive: list[list[tuple[float, float]]]
     group_size: int                     # pictures of a prompt: a micro-batch divides it, or is a multiple
-    rewards_bytes: float = 0.0          # of stage III
+    rewards_bytes: float = 0.0          # of stage III; nano's own weigh nothing
 
     def activations(self, m: int, checkpointing: bool = False) -> float:
         return max(one + more * (m - 1) for one, more in self.alive[checkpointing])
@@ -216,7 +216,7 @@ def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return Plan(cfg.stage, trained, sum(p.numel() for p in frozen), flops, images,
                 sum(p.nbytes for p in frozen), 4 * trained * copies, alive, group_size,
-                REWARDS if cfg.stage == 3 else 0.0)
+                REWARDS if cfg.stage == 3 and not model.preset.shapes_world else 0.0)
 
 
 # ----------------------------------------------------------------------------- tables
