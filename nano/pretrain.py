@@ -12,7 +12,8 @@
 in this order, since later ones need earlier ones, into runs/parts (--out). All are the classes of the full
 size with smaller numbers, written in the layout of their published counterparts. Six trainings share one
 loop, `train`. None of them is shown, by itself, what a test prompt says, in a caption, a question or a
-picture; longer lists, and pictures of three and four things that differ (vae, vlm), may hold it.
+picture (of a single shape: in its wording); longer lists, and pictures of three and four things that differ
+(vae, vlm), may hold it.
 
 Letters: B pictures or texts, S tokens, P patches, K things, D width of a tower, E of a condition or
 embedding, C h w latent.
