@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict:
     sampling = GRPOConfig(**PRESETS["nano"].recipes[3], seed=cfg.seed)
 
     # a picture of each prompt, and one of the prompt with one point changed
-    rng = rng_of("check", cfg.seed)
+    rng = rng_of("check", cfg.seed % 2 ** 32)
     prompts = world.prompt_list(True, cfg.pictures)
     others = [world.corrupt(rng, prompt) for prompt in prompts]
     images = draw(model, prompts + others, sampling)                                    # (2 B, 3, H, W)
