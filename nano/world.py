@@ -381,7 +381,7 @@ def in_benchmark(prompt: Prompt) -> bool:
     return prompt.task != "color_attr" or len(colors) == 2
 
 
-def prompt_list(test: bool, per_task: dict[str, int] | int, seed: int = 0) -> list[Prompt]:
+def prompt_list(test: bool, per_task: dict[str, int] | int) -> list[Prompt]:
     """Distinct prompts of one split, at most `per_task` of each task, tasks in turn order."""
     chosen = []
     for number, task in enumerate(TASKS):
@@ -390,7 +390,7 @@ def prompt_list(test: bool, per_task: dict[str, int] | int, seed: int = 0) -> li
             if prompt.task == task and in_benchmark(prompt):
                 worded = [replace(prompt, text=wording + prompt.text) for wording in WORDINGS]
                 fits += [prompt for prompt in worded if is_test(prompt) == test]
-        rng = np.random.default_rng([seed, number])
+        rng = np.random.default_rng([0, number])
         limit = per_task[task] if isinstance(per_task, dict) else per_task
         chosen += [fits[i] for i in rng.permutation(len(fits))[:limit]]
     return chosen
