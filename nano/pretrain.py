@@ -173,7 +173,9 @@ def write_part(folder: Path, net: DiT | DCAE) -> None:
 
 def load(net: nn.Module, folder: Path) -> Any:
     """`net` with the weights that an earlier training wrote."""
-    [path] = folder.glob("*.safetensors")
+    path = next(folder.glob("*.safetensors"), None)
+    if path is None:
+        raise Refused(f"no weights in {folder}: expected the parts before this one to be trained into --out")
     net.load_state_dict(load_file(path))
     return net.to(DEVICE)
 
