@@ -10,7 +10,7 @@
     aes      the aesthetic head: from CLIP's features to how bright the ground is, 1 to 10
 
 in this order, since later ones need earlier ones, into runs/parts (--out). All are the classes of the full
-size with smaller numbers, written in the layout of their published counterparts. Six trainings share one
+size with smaller numbers, written in the layout of their published counterparts. All trainings share one
 loop, `train`. None of them is shown, by itself, what a test prompt says, in a caption, a question or a
 picture (of a single shape: in its wording); longer lists, and pictures of three and four things that differ
 (vae, vlm), may hold it.

@@ -58,7 +58,7 @@ class Thing:
     color: str
     x: float            # centre, pixels
     y: float
-    r: float            # radius of the circle around the shape, pixels
+    r: float            # radius of its circle, pixels: some corners reach out of it, to 1.23 r at most
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def random_look(rng: Rng) -> Look:
 
 
 def arrange(rng: Rng, looks: list[Look]) -> Scene:
-    """Things of these looks, at least 1.5 pixels of ground between any two: the first fit of many draws."""
+    """Things of these looks, their circles at least 1.5 pixels apart: the first fit of many draws."""
     count = len(looks)
     tries = 4 ** (count - 1)
     low, high = (5.0, LARGEST) if count <= 2 else (4.4, 5.4)
@@ -128,7 +128,7 @@ def mean_radius(scene: Scene) -> float:
 # ----------------------------------------------------------------------------- drawing
 
 def box(x: Tensor, y: Tensor, width: float, height: float) -> Tensor:
-    """Distance to a box of these half widths at the origin, negative inside (in its corners too large)."""
+    """Distance to a box of these half widths at the origin, negative inside (off its corners too small)."""
     return torch.maximum(x.abs() - width, y.abs() - height)
 
 
@@ -199,7 +199,7 @@ def render(scenes: list[Scene]) -> Tensor:
         if things:
             color = torch.tensor([COLORS[thing.color] for thing in things])             # (K, 3)
             change = color[:, :, None, None] - ground[index]                            # (K, 3, 1, 1)
-            # adding is painting, since things never overlap
+            # adding is painting, since things hardly ever overlap
             images.index_add_(0, index, alpha[:, None] * change)
     return images
 
