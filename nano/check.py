@@ -66,7 +66,7 @@ def preferred(rng: world.Rng, prompt: Prompt, reward: str) -> Scene:
 def area_under_curve(right: Tensor, wrong: Tensor) -> float:
     """How often one of `right` is higher than one of `wrong`, ties counted half."""
     difference = right[:, None] - wrong                                                 # (right, wrong)
-    return float(((difference > 0).float() + 0.5 * (difference == 0)).mean())
+    return float(torch.heaviside(difference, torch.tensor(0.5)).mean())
 
 
 def main(argv: list[str] | None = None) -> dict:
