@@ -311,10 +311,8 @@ def asks_test(question: str) -> bool:
 def ask(rng: Rng, scene: Scene) -> Parts:
     """At most eight different questions about a scene with their answers, in half of the cases about sides
     only, if it has any: what is left of what takes longest to learn."""
-    pairs = []
-    for _ in range(4):
-        pairs += world.questions(rng, scene)
-    pairs = [pair for pair in dict.fromkeys(pairs) if not asks_test(pair[0])]
+    drawn = [pair for _ in range(4) for pair in world.questions(rng, scene)]
+    pairs = [pair for pair in dict.fromkeys(drawn) if not asks_test(pair[0])]
     about_sides = [pair for pair in pairs if any(relation in pair[0] for relation in world.RELATIONS)]
     if about_sides and rng.random() < 0.5:
         pairs = about_sides
@@ -330,16 +328,17 @@ def draw_row(rng: Rng, scene: Scene, reading: float) -> tuple[Parts, bool]:
     turned = replace(scene, things=scene.things[::pick(rng, (1, -1))])
     prompts = [prompt for prompt in world.prompts_of(turned) if not world.is_test(prompt)]
     shown = not prompts or rng.random() >= reading
+    first = IMAGE
     if not shown:
         sentence = pick(rng, world.WORDINGS) + prompts[-1].text
         if rng.random() < 0.5:
             return [(PROMPT.format(prompt=sentence), ""), *pairs], False
+        first = f"{sentence}. "
     elif prompts:
         description = "describe the picture.", pick(rng, prompts).text
         pairs.insert(rng.integers(len(pairs) + 1), description)
 
-    # questions and answers take turns, and the picture comes first
-    first = IMAGE if shown else f"{sentence}. "
+    # questions and answers take turns, and the picture or the sentence comes first
     parts = []
     for question, answer in pairs:
         parts.append((QUESTION.format(image=first, prompt=question), f"{answer}<|im_end|>\n"))
@@ -355,9 +354,8 @@ def plan(prompt: Prompt) -> Parts:
     nothing = ("no", "no")
     looks = [(shape, color or "no") for shape, color, _ in prompt.include]
     first, second = (looks + [nothing])[:2]
-    sides = {}
-    if prompt.relation:
-        sides = {prompt.relation: first, world.OPPOSITE[prompt.relation]: second}
+    # where no side is said, None is the only key
+    sides = {prompt.relation: first, world.OPPOSITE.get(prompt.relation): second}
     at_sides = [word for relation in world.RELATIONS for word in sides.get(relation, nothing)]
     number = world.NUMBERS[sum(count for _, _, count in prompt.include)]
     answers = [*at_sides, *first, *second] + 4 * [number]
@@ -455,8 +453,9 @@ def train_vlm(folder: Path, steps: int) -> Scores:
     def draw(rng: Rng, of: list[Scene], reading: float, facts: int, dialogues: int = 64,
              plans: int = 0) -> Batch:
         """Ids and labels of rows: facts, plans, dialogues about scenes; and the pictures shown, in order."""
-        rows, shown = [look_facts(rng) for _ in range(facts)], []
+        rows = [look_facts(rng) for _ in range(facts)]
         rows += [plan(prompt) for prompt in draw_prompts(rng, described, plans)[1]]
+        shown = []
         for k in rng.integers(len(of), size=dialogues):
             row, is_shown = draw_row(rng, of[k], reading)
             rows.append(row)
@@ -481,10 +480,10 @@ def train_vlm(folder: Path, steps: int) -> Scores:
     vlm.load_state_dict(written.state_dict())
     images, pairs = world.question_set(2000, SEED)
     questions, answers = zip(*pairs)
-    said = []
+    replies = []
     for i in range(0, len(pairs), 250):
-        said += model.answer(images[i:i + 250].to(DEVICE), questions[i:i + 250], max_new_tokens=4)
-    return {"answers_right": float(np.mean([a == b for a, b in zip(said, answers)]))}
+        replies += model.answer(images[i:i + 250].to(DEVICE), questions[i:i + 250], max_new_tokens=4)
+    return {"answers_right": float(np.mean([reply == answer for reply, answer in zip(replies, answers)]))}
 
 
 def answer_loss(model: ParaUni, ids: Tensor, labels: Tensor, images: Tensor) -> Tensor:
@@ -560,12 +559,13 @@ def train_clip(folder: Path, steps: int) -> Scores:
     see its patches, and both towers to put what is shown or said where one linear head finds it: contrast
     alone finds out late who is at which side of whom. Their light, which no caption says, is kept for the
     aesthetic head."""
-    model, scenes = CLIP(**CLIP_CONFIG), pool("clip", 30000)
+    model = CLIP(**CLIP_CONFIG)
     vae = load(DCAE(NANO.vae), folder / "vae")
     width = CLIP_CONFIG["embed_dim"]
     seeing = nn.Linear(VISION["width"], sum(SEEN))
-    reader, dimmer = nn.Linear(width, 2 * sum(SAID)), nn.Linear(width, 1)
-    taught = nn.ModuleList([model, seeing, reader, dimmer]).to(DEVICE)
+    reading = nn.Linear(width, 2 * sum(SAID))
+    lighting = nn.Linear(width, 1)
+    taught = nn.ModuleList([model, seeing, reading, lighting]).to(DEVICE)
     model.visual.output_tokens = True
 
     def loss_of(labels: Tensor, images: Tensor, light: Tensor, ids: Tensor, true: Tensor,
@@ -585,12 +585,13 @@ def train_clip(folder: Path, steps: int) -> Scores:
         contrast = F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :B].T, target)
         # entries of unit vectors are small: times sqrt(E) they are of size 1
         both = torch.cat([image, text]) * width ** 0.5                                  # (B + T, E)
-        known = reader(both).unflatten(1, (2, -1))                                      # (B + T, 2, 29)
+        known = reading(both).unflatten(1, (2, -1))                                     # (B + T, 2, 29)
         read = class_loss(known, said.movedim(-1, 0), SAID)
-        lit = F.mse_loss(dimmer(both[:B]).float().squeeze(1), light.to(DEVICE))
-        return contrast / 2 + class_loss(seeing(tokens), labels, SEEN) + read + 4 * lit
+        lit = F.mse_loss(lighting(both[:B]).float().squeeze(1), light.to(DEVICE))
+        seen = class_loss(seeing(tokens), labels, SEEN)
+        return contrast / 2 + seen + read + 4 * lit
 
-    draw = partial(draw_captions, scenes=scenes, count=96, wrong=2)
+    draw = partial(draw_captions, scenes=pool("clip", 30000), count=96, wrong=2)
     train("clip", taught, steps, 3e-3, draw, loss_of, 0.05)
     model.visual.output_tokens = False
     write_clip(folder / "clip", model)
@@ -628,7 +629,8 @@ def train_dit(folder: Path, steps: int) -> Scores:
         parts = [world.render(scenes[i:i + 256]) for i in range(0, len(scenes), 256)]
         latents = torch.cat([vae.encode(part.to(DEVICE) * 2 - 1) for part in parts])    # (scenes, C, h, w)
     place = {scene: i for i, scene in enumerate(scenes)}
-    seeing, inside = nn.Linear(NANO.dit.width, sum(SEEN)), {}
+    seeing = nn.Linear(NANO.dit.width, sum(SEEN))
+    inside = {}
     dit.transformer_blocks[3].register_forward_hook(lambda block, x, tokens: inside.update(tokens=tokens))
     taught = nn.ModuleList([clip, dit, seeing]).to(DEVICE)
 
