@@ -249,16 +249,14 @@ def patch_labels(scenes: list[Scene]) -> Tensor:
     side = world.SIZE // PATCH
     # the last shape and the last colour are the ground's
     ground = torch.tensor([len(world.SHAPES), len(world.COLORS), 0])
-    labels = ground[:, None, None].repeat(1, len(scenes), side * side)                  # (3, B, P)
-    for number, shape in enumerate(world.SHAPES):
-        index, things, covered = world.things_of_shape(scenes, shape)
-        share = F.avg_pool2d(covered[:, None], PATCH).flatten(1)                        # (K, P)
+    labels = ground[:, None, None, None].repeat(1, len(scenes), side, side)             # (3, B, side, side)
+    for index, things, covered in world.things_by_shape(scenes):
+        share = F.avg_pool2d(covered, PATCH)                                            # (K, side, side)
         for b, thing, here in zip(index, things, share > 0.3):
-            row, column = int(thing.y // PATCH), int(thing.x // PATCH)
-            labels[0, b, here] = number
+            labels[0, b, here] = world.SHAPES.index(thing.shape)
             labels[1, b, here] = world.COLOR_NAMES.index(thing.color)
-            labels[2, b, row * side + column] = 1
-    return labels
+            labels[2, b, int(thing.y) // PATCH, int(thing.x) // PATCH] = 1
+    return labels.flatten(2)                                                            # (3, B, P)
 
 
 # What a prompt may say of a thing: its shape, its colour, its number, its side of the other one
@@ -268,12 +266,12 @@ SAID = [len(world.SHAPES), len(world.COLORS), len(world.NUMBERS), len(world.RELA
 def said_of(prompt: Prompt) -> list[tuple]:
     """The classes of SAID for two things of a prompt, in the order of SHAPES: the same for "a star above a
     heart" and "a heart below a star". -100 is for what is left open, and for no second thing."""
-    colors, sides = list(world.COLORS), list(world.RELATIONS)
+    sides = list(world.RELATIONS)
     relations = prompt.relation, world.OPPOSITE.get(prompt.relation)
     said = []
     for (shape, color, count), relation in zip(prompt.include, relations):
         said.append((world.SHAPES.index(shape),
-                     colors.index(color) if color else -100,
+                     world.COLOR_NAMES.index(color) if color else -100,
                      count - 1,
                      sides.index(relation) if relation else -100))
     return (sorted(said) + [(-100,) * len(SAID)])[:2]

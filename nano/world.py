@@ -13,7 +13,7 @@ Letters: B pictures, K components found in them, H W pixels.
 """
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -194,24 +194,24 @@ def render(scenes: list[Scene]) -> Tensor:
     ground = dim + light[:, None] * (bright - dim)                                      # (B, 3)
     ground = ground[:, :, None, None]                                                   # (B, 3, 1, 1)
     images = ground.expand(-1, -1, SIZE, SIZE).clone()                                  # (B, 3, H, W)
-    for shape in SHAPES:
-        index, things, alpha = things_of_shape(scenes, shape)
-        if things:
-            color = torch.tensor([COLORS[thing.color] for thing in things])             # (K, 3)
-            change = color[:, :, None, None] - ground[index]                            # (K, 3, 1, 1)
-            # adding is painting, since things hardly ever overlap
-            images.index_add_(0, index, alpha[:, None] * change)
+    for index, things, alpha in things_by_shape(scenes):
+        color = torch.tensor([COLORS[thing.color] for thing in things])                 # (K, 3)
+        change = color[:, :, None, None] - ground[index]                                # (K, 3, 1, 1)
+        # adding is painting, since things hardly ever overlap
+        images.index_add_(0, index, alpha[:, None] * change)
     return images
 
 
-def things_of_shape(scenes: list[Scene], shape: str) -> tuple[Tensor, list[Thing], Tensor]:
-    """All things of one shape: the numbers (K,) of their scenes, the things, what they cover (K, H, W)."""
-    found = [(b, thing)
-             for b, scene in enumerate(scenes)
-             for thing in scene.things if thing.shape == shape]
-    index, things = torch.tensor([b for b, _ in found]), [thing for _, thing in found]
-    x, y, r = torch.tensor([(thing.x, thing.y, thing.r) for thing in things]).view(-1, 3).T
-    return index, things, coverage(shape, x, y, r)
+def things_by_shape(scenes: list[Scene]) -> Iterator[tuple[Tensor, tuple[Thing, ...], Tensor]]:
+    """For each shape the numbers (K,) of the scenes of its things, the things, what they cover (K, H, W)."""
+    for shape in SHAPES:
+        found = [(b, thing) for b, scene in enumerate(scenes)
+                 for thing in scene.things if thing.shape == shape]
+        if found:
+            index, things = zip(*found)
+            places = [(thing.x, thing.y, thing.r) for thing in things]
+            x, y, r = torch.tensor(places).T                                            # (K,) each
+            yield torch.tensor(index), things, coverage(shape, x, y, r)
 
 
 # ----------------------------------------------------------------------------- prompts
@@ -385,11 +385,9 @@ def prompt_list(test: bool, per_task: dict[str, int] | int) -> list[Prompt]:
     """Distinct prompts of one split, at most `per_task` of each task, tasks in turn order."""
     chosen = []
     for number, task in enumerate(TASKS):
-        fits = []
-        for prompt in every_prompt().values():
-            if prompt.task == task and in_benchmark(prompt):
-                worded = [replace(prompt, text=wording + prompt.text) for wording in WORDINGS]
-                fits += [prompt for prompt in worded if is_test(prompt) == test]
+        asked = [prompt for prompt in every_prompt().values() if prompt.task == task and in_benchmark(prompt)]
+        worded = [replace(prompt, text=wording + prompt.text) for prompt in asked for wording in WORDINGS]
+        fits = [prompt for prompt in worded if is_test(prompt) == test]
         rng = np.random.default_rng([0, number])
         limit = per_task[task] if isinstance(per_task, dict) else per_task
         chosen += [fits[i] for i in rng.permutation(len(fits))[:limit]]
