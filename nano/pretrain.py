@@ -773,7 +773,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(DEVICE.type == "cpu")
 
-    for part in cfg.parts or PARTS:
+    # in whatever order they are named
+    for part in [part for part in PARTS if part in (cfg.parts or PARTS)]:
         train_part, steps, place = PARTS[part]
         steps = max(1, round(steps * cfg.scale))
         start = time.time()

@@ -216,11 +216,11 @@ def test_people_prefer_what_they_asked_for_and_large(monkeypatch: pytest.MonkeyP
 
 
 def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None) -> None:
-    """All six parts, a few steps each; loading is strict; each training.json says how."""
+    """All six parts, a few steps each, in their own order; loading is strict; each training.json says how."""
     for parts, missing in (["vae", "vml"], "vml"), (["aes"], "clip"):
         with pytest.raises(Refused, match=missing):
             pretrain.main([*parts, "--out", str(tmp_path)])
-    pretrain.main(["--out", str(tmp_path)])
+    pretrain.main([*reversed(pretrain.PARTS), "--out", str(tmp_path)])
     for part, (_, steps, place) in pretrain.PARTS.items():
         record = json.loads((tmp_path / place / "training.json").read_text())
         assert record["command"] == f"python nano/pretrain.py {part}" and record["steps"] == steps
