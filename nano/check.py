@@ -44,7 +44,8 @@ class CheckConfig:
 
 def draw(model: ParaUni, prompts: list[Prompt], cfg: GRPOConfig) -> Tensor:
     """Pictures (B, 3, H, W) of prompts, as an epoch of stage III draws them."""
-    images, steps = [], trained_steps(cfg.num_steps, cfg.sde_window, 0)
+    steps = trained_steps(cfg.num_steps, cfg.sde_window, 0)
+    images = []
     for i in range(0, len(prompts), 64):
         texts = [prompt.text for prompt in prompts[i:i + 64]]
         keys = [(cfg.seed, "check", i + j) for j in range(len(texts))]

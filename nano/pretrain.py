@@ -457,7 +457,8 @@ def train_vlm(folder: Path, steps: int) -> Scores:
         for k in rng.integers(len(of), size=dialogues):
             row, is_shown = draw_row(rng, of[k], reading)
             rows.append(row)
-            shown += [of[k]] * is_shown
+            if is_shown:
+                shown.append(of[k])
         return *encode_rows(model.tokenizer, rows), world.render(shown)
 
     answer = partial(answer_loss, model)

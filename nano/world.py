@@ -299,8 +299,9 @@ def sample_prompt(rng: Rng, scene: Scene, test: bool = False) -> Prompt | None:
     fits = [prompt for prompt in prompts if is_test(prompt) == test]
     if not fits:
         return None
-    weights = [1 + bool(prompt.include[0][1]) + bool(prompt.relation) for prompt in fits]
-    return fits[rng.choice(len(fits), p=np.divide(weights, sum(weights)))]
+    # one for the shapes, one for their colours, one for their places
+    weights = np.array([1 + bool(prompt.include[0][1]) + bool(prompt.relation) for prompt in fits])
+    return fits[rng.choice(len(fits), p=weights / weights.sum())]
 
 
 def scene_for(rng: Rng, prompt: Prompt) -> Scene:
@@ -456,8 +457,8 @@ def vocabulary() -> list[str]:
     frame = ("user assistant generate an image a and of with left right above below is are the there what "
              "how many color shape shapes yes no picture photo drawing sticker card page tile print keep "
              "as it describe ground in").split()
-    plural = [shape + "s" for shape in SHAPES]
-    return [*frame, *SHAPES, *plural, *COLORS, *NUMBERS, "\n", ":", ".", "?", ","]
+    plurals = [shape + "s" for shape in SHAPES]
+    return [*frame, *SHAPES, *plurals, *COLORS, *NUMBERS, *"\n:.?,"]
 
 
 # ----------------------------------------------------------------------------- the judge
