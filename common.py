@@ -310,10 +310,10 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
     if not dist.lead:
         return state
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    # a run goes on in its own folder, or in one that holds none
+    # a run goes on in its own folder, or in one that holds none: no line of a log and no checkpoint
     home = checkpoint.resolve().parents[1] if checkpoint else None
     is_own = cfg.resume == "auto" or home == Path(cfg.run_dir).resolve()
-    if lines and not is_own:
+    if (lines or find_checkpoint("auto", cfg.run_dir)) and not is_own:
         raise Refused(f"{cfg.run_dir} already holds a run: go on with --resume auto, or change --run-dir")
     # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3 writes the
     # checkpoint's own line again
@@ -325,12 +325,16 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
     return state
 
 
+# the names that save_checkpoint gives: what else lies there, a copy as best.pt, is the user's
+CHECKPOINT = "[0-9]" * 8 + ".pt"
+
+
 def find_checkpoint(resume: str, run_dir: str) -> Path | None:
     """What --resume means: "" nothing, "auto" the newest in the run's folder if there is one, else a path."""
     if Path(resume).is_file() or not resume:
         return Path(resume) if resume else None
     folder = Path(run_dir if resume == "auto" else resume) / "checkpoints"
-    newest = max(folder.glob("*.pt"), default=None)
+    newest = max(folder.glob(CHECKPOINT), default=None)
     if newest is None and resume != "auto":
         raise Refused(f"no checkpoint in {resume}: --resume takes auto, a run folder or a checkpoint of it")
     return newest
@@ -343,10 +347,13 @@ def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: Weights, em
     state = whole({"trained": params, "ema": ema, "optimizer": optimizer.state_dict(), **rest})
     if dist.lead:
         newest = Path(cfg.run_dir) / "checkpoints" / f"{number:08}.pt"
+        # a kill left half of one: at full size that is tens of gigabytes
+        for path in newest.parent.glob(f".{CHECKPOINT}.*"):
+            path.unlink()
         with atomic(newest) as temporary:
             torch.save(state | {"config": config_dict(cfg)}, temporary)
-        past = sorted(path for path in newest.parent.glob("*.pt") if path <= newest)
-        for path in newest.parent.glob("*.pt"):
+        past = sorted(path for path in newest.parent.glob(CHECKPOINT) if path <= newest)
+        for path in newest.parent.glob(CHECKPOINT):
             if path not in past[-max(cfg.keep, 1):]:
                 path.unlink()
 

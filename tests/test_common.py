@@ -37,8 +37,7 @@ def test_defaults_then_recipe_then_flags() -> None:
     assert parse_config(Flags, [], recipe) == Flags()
     assert parse_config(Flags, ["--size", "large"], recipe) == Flags(size="large", lr=0.5, compile=True)
     # a flag that equals the default still beats the recipe
-    given = ["--lr", "1e-4", "--size=large", "--no-compile"]
-    assert parse_config(Flags, given, recipe) == Flags(size="large")
+    assert parse_config(Flags, ["--lr=1e-4", "--size=large", "--no-compile"], recipe) == Flags(size="large")
 
 
 def test_a_flag_that_is_younger_than_a_run_had_its_default_there() -> None:
@@ -91,12 +90,14 @@ def saved(cfg: RunConfig) -> list[int]:
 def test_the_newest_stay_and_another_future_goes(cfg: RunConfig) -> None:
     save(cfg, 5, 10, 100)
     assert saved(cfg) == [10, 100]
+    for copy_or_half in ("999.pt", ".00000110.pt.77"):
+        (Path(cfg.run_dir) / "checkpoints" / copy_or_half).touch()
     save(replace(cfg, keep=1), 200)
-    assert saved(cfg) == [200]
+    assert saved(cfg) == [200, 999] and find_checkpoint("auto", cfg.run_dir).stem == "00000200"
     save(replace(cfg, keep=3), 160, 170, 150, 165)
-    assert saved(cfg) == [150, 165]
+    assert saved(cfg) == [150, 165, 999]
     save(replace(cfg, keep=9), *range(170, 180))
-    assert saved(cfg) == list(range(171, 180))
+    assert saved(cfg) == [*range(171, 180), 999]
 
 
 @pytest.mark.parametrize("module, function", [(torch, "save"), (os, "replace")])
@@ -127,8 +128,9 @@ def test_a_run_folder_is_resumed_from_its_newest_checkpoint(cfg: RunConfig, tmp_
     save(cfg, 9, 10)
     newest = Path(cfg.run_dir) / "checkpoints" / "00000010.pt"
     assert find_checkpoint("auto", cfg.run_dir) == find_checkpoint(cfg.run_dir, "elsewhere") == newest
-    with pytest.raises(Refused, match="no checkpoint in .*nothing"):
-        find_checkpoint(str(tmp_path / "nothing"), cfg.run_dir)
+    for resume, words in (("", "already holds a run"), (str(tmp_path / "gone"), "no checkpoint in .*gone")):
+        with pytest.raises(Refused, match=words):
+            open_run(replace(cfg, resume=resume), ALONE)
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(cfg: RunConfig) -> None:
