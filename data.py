@@ -31,6 +31,9 @@ def read_prompts(path: str | Path) -> list[str]:
         raise Refused(f"expected {path} to hold one prompt a line in UTF-8: {error}") from error
     if not prompts:
         raise Refused(f"expected one prompt a line in {path}, found none")
+    # benchmarks come as JSON, which would be painted letter by letter
+    if re.match(r'[\[{]\s*("|$)', prompts[0]):
+        raise Refused(f"expected one prompt a line in {path}, found JSON: {prompts[0]:.80}")
     return prompts
 
 

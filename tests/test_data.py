@@ -30,7 +30,7 @@ def test_a_prompt_is_a_line_of_utf8(tmp_path: Path) -> None:
     assert read_prompts(path) == ["two stars", "a heart\u2028and a moon", "a ring"]
 
 
-@pytest.mark.parametrize("content", [b" \n\n", b"gr\xfcn"])
+@pytest.mark.parametrize("content", [b" \n\n", b"gr\xfcn", b'{"tag": "colors", "prompt": "a cat"}\n'])
 def test_a_file_without_prompts_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(Refused, match="prompts.txt"):
