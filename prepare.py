@@ -366,6 +366,9 @@ def main(argv: list[str] | None = None) -> None:
         found = [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True))
         if not found:
             raise Refused(f"--data {word} matches nothing: * ? [] ** do, {{0..9}} does not, commas separate")
+        # its shards would be among the files that a second start finds, and it could not go on
+        if any(Path(cfg.out).resolve().is_relative_to(Path(source).resolve()) for source in found):
+            raise Refused(f"--out {cfg.out} lies in --data {word}: choose a folder beside it")
         sources |= dict.fromkeys(map(Path, found))
     preset = PRESETS[cfg.preset]
     vae = load_vae(cfg.preset, cfg.weights).to(dist.device)

@@ -181,7 +181,7 @@ def test_too_many_bad_samples_and_none_at_all_stop_it(tmp_path: Path) -> None:
     assert "00005.png" in (tmp_path / "out" / "left-out.jsonl").read_text()
     assert len(read(tmp_path / "out", path, max_bad=0.15)[0]) == 8
     write_files(tmp_path / "small", {"a.png": picture(70, 70), "a.txt": b"x"})
-    for source, words in (("small", "0 samples"), ("{000..219}.tar", "matches nothing")):
+    for source, words in (("small", "0 samples"), ("{000..219}.tar", "matches nothing"), ("", "lies in")):
         with pytest.raises(Refused, match=words):
             run(tmp_path / "none", tmp_path / source, max_bad=0)
     assert not (tmp_path / "none" / "index.json").exists()
