@@ -160,7 +160,7 @@ def pair(places: Iterable[Place]) -> Iterator[Sample | LeftOut]:
         pictures = [place for place in group if place.name.lower().endswith(PICTURES)]
         captions = [place for place in group if place.name.lower().endswith(CAPTIONS)]
         if len(pictures) == 1 and captions:
-            yield Sample(pictures[0], max(captions))
+            yield Sample(pictures[0], max(captions, key=lambda place: place.name.lower()))
         else:
             reason = f"{len(pictures)} pictures and {len(captions)} captions have this name"
             yield from (LeftOut(place.name, "bad", reason) for place in group)

@@ -80,13 +80,13 @@ def test_a_tar_with_everything_in_it(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {
         "good.png": good, "good.txt": text, "./sub/json.png": good, "./sub/json.json": b'{"prompt": "json"}',
         "both.png": good, "both.json": b'{"caption": "no"}', "both.txt": b"txt first",
-        "UPPER.v1.PNG": good, "UPPER.v1.TXT": b"\xef\xbb\xbfa\xe2\x80\xa8b", "alone.png": good,
+        "UPPER.v1.PNG": good, "UPPER.v1.TXT": b"\xef\xbb\xbfa\xe2\x80\xa8b", "UPPER.v1.json": b"{}",
         "two.jpg": good, "two.png": good, "two.txt": text, "latin.png": good, "latin.txt": b"gr\xfcn",
         "blank.png": good, "blank.txt": b" \n", "nokey.png": good, "nokey.json": b'{"url": "x"}',
         "deep.png": good, "deep.json": b"[" * 100_000, "small.png": picture(80, 200), "small.txt": text,
         "thin.png": picture(900, 90), "thin.txt": text, "cut.png": good[:-100], "cut.txt": text,
         "../up.png": good, "../up.txt": text, "/root.png": good, "b.pkl": pickle.dumps(print),
-        "._good.png": b"x", "long.txt": b"x" * 2 ** 21, "long.png": good})
+        "._good.png": b"x", "long.txt": b"x" * 2 ** 21, "long.png": good, "alone.png": good})
     with tarfile.open(path, "a") as tar:
         for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE),
                            ("pipe.png", tarfile.FIFOTYPE), ("folder.png", tarfile.DIRTYPE)):
