@@ -167,11 +167,11 @@ def pair(places: Iterable[Place]) -> Iterator[Sample | LeftOut]:
 
 
 def read_list(path: Path) -> Iterator[Sample | LeftOut]:
-    """The samples of a JSON list, or of JSON lines; paths are relative to its folder."""
+    """The samples of a JSON list, or of JSON lines, each on its own; paths are relative to its folder."""
     root = os.path.realpath(path.parent)
     try:
         text = "\n".join(read_lines(path))
-        entries = json.loads(text) if text.startswith("[") else map(json.loads, text.split("\n"))
+        entries = json.loads(text) if text.startswith("[") else map(read_line, text.split("\n"))
         for entry in entries:
             fields = entry if isinstance(entry, dict) else {}
             image, annotation = fields.get("image"), fields.get("annotation")
@@ -183,10 +183,18 @@ def read_list(path: Path) -> Iterator[Sample | LeftOut]:
                 name = str(path.parent / image)
                 yield Sample(Place(name, name, root=root), caption)
             else:
-                reason = "no image, or no annotation or caption"
+                reason = "no JSON, no image, or no annotation or caption"
                 yield LeftOut(f"{path}: {json.dumps(entry):.200}", "bad", reason)
     except Exception as error:
         yield LeftOut(str(path), "bad", f"{error}: the entries from there on are lost")
+
+
+def read_line(line: str) -> object:
+    """What a line of JSON holds; one that is none stands for itself, and costs no other."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line
 
 
 def caption_in(entry: object) -> str:
