@@ -311,8 +311,8 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
         return state
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     # a run goes on in its own folder, or in one that holds none: no line of a log and no checkpoint
-    home = checkpoint.resolve().parents[1] if checkpoint else None
-    is_own = cfg.resume == "auto" or home == Path(cfg.run_dir).resolve()
+    home = checkpoint.resolve().parent if checkpoint else None
+    is_own = cfg.resume == "auto" or home == (Path(cfg.run_dir) / "checkpoints").resolve()
     if (lines or find_checkpoint("auto", cfg.run_dir)) and not is_own:
         raise Refused(f"{cfg.run_dir} already holds a run: go on with --resume auto, or change --run-dir")
     # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3 writes the
