@@ -181,8 +181,8 @@ def read_tensors(path: Path) -> tuple[Weights, dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise Refused(f"{path} is missing, truncated or no safetensors file ({error}): change --weights or "
-                      "--init; tools/convert.py writes the published weights") from error
+        raise Refused(f"{path} is missing, truncated or no safetensors file ({error}): change --weights, "
+                      "--init or --stage-file; tools/convert.py writes the published weights") from error
 
 
 @torch.no_grad()
