@@ -13,6 +13,7 @@ gradient, and only the queries are back-propagated through.
 Letters: B prompts, L VLM layers, N queries, S prompt tokens, D VLM width, E condition width, C H W latent.
 """
 import json
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -289,6 +290,9 @@ class ParaUni(nn.Module):
             stage_file = highest if stage is None else folder / f"stage{stage}.safetensors"
             if stage == 0 or weights == "random":
                 stage_file = "none"
+            # enough to be asked about pictures; what it draws is noise
+            elif stage_file == "none":
+                warnings.warn(f"no stage file in {folder}: queries and LIM are untrained", stacklevel=2)
         # what was new when the stage was trained is still not in the published files
         if stage_file != "none":
             fresh += tuple(json.loads(read_tensors(Path(stage_file))[1].get("fresh", "[]")))

@@ -166,7 +166,6 @@ def test_a_list_with_everything_in_it(lines: bool, tmp_path: Path) -> None:
                {"image": str(tmp_path / "00005.png"), "caption": "x"}, {"image": "nul\0.png", "caption": "x"},
                {"image": "00000.png", "annotation": "gone.txt"}, {"image": "00000.png"}, {"caption": "x"}, 7]
     texts = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-    # of lines a broken one costs itself
     text = "\n".join(['{"image": "000', *texts]) if lines else f"[{', '.join(texts)}]"
     (folder / "list.json").write_text("\ufeff" + text)
     assert read(tmp_path / "out", folder / "list.json")[0] == ["b", "caption 0", "said\u2028here"]
