@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common import Refused, derive_seed, fingerprint, read_lines
@@ -116,7 +116,15 @@ def read_shards(folder: str, stamp: dict) -> list[tuple[Path, int]]:
     index = json.loads(path.read_text())
     if index["stamp"] != stamp:
         raise Refused(f"the latents in {folder} are of another model: {index['stamp']} instead of {stamp}")
-    return [(path.with_name(name), count) for name, count in index["shards"].items()]
+    shards = [(path.with_name(name), count) for name, count in index["shards"].items()]
+    # a copy may lack some, or the ends of some: the first step that drew from one would end every restart too
+    for shard, _ in shards:
+        try:
+            safe_open(shard, "pt")
+        except (OSError, SafetensorError) as error:
+            raise Refused(f"{shard} is missing or cut off: copy it again, or delete it and run prepare.py as "
+                          "before") from error
+    return shards
 
 
 def parse_mixture(spec: tuple[str, ...]) -> tuple[list[list[str]], list[float]]:

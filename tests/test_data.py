@@ -174,6 +174,9 @@ def test_item_n_is_a_function_of_seed_and_n(tmp_path: Path) -> None:
     for n in (37, 2, 20):
         assert again.batch(n // 4, [n % 4]).captions[0].startswith(whole[n] + " ")
     assert captions_of((folder,), 40, seed=1) != whole
+    (tmp_path / "a" / "2.safetensors").write_bytes(b"half of it")
+    with pytest.raises(Refused, match="2.safetensors is missing or cut off"):
+        Latents((folder,), 4, 0, PARAUNI)
 
 
 @pytest.mark.parametrize("counts", [[[1]], [[3, 0, 5], [1, 2]], [[64]]])

@@ -123,10 +123,9 @@ def test_sources_that_are_damaged_or_lie_about_sizes_are_named(tmp_path: Path) -
     write_tar(tmp_path / "packed.tar", pairs(0), "w:gz")
     member = tarfile.TarInfo("a.png")
     member.size = -1024                                 # tarfile would read in circles
-    entry = b'{"image": "1.png", "caption": "x"}'
     bad = {"noise.tar": np.random.default_rng(0).bytes(5000), "nothing.tar": b"",
            "negative.tar": member.tobuf(tarfile.GNU_FORMAT) + bytes(2048),
-           "a.json": b"[" + entry + b", {...", "b.json": b"\xff"}
+           "a.json": b'[{"image": "1.png", "caption": "x"}, {...', "b.json": b"\xff"}
     write_files(tmp_path, {"1.png": picture(), **bad})
     captions, left_out = read(tmp_path / "out", tmp_path / "*.tar", tmp_path / "*.json")
     assert captions == ["caption 0"] and left_out.keys() == {"packed.tar", *bad}
@@ -200,7 +199,6 @@ def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
 def test_a_crop_is_a_square_along_the_long_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "read_bytes", lambda place, limit: picture(200, 100))
     sample = prepare.Sample(prepare.Place("a.png", ""), "x")
-    # arrays: a tensor would leave a worker through shared memory, of which a container has little
     crops = [prepare.read_sample(sample, 50, seed)[0].astype(int) for seed in range(40)]
     assert all(crop.shape == (50, 50, 3) for crop in crops)
     assert all(crop[0, 0, 1] < 6 and crop[-1, 0, 1] > 192 for crop in crops)            # from top to bottom
@@ -253,10 +251,9 @@ def test_a_killed_run_goes_on(corpus: list[Path], tmp_path: Path, monkeypatch: p
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
         save(tensors, path, metadata)
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "save_file", save_or_die)
-        process = in_child(lambda: run(tmp_path / "out", *corpus, per_shard=4))
-        process.join(60)
+    process = in_child(lambda: (monkeypatch.setattr(prepare, "save_file", save_or_die),
+                                run(tmp_path / "out", *corpus, per_shard=4)))
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / "out" / "index.json").exists()
     run(tmp_path / "out", *corpus, per_shard=4)
     whole = contents(tmp_path / "whole")
