@@ -190,14 +190,14 @@ def own(tmp_path: Path) -> Path:
 
 def test_a_function_finds_what_lies_beside_it(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "own", raising=False)
-    # a module of the current folder
     (own / "other").mkdir()
     (own / "other" / "own.py").write_text("from common import red\ndef f(x, prompts): return red(x)\n")
     (own / "other" / "common.py").write_text("def red(x): return x[:, 0].mean(dim=(1, 2))\n")
     monkeypatch.chdir(own / "other")
     assert torch.equal(build_reward("own:f", "cpu")(IMAGES, PROMPTS[:3]), IMAGES[:, 0].mean(dim=(1, 2)))
-    # a file of the same name in another folder
-    scores = build_reward(f"{own / 'own.py'}:brightness", "cpu")(IMAGES, PROMPTS[:3])
+    # a link to a file of the same name in another folder
+    (own / "other" / "link.py").symlink_to(own / "own.py")
+    scores = build_reward("link.py:brightness", "cpu")(IMAGES, PROMPTS[:3])
     assert torch.equal(scores, (IMAGES / 2).mean(dim=(1, 2, 3)))
     assert sys.modules["common"].Refused is Refused         # and ours is ours again
 
