@@ -33,9 +33,9 @@ from torchvision.transforms.functional import to_tensor
 
 from common import Refused, derive_seed, knob, run
 from evaluation import (DrawConfig, HeldoutConfig, ScoreConfig, ablate, dpg, draw, draw_files, finish,
-                        heldout_prompts, layers, load, mean_and_error, report, spread, start, table,
-                        title_of, understand, write_lines)
-from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, sample_job, task_scores
+                        heldout_prompts, layers, load, mean_and_error, report, start, table, title_of,
+                        understand, write_lines)
+from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, sample_jobs, task_scores
 from grpo import open_rewards, score_heldout
 from model import PRESETS, weights_folder
 from nano import world
@@ -51,19 +51,18 @@ def geneval(argv: list[str] | None = None) -> dict:
 
     # nano: its held-out prompts
     prompts, folder = world.benchmark_prompts(), Path(cfg.out)
-    keys = [(i, j) for i in spread(cfg.limit, len(prompts)) for j in range(cfg.per_prompt)]
-    jobs = [sample_job(cfg, folder / "images", i, j, prompts[i].text) for i, j in keys]
-    draw_files(cfg, dist, jobs)
+    jobs = sample_jobs(cfg, dist, [{"tag": prompt.task, "prompt": prompt.text} for prompt in prompts])
+    draw_files(cfg, dist, [*jobs.values()])
     if not (cfg.score and dist.lead):
         return {}
 
-    images = torch.stack([to_tensor(read_picture(path)) for path, _, _ in jobs])    # (B, 3, H, W)
-    verdicts = dict(zip(keys, world.judge(images, [prompts[i] for i, _ in keys])))
+    images = torch.stack([to_tensor(read_picture(path)) for path, _, _ in jobs.values()])   # (B, 3, H, W)
+    verdicts = dict(zip(jobs, world.judge(images, [prompts[i] for i, _ in jobs])))
     write_lines(folder / "verdicts.jsonl", [
         {"prompt": i, "sample": j, "right": right, "task": prompts[i].task, "text": prompts[i].text}
         for (i, j), right in verdicts.items()])
-    is_part = len(keys) != len(prompts) * PER_PROMPT or cfg.per_prompt != PER_PROMPT
-    title = title_of("nano GenEval", {f"{len(keys)} pictures of {len(prompts)} x {PER_PROMPT}": is_part})
+    is_part = len(jobs) != len(prompts) * PER_PROMPT or cfg.per_prompt != PER_PROMPT
+    title = title_of("nano GenEval", {f"{len(jobs)} pictures of {len(prompts)} x {PER_PROMPT}": is_part})
     scores = task_scores(verdicts, [prompt.task for prompt in prompts])
     return finish(cfg, "geneval", {**title, **scores},
                   f"{title['name']}\n{table(scores['tasks'])}\npictures {folder / 'images'}")

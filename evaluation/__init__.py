@@ -171,6 +171,14 @@ def draw(cfg: DrawConfig, model: ParaUni, prompts: list[str], seeds: list[int], 
     return torch.cat(drawn)                                                         # (B, 3, H, W)
 
 
+def keep_request(path: Path, request: Any, dist: Dist) -> None:
+    """Write beside pictures what they are to show, as a line of JSON; refuse those of something else."""
+    if path.is_file() and read_json(path) != request:
+        raise Refused(f"{path} asks for something else than this command: choose another --out")
+    if dist.lead:
+        write_lines(path, [request])
+
+
 # a file to be drawn, its prompt, and the seed of its picture, or of each of four in a square
 Job = tuple[Path, str, list[int]]
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from common import Refused, derive_seed, knob, write_json
-from evaluation import (DrawConfig, draw_files, fetched, finish, load_judge, mean_and_error, read_csv,
-                        read_json, read_judged, spread, start, table, title_of, wait)
+from evaluation import (DrawConfig, draw_files, fetched, finish, keep_request, load_judge, mean_and_error,
+                        read_csv, read_json, read_judged, spread, start, table, title_of, wait)
 from pictures import read_picture
 
 QUESTIONS_URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
@@ -122,11 +122,8 @@ def main(argv: list[str] | None = None) -> dict:
     if not (cfg.images or cfg.answers):
         jobs = []
         for name, rows in items:
-            text, path = rows[0]["text"], folder / f"{name}.json"
-            if path.is_file() and read_json(path) != text:
-                raise Refused(f"{path} asks for something else than --questions there: choose another --out")
-            if dist.lead:
-                write_json(path, text)
+            text = rows[0]["text"]
+            keep_request(folder / f"{name}.json", text, dist)
             seeds = [derive_seed(cfg.seed, "dpg", name, k) for k in range(4)]
             jobs.append((folder / f"{name}.png", text, seeds))
         draw_files(cfg, dist, jobs)

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from transformers import Mask2FormerForUniversalSegmentation
 
 from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines, write_json
-from evaluation import (DrawConfig, Job, draw_files, fetched, finish, load_judge, mean_and_error, read_json,
-                        read_judged, spread, table, title_of, wait, write_lines)
+from evaluation import (DrawConfig, Job, draw_files, fetched, finish, keep_request, load_judge,
+                        mean_and_error, read_json, read_judged, spread, table, title_of, wait, write_lines)
 from model import weights_folder
 from nano.world import TASKS, sides
 from pictures import read_picture
@@ -227,9 +227,16 @@ class ColorNamer:
 
 # ----------------------------------------------------------------------------- the command
 
-def sample_job(cfg: GenevalConfig, folder: Path, i: int, j: int, text: str) -> Job:
-    """Picture j of prompt i, where GenEval has it."""
-    return folder / f"{i:05}/samples/{j:05}.png", text, [derive_seed(cfg.seed, "geneval", i, j)]
+def sample_jobs(cfg: GenevalConfig, dist: Dist, requests: list[dict]) -> dict[tuple[int, int], Job]:
+    """(prompt, sample) -> its picture, where GenEval has it, of the prompts that --limit picks."""
+    jobs = {}
+    for i in spread(cfg.limit, len(requests)):
+        folder = Path(cfg.out) / "images" / f"{i:05}"
+        keep_request(folder / "metadata.jsonl", requests[i], dist)
+        for j in range(cfg.per_prompt):
+            seed = derive_seed(cfg.seed, "geneval", i, j)
+            jobs[i, j] = folder / f"samples/{j:05}.png", requests[i]["prompt"], [seed]
+    return jobs
 
 
 def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
@@ -238,16 +245,7 @@ def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
     # pictures, those of a prompt in a folder with its metadata.jsonl
     if not cfg.images:
         lines = read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))
-        jobs = []
-        for i in spread(cfg.limit, len(lines)):
-            request = json.loads(lines[i])
-            path = folder / f"{i:05}" / "metadata.jsonl"
-            if path.is_file() and read_json(path) != request:
-                raise Refused(f"{path} asks for something else than --metadata there: choose another --out")
-            if dist.lead:
-                write_lines(path, [request])
-            jobs += [sample_job(cfg, folder, i, j, request["prompt"]) for j in range(cfg.per_prompt)]
-        draw_files(cfg, dist, jobs)
+        draw_files(cfg, dist, [*sample_jobs(cfg, dist, [*map(json.loads, lines)]).values()])
 
     # of each prompt its folder, what it asks for, and the names of its pictures
     prompts = []

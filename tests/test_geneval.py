@@ -276,8 +276,9 @@ def test_pictures_are_drawn_in_geneval_s_layout_and_only_once(tmp_path: Path, pa
             grey = Image.open(tmp_path / f"images/{i:05}/samples/{j:05}.png").getpixel((0, 0))[0]
             assert grey == derive_seed(0, "geneval", i, j) % 200
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, REQUESTS[::-1])))
-    with pytest.raises(Refused, match="00000/metadata.jsonl asks for something else"):
-        score(tmp_path, *flags)
+    for others in (flags, ["--no-score"]):                  # of another file, and nano's own
+        with pytest.raises(Refused, match="00000/metadata.jsonl asks for something else"):
+            score(tmp_path, *others)
 
 
 def test_processes_share_the_files(tmp_path: Path, painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
