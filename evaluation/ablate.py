@@ -98,6 +98,11 @@ def main(argv: list[str] | None = None) -> dict:
     cfg = parse_config(AblateConfig, argv, description=__doc__.split("\n")[0])
     if not set(cfg.rows) <= set(ROWS) or cfg.seeds < 2:
         raise Refused(f"expected --seeds to be at least 2, and --rows some of {', '.join(ROWS)}")
+    # a row that is finished stands in the table, whether it is among --rows or not
+    for name, seed in itertools.product(ROWS, range(cfg.seeds)):
+        folder = run_folder(cfg, name, seed)
+        if (folder / "row.json").is_file():
+            same_settings(folder, make_plan(cfg, name, seed))
     for name, seed in itertools.product(cfg.rows, range(cfg.seeds)):
         folder, plan = run_folder(cfg, name, seed), make_plan(cfg, name, seed)
         same_settings(folder, plan)

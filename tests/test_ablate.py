@@ -48,8 +48,6 @@ def test_flags_that_cannot_end_in_a_table_are_refused(flags: tuple, tmp_path: Pa
         ablate.main([*flags, "--out", str(tmp_path)])
 
 
-# ----------------------------------------------------------------------------- runs
-
 def test_a_run_is_trained_once(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate, "build_reward",
                         lambda name, device, weights: lambda images, prompts: images.mean((1, 2, 3)))
@@ -91,8 +89,9 @@ def test_what_was_stopped_goes_on_and_other_flags_are_refused(tmp_path: Path, st
     assert started == ["all-seed0", "all-seed1", "last-seed0"]
     assert [row["seeds"] for row in ablate.main(flags)["ablate"]] == [2, 2]
     assert started[3:] == ["last-seed0", "last-seed1"]
-    with pytest.raises(Refused, match="--stages .*'120'.* -> .*'6'"):
-        ablate.main([*flags, "--stage1-steps", "6"])
+    for rows in ("all,last", "no-deep"):                                # what is there stands in the table
+        with pytest.raises(Refused, match="all-seed0 .*--stages .*'120'.* -> .*'6'"):
+            ablate.main([*flags, "--rows", rows, "--stage1-steps", "6"])
     assert len(started) == 5
 
 
