@@ -204,7 +204,8 @@ def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder
     asked = repr([(question.name, question.text, [question.right]) for question in questions])
     same_settings(folder, {"weights": f"sha256:{fingerprint(model.vlm)[:16]}",
                            "questions": f"sha256:{hashlib.sha256(asked.encode()).hexdigest()[:16]}",
-                           "benchmark": cfg.benchmark, "seed": cfg.seed, "dtype": cfg.dtype})
+                           "benchmark": cfg.benchmark, "images": cfg.images, "seed": cfg.seed,
+                           "dtype": cfg.dtype})
     path = folder / "answers.jsonl"
     records = [json.loads(line) for line in read_lines(path)] if path.is_file() else []
     for first in tqdm(range(len(records), len(questions), cfg.batch_size), unit="batch"):

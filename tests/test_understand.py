@@ -115,8 +115,8 @@ def test_a_benchmark_is_asked_and_gone_on_with(pope: list[str], monkeypatch: pyt
     result = evaluate.main(pope)
     assert seer.asked == [2, 2, 1]
     assert {row["name"]: row["value"] for row in result["rows"]}["accuracy"] == 0.6
-    with pytest.raises(Refused, match="other settings .--dtype fp32 -> bf16."):
-        evaluate.main([*pope, "--dtype", "bf16"])
+    with pytest.raises(Refused, match="other settings .--images .* -> /, --dtype fp32 -> bf16."):
+        evaluate.main([*pope, "--images", "/", "--dtype", "bf16"])
 
 
 def test_the_untouched_model_is_asked_the_same(pope: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
