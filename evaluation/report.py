@@ -96,7 +96,7 @@ def charts(logs: dict[Path, list[dict]]) -> str:
         for (folder, log), color in zip(logs.items(), itertools.cycle(COLORS)):
             # a run that has just begun has no line yet
             if log:
-                draw_curve(axis, log, name, color, folder.name)
+                draw_curve(axis, log, name, color, str(folder))
         if not parts:
             axis.legend(fontsize=8)
         parts.append(embed(figure.savefig, name))
