@@ -103,8 +103,11 @@ def score_variants(cfg: LayersConfig, model: ParaUni, prompts: list[str],
         images = draw_all(cfg, model, prompts, variants[name])                  # (B, 3, H, W)
         scores[name] = {reward: scorer(images, prompts).tolist() for reward, scorer in scorers.items()}
         write_json(path, scores)
-    return {name: {reward: torch.tensor(values, dtype=torch.float64) for reward, values in by_reward.items()}
-            for name, by_reward in scores.items()}
+    every = [[by_reward[reward] for reward in scorers] for by_reward in scores.values()]
+    values = torch.tensor(every, dtype=torch.float64)                           # (variants, rewards, B)
+    # a prompt without a finite score somewhere is left out everywhere: differences stay paired
+    values = values[..., values.isfinite().all(0).all(0)]                       # (variants, rewards, B)
+    return {name: dict(zip(scorers, rows)) for name, rows in zip(scores, values)}
 
 
 def table_row(name: str, variant: str, scores: dict[str, Tensor]) -> dict:

@@ -16,8 +16,6 @@ from helpers import tiny_model
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 
 
-# ----------------------------------------------------------------------------- rows and their flags
-
 # of the tiny model's four layers
 FUSED = {"last": [4], "every-other": [2, 4], "no-shallow": [2, 3, 4], "no-middle": [1, 4],
          "no-deep": [1, 2, 3]}

@@ -104,6 +104,9 @@ def test_analysis_goes_on(parts: Path, tmp_path: Path, drawn: Mock, monkeypatch:
     path.write_text(json.dumps({name: scores[name] for name in list(scores)[:5]}))
     assert run(parts, tmp_path) == whole and json.loads(path.read_text()) == scores
     assert drawn.call_count == 2 * count - 5
+    scores["layer 2"]["pickscore"][1] = float("nan")                                    # a reward failed
+    path.write_text(json.dumps(scores))
+    assert {row["n"] for row in run(parts, tmp_path)["figure2"]} == {len(PROMPTS) - 1}
     with pytest.raises(Refused, match="--num-steps 2 -> 3"):
         run(parts, tmp_path, "--num-steps", "3")
 
