@@ -14,6 +14,7 @@ Letters: L VLM layers, P pairs of layers, B prompts, N queries, D width, H W pix
 """
 import itertools
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -95,6 +96,11 @@ def score_variants(cfg: LayersConfig, model: ParaUni, prompts: list[str],
     """Rewards of every prompt's picture under every variant. What variants.json has is not drawn again."""
     scorers = open_rewards(cfg, model, prompts[0])
     digests = {name: fingerprint(scorer)[:16] for name, scorer in scorers.items()}
+    for name, reward in zip(cfg.rewards, scorers):
+        # a function has no weights that tell it from others
+        file = Path(name.rpartition(":")[0])
+        if file.is_file():
+            digests[reward] = sha256(file.read_bytes()).hexdigest()[:16]
     same_settings(Path(cfg.out), {**drawing_settings(cfg, model), "prompts": derive_seed(*prompts),
                                   "limit": len(prompts), "rewards": digests})
     path = Path(cfg.out) / "variants.json"

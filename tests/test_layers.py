@@ -39,8 +39,6 @@ def test_a_verdict_is_the_t_test_at_95_percent() -> None:
     assert claim("x", "y", [5.0], "seeds")["verdict"] == "undecided"
 
 
-# ----------------------------------------------------------------------------- the whole command
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_stages(tiny_model(0), tmp_path_factory.mktemp("parts"))
@@ -99,16 +97,18 @@ def test_analysis_goes_on(parts: Path, tmp_path: Path, drawn: Mock, monkeypatch:
     # pictures are slow, and not at issue
     monkeypatch.setattr(layers, "save_sheet", lambda *sheet: None)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: None)
-    whole, path = run(parts, tmp_path), tmp_path / "variants.json"
+    own = "--rewards", f"clip,{parts}/rewards.py:red"
+    whole, path = run(parts, tmp_path, *own), tmp_path / "variants.json"
     scores, count = json.loads(path.read_text()), drawn.call_count
     path.write_text(json.dumps({name: scores[name] for name in list(scores)[:5]}))
-    assert run(parts, tmp_path) == whole and json.loads(path.read_text()) == scores
+    assert run(parts, tmp_path, *own) == whole and json.loads(path.read_text()) == scores
     assert drawn.call_count == 2 * count - 5
     scores["layer 2"]["pickscore"][1] = float("nan")                                    # a reward failed
     path.write_text(json.dumps(scores))
-    assert {row["n"] for row in run(parts, tmp_path)["figure2"]} == {len(PROMPTS) - 1}
-    with pytest.raises(Refused, match="--num-steps 2 -> 3"):
-        run(parts, tmp_path, "--num-steps", "3")
+    assert {row["n"] for row in run(parts, tmp_path, *own)["figure2"]} == {len(PROMPTS) - 1}
+    (parts / "rewards.py").write_text("# another function")
+    with pytest.raises(Refused, match="--num-steps 2 -> 3, --rewards"):
+        run(parts, tmp_path, "--num-steps", "3", *own)
 
 
 def test_what_cannot_be_shown_is_refused_before_the_first_picture(parts: Path, drawn: Mock) -> None:
