@@ -25,8 +25,7 @@ import torch
 import train
 from common import Refused, derive_seed, generator, knob, parse_config, resolve, setup_dist, write_json
 from dit import flow_matching_loss, randn
-from evaluation import DrawConfig, finish, mean_and_error, read_json, same_settings, table
-from evaluation.claims import claim
+from evaluation import DrawConfig, claim, finish, mean_and_error, read_json, same_settings, table
 from evaluation.layers import draw_all, draw_curves, stage3_log, without_region
 from ldam import REGIONS
 from model import PRESETS, ParaUni, weights_folder

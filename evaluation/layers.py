@@ -7,7 +7,7 @@
     Figure 9   the reward curves of stage III runs; of one with LDAM and one without they are the
                supplement's Figures 1-3: `--runs runs/ldam,runs/no-ldam`
 
-Every figure is a PNG; the numbers and a verdict on each sentence of the paper (claims.py) are in layers.json.
+Every figure is a PNG; the numbers and a verdict on each sentence of the paper are in layers.json.
 All pictures of a prompt start from the same noise, so that differences are paired by prompt.
 
 Letters: L VLM layers, P pairs of layers, B prompts, N queries, D width, H W pixels.
@@ -23,9 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import Refused, derive_seed, fingerprint, knob, precision, read_log, write_json
-from evaluation import (DrawConfig, ScoreConfig, draw, drawing_settings, finish, heldout_prompts, load,
+from evaluation import (DrawConfig, ScoreConfig, claim, draw, drawing_settings, finish, heldout_prompts, load,
                         mean_and_error, read_json, same_settings, start, table)
-from evaluation.claims import claim
 from grpo import open_rewards
 from ldam import REGIONS, REWARD_REGIONS, region_layers
 from model import ParaUni

@@ -1,4 +1,4 @@
-"""evaluation/layers.py and claims.py: figures against plain code, verdicts against made-up numbers."""
+"""evaluation/layers.py and its claims: figures against plain code, verdicts against made-up numbers."""
 import json
 from pathlib import Path
 from unittest.mock import Mock
@@ -10,8 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from common import Refused, derive_seed
-from evaluation import layers
-from evaluation.claims import T95, claim, t_quantile
+from evaluation import T95, claim, layers, t_quantile
 from helpers import TINY, save_stages, tiny_model
 from ldam import REGIONS
 from train import TrainConfig
