@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder: Path) -> list[str]:
     """The answers to all questions, in order, written as they come."""
-    asked = repr([(question.name, question.text, [question.right]) for question in questions])
+    asked = repr([(question.name, question.text, question.right) for question in questions])
     same_settings(folder, {"weights": f"sha256:{fingerprint(model.vlm)[:16]}",
                            "questions": f"sha256:{hashlib.sha256(asked.encode()).hexdigest()[:16]}",
                            "benchmark": cfg.benchmark, "images": cfg.images, "seed": cfg.seed,
@@ -213,7 +213,7 @@ def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder
         images = torch.stack([tile(question, cfg.images, model) for question in part])      # (B, 3, H, W)
         with precision(model.device, cfg.dtype):
             answers = model.answer(images.to(model.device), [question.text for question in part])
-        records += [{"name": question.name, "question": question.text, "right": [question.right],
+        records += [{"name": question.name, "question": question.text, "right": question.right,
                      "answer": answer} for question, answer in zip(part, answers)]
         write_lines(path, records)
     return [record["answer"] for record in records]

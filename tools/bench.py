@@ -81,7 +81,8 @@ def parse(argv: list[str] | None) -> BenchConfig:
     args = parse_config(BenchConfig, argv, description=__doc__.splitlines()[0])
     is_checkout = args.what != "window" and Path(args.vs, "train.py").is_file()
     if args.vs and args.vs != RIVALS[args.what] and not is_checkout:
-        raise Refused(f"--what {args.what} takes --vs {RIVALS[args.what]}, or a checkout")
+        takes = f"{RIVALS[args.what]}, or a checkout" if args.what in SIDES else "nothing"
+        raise Refused(f"--what {args.what} takes --vs {takes}")
     return replace(args, dtype="bf16" if CUDA else "fp32") if args.dtype == "auto" else args
 
 
