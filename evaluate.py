@@ -1,7 +1,7 @@
 """Measure a model: `python evaluate.py COMMAND`; each has a --help.
 
-    geneval      does it draw what is asked for? nano: its held-out prompts and an exact judge, below; else
-                 GenEval's prompts, detector and rules (evaluation/geneval.py)
+    geneval      does it draw what is asked for? GenEval's prompts, detector and rules; nano: its held-out
+                 prompts and an exact judge (evaluation/geneval.py)
     dpg          the same for long prompts: DPG-Bench, a model that answers questions (evaluation/dpg.py)
     rewards      what did training gain? the rewards of held-out prompts, before and after
     reconstruct  "Keep the image as it is.": what of a picture survives the way through the condition?
@@ -32,40 +32,13 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from common import Refused, derive_seed, knob, run
-from evaluation import (DrawConfig, HeldoutConfig, ScoreConfig, ablate, dpg, draw, draw_files, finish,
-                        heldout_prompts, layers, load, mean_and_error, report, start, table, title_of,
-                        understand, write_lines)
-from evaluation.geneval import PER_PROMPT, GenevalConfig, full_geneval, sample_jobs, task_scores
+from evaluation import (DrawConfig, HeldoutConfig, ScoreConfig, ablate, dpg, draw, finish, geneval,
+                        heldout_prompts, layers, load, mean_and_error, report, start, table, understand)
 from grpo import open_rewards, score_heldout
-from model import PRESETS, weights_folder
+from model import weights_folder
 from nano import world
 from pictures import read_picture, save_sheet
 from rewards import embed_images, load_clip
-
-
-def geneval(argv: list[str] | None = None) -> dict:
-    """GenEval, six tasks: pictures of its prompts through a detector; for nano, through the exact judge."""
-    cfg, dist = start(GenevalConfig, argv, geneval.__doc__)
-    if cfg.images or cfg.metadata or not PRESETS[cfg.preset].shapes_world:
-        return full_geneval(cfg, dist)
-
-    # nano: its held-out prompts
-    prompts, folder = world.benchmark_prompts(), Path(cfg.out)
-    jobs = sample_jobs(cfg, dist, [{"tag": prompt.task, "prompt": prompt.text} for prompt in prompts])
-    draw_files(cfg, dist, [*jobs.values()])
-    if not (cfg.score and dist.lead):
-        return {}
-
-    images = torch.stack([to_tensor(read_picture(path)) for path, _, _ in jobs.values()])   # (B, 3, H, W)
-    verdicts = dict(zip(jobs, world.judge(images, [prompts[i] for i, _ in jobs])))
-    write_lines(folder / "verdicts.jsonl", [
-        {"prompt": i, "sample": j, "right": right, "task": prompts[i].task, "text": prompts[i].text}
-        for (i, j), right in verdicts.items()])
-    is_part = len(jobs) != len(prompts) * PER_PROMPT or cfg.per_prompt != PER_PROMPT
-    title = title_of("nano GenEval", {f"{len(jobs)} pictures of {len(prompts)} x {PER_PROMPT}": is_part})
-    scores = task_scores(verdicts, [prompt.task for prompt in prompts])
-    return finish(cfg, "geneval", {**title, **scores},
-                  f"{title['name']}\n{table(scores['tasks'])}\npictures {folder / 'images'}")
 
 
 def paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> list[dict]:
@@ -226,7 +199,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (similar / total).mean((1, 2, 3))                                        # (B,)
 
 
-COMMANDS = {"geneval": geneval, "dpg": dpg.main, "rewards": rewards, "reconstruct": reconstruct,
+COMMANDS = {"geneval": geneval.main, "dpg": dpg.main, "rewards": rewards, "reconstruct": reconstruct,
             "compare": compare, "understand": understand.main, "layers": layers.main, "ablate": ablate.main,
             "report": report.main}
 

@@ -1,4 +1,4 @@
-"""GenEval at full size (arXiv 2310.11513): pictures of its prompts, a detector, a namer of colours, rules.
+"""GenEval (arXiv 2310.11513): pictures of its prompts through a detector; for nano, through an exact judge.
 
 Three steps, each with files of its own: what is done stays done, and another program can do any of them.
 
@@ -9,7 +9,8 @@ Three steps, each with files of its own: what is done stays done, and another pr
 
 An object is {"class", "score" 0..1, "box" [left, top, right, bottom], "color" where the prompt asks for one}.
 GenEval runs on mmdet's Mask2Former Swin-S; the one here is Facebook's, of the same size and classes, and a
-score by it says so. Thresholds and rules are those of GenEval's code.
+score by it says so. Thresholds and rules are those of GenEval's code. nano has held-out prompts of its own
+and no detections: nano/world.py judges its pictures.
 
 Letters: P padded, h w resized, H W picture, Q queries of the detector, E embedding, T side of CLIP's tower.
 """
@@ -29,14 +30,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import normalize, pil_to_tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor, to_tensor
 from tqdm import tqdm
 from transformers import Mask2FormerForUniversalSegmentation
 
 from common import Dist, Refused, derive_seed, fingerprint, knob, read_lines, write_json
-from evaluation import (DrawConfig, Job, draw_files, fetched, finish, keep_request, load_judge,
-                        mean_and_error, read_json, read_judged, spread, table, title_of, wait, write_lines)
-from model import weights_folder
+from evaluation import (DrawConfig, draw_files, fetched, finish, keep_request, load_judge, mean_and_error,
+                        read_json, read_judged, spread, start, table, title_of, wait, write_lines)
+from model import PRESETS, weights_folder
+from nano import world
 from nano.world import TASKS, sides
 from pictures import read_picture
 from rewards import load_clip
@@ -111,18 +113,18 @@ def verdict(objects: list[dict], request: dict) -> bool:
     return all(len(seen[clause["class"]]) < clause["count"] for clause in request.get("exclude", []))
 
 
-def task_scores(verdicts: dict[tuple[int, int], bool], tasks: list[str]) -> dict:
+def task_scores(verdicts: list[dict]) -> dict:
     """Share of right pictures of each task, and the unweighted mean of the tasks, "overall"; a row each under
     "tasks". Errors count prompts, not pictures, since the pictures of a prompt fail together.
 
-    verdicts  (prompt, sample) -> right;  tasks  of each prompt
+    verdicts  of each picture its "prompt", a number, the "task" of that, and whether it is "right"
     """
     by_prompt = defaultdict(list)
-    for (i, _), right in verdicts.items():
-        by_prompt[i].append(right)
+    for record in verdicts:
+        by_prompt[record["task"], record["prompt"]].append(record["right"])
     rows = []
     for task in TASKS:
-        groups = [group for i, group in by_prompt.items() if tasks[i] == task]
+        groups = [group for (of, _), group in by_prompt.items() if of == task]
         if groups:
             every = list(chain(*groups))
             _, error = mean_and_error(list(map(fmean, groups)))
@@ -227,65 +229,81 @@ class ColorNamer:
 
 # ----------------------------------------------------------------------------- the command
 
-def sample_jobs(cfg: GenevalConfig, dist: Dist, requests: list[dict]) -> dict[tuple[int, int], Job]:
-    """(prompt, sample) -> its picture, where GenEval has it, of the prompts that --limit picks."""
-    jobs = {}
-    for i in spread(cfg.limit, len(requests)):
-        folder = Path(cfg.out) / "images" / f"{i:05}"
-        keep_request(folder / "metadata.jsonl", requests[i], dist)
-        for j in range(cfg.per_prompt):
-            seed = derive_seed(cfg.seed, "geneval", i, j)
-            jobs[i, j] = folder / f"samples/{j:05}.png", requests[i]["prompt"], [seed]
-    return jobs
-
-
-def full_geneval(cfg: GenevalConfig, dist: Dist) -> dict:
-    """Draw, detect, judge, each unless it is there. {} with --no-score, and on all ranks but the first."""
+def main(argv: list[str] | None = None) -> dict:
+    """Draw, judge, each unless it is there. {} with --no-score, and on all ranks but the first."""
+    cfg, dist = start(GenevalConfig, argv, __doc__)
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
-    # pictures, those of a prompt in a folder with its metadata.jsonl
-    if not cfg.images:
-        lines = read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))
-        draw_files(cfg, dist, [*sample_jobs(cfg, dist, [*map(json.loads, lines)]).values()])
+    is_nano = PRESETS[cfg.preset].shapes_world and not (cfg.images or cfg.metadata)
+    own = world.benchmark_prompts() if is_nano else []
+    requests = [{"tag": prompt.task, "prompt": prompt.text} for prompt in own]
+    if not (is_nano or cfg.images):
+        requests = list(map(json.loads, read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))))
+    prompts = find_prompts(folder) if cfg.images else choose_prompts(cfg, dist, folder, requests)
 
-    # of each prompt its folder, what it asks for, and the names of its pictures
-    prompts = []
-    for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
-        number = path.parent.name
-        names = [f"{number}/samples/{picture.name}" for picture in sorted(path.parent.glob("samples/*.png"))]
-        prompts.append((number, read_json(path), names))
-    if not prompts:
-        raise Refused(f"expected folders with metadata.jsonl and samples/00000.png in {folder}, found none")
-    if cfg.score and not cfg.detections:
+    # pictures and, but for nano, detections
+    samples = [(i, j, name, request) for i, request, names in prompts for j, name in enumerate(names)]
+    if not cfg.images:
+        draw_files(cfg, dist, [(folder / name, request["prompt"], [derive_seed(cfg.seed, "geneval", i, j)])
+                               for i, j, name, request in samples])
+    if cfg.score and not (is_nano or cfg.detections):
         detect_all(cfg, dist, folder, prompts)
     if not cfg.score or not dist.lead:
         return {}
 
-    # verdicts
-    detector, found = read_judged(Path(cfg.detections or out / "detections"))
-    wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
-    if wrong:
-        raise Refused(f"the detections name {sorted(wrong)}, which GenEval calls {list(RENAMED.values())}")
-    verdicts, records = {}, []
-    for i, (_, request, names) in enumerate(prompts):
-        for j, name in enumerate(names):
-            # a picture that is not in `found` is an error: an empty list would say that nothing is there
-            right = verdicts[i, j] = verdict(found[name], request)
-            records.append({"filename": name, "right": right, "task": request["tag"],
-                            "prompt": request["prompt"]})
-    write_lines(out / "verdicts.jsonl", records)
-    requests = [request for _, request, _ in prompts]
-    scores = task_scores(verdicts, [request["tag"] for request in requests])
+    # verdicts, and what keeps them from bearing the benchmark's name
     counts = {len(names) for *_, names in prompts}
-    title = title_of("GenEval", {
-        f"{len(prompts)} prompts that are not the published 553": prompts_digest(requests) != PROMPTS_DIGEST,
-        f"prompts without exactly {PER_PROMPT} pictures": counts != {PER_PROMPT},
-        "the detector is not mmdet's": "mmdet" not in detector})
+    lacks = {f"prompts without exactly {PER_PROMPT} pictures": counts != {PER_PROMPT}}
+    if is_nano:
+        images = [to_tensor(read_picture(folder / name)) for _, _, name, _ in samples]      # of (3, H, W)
+        verdicts = world.judge(torch.stack(images), [own[i] for i, *_ in samples])
+        benchmark, detector = "nano GenEval", "the exact judge of nano"
+        lacks[f"{len(prompts)} prompts of {len(own)}"] = len(prompts) != len(own)
+    else:
+        detector, found = read_judged(Path(cfg.detections or out / "detections"))
+        wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
+        if wrong:
+            raise Refused(f"the detections name {sorted(wrong)}, in GenEval {list(RENAMED.values())}")
+        # a picture that is not in `found` is an error: an empty list would say that nothing is there
+        verdicts = [verdict(found[name], request) for _, _, name, request in samples]
+        benchmark, digest = "GenEval", prompts_digest([request for _, request, _ in prompts])
+        lacks[f"{len(prompts)} prompts that are not the published 553"] = digest != PROMPTS_DIGEST
+        lacks["the detector is not mmdet's"] = "mmdet" not in detector
+    title, path = title_of(benchmark, lacks), out / "verdicts.jsonl"
+    records = [{"prompt": i, "sample": j, "filename": name, "right": right, "task": request["tag"],
+                "text": request["prompt"]} for (i, j, name, request), right in zip(samples, verdicts)]
+    write_lines(path, records)
+    scores = task_scores(records)
     return finish(cfg, "geneval", {**title, "detector": detector, **scores},
                   f"{title['name']}\ndetector {detector}\n{table(scores['tasks'])}\n"
-                  f"verdicts {out / 'verdicts.jsonl'}")
+                  f"pictures {folder}\nverdicts {path}")
 
 
-def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[tuple]) -> None:
+# of a prompt its number, what it asks for, and the names of its pictures
+Asked = tuple[int, dict, list[str]]
+
+
+def choose_prompts(cfg: GenevalConfig, dist: Dist, folder: Path, requests: list[dict]) -> list[Asked]:
+    """The prompts that --limit picks; each gets its folder and metadata.jsonl."""
+    prompts = []
+    for i in spread(cfg.limit, len(requests)):
+        keep_request(folder / f"{i:05}" / "metadata.jsonl", requests[i], dist)
+        prompts.append((i, requests[i], [f"{i:05}/samples/{j:05}.png" for j in range(cfg.per_prompt)]))
+    return prompts
+
+
+def find_prompts(folder: Path) -> list[Asked]:
+    """Those that another program has drawn."""
+    prompts = []
+    for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
+        number = path.parent.name
+        names = [f"{number}/samples/{picture.name}" for picture in sorted(path.parent.glob("samples/*.png"))]
+        prompts.append((int(number), read_json(path), names))
+    if not prompts:
+        raise Refused(f"expected folders with metadata.jsonl and samples/00000.png in {folder}, found none")
+    return prompts
+
+
+def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Asked]) -> None:
     """Detections of all prompts, shared by the processes."""
     # the CLIP that names colours is that of the published CLIP score
     namer = ColorNamer(weights_folder("rewards", "auto") / "clip", dist.device)
@@ -294,8 +312,8 @@ def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[tuple
     unknown = sorted(asked - set(detector.classes))
     if unknown:
         raise Refused(f"{cfg.detector} does not know {unknown[:3]}")
-    for number, request, names in tqdm(prompts[dist.rank::dist.world_size], disable=not dist.lead):
-        path = Path(cfg.out) / "detections" / f"{number}.json"
+    for i, request, names in tqdm(prompts[dist.rank::dist.world_size], disable=not dist.lead):
+        path = Path(cfg.out) / "detections" / f"{i:05}.json"
         digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in names}
         made_of = {"judge": detector.name, "clip": namer.name, "request": request, "sha256": digests}
         # the same judge has seen the same pictures

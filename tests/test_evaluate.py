@@ -55,7 +55,7 @@ def test_verdicts_are_the_judges(tmp_path: Path, painter: Painter, monkeypatch: 
     assert {r["right"] for r in records} == {True, False}
     assert [len(batch) for batch in painter.batches] == [7, 7, 7, 3]
     # a part is not the benchmark
-    assert "not the benchmark: 24 pictures of 600 x 4" in result["name"] and not result["benchmark"]
+    assert "without exactly 4 pictures; 8 prompts of 600" in result["name"] and not result["benchmark"]
     assert json.loads((tmp_path / "geneval.json").read_text())["overall"] == result["overall"]
     # all prompts, here 6, and four pictures of each are
     monkeypatch.setattr(world, "benchmark_prompts", lambda: PROMPTS[::100])

@@ -106,13 +106,14 @@ def thing(name: str, score: float = 0.95, **color: str) -> dict:
 
 
 def test_task_scores_against_hand_numbers() -> None:
-    tasks = ["counting", "counting", "colors", "colors", "position"]
-    verdicts = {(0, 0): True, (0, 1): True, (1, 0): False, (1, 1): False,       # shares 1 and 0
-                (2, 0): False, (2, 1): False, (3, 0): False, (3, 1): True}      # shares 0 and 1/2
-    assert [tuple(row.values()) for row in geneval.task_scores(verdicts, tasks)["tasks"]] == [
+    tasks = ["counting", "counting", "colors", "colors"]
+    verdicts = [{"prompt": i, "task": tasks[i], "right": right} for i, right in (
+        (0, True), (0, True), (1, False), (1, False),                           # shares 1 and 0
+        (2, False), (2, False), (3, False), (3, True))]                         # shares 0 and 1/2
+    assert [tuple(row.values()) for row in geneval.task_scores(verdicts)["tasks"]] == [
         ("counting", 0.5, pytest.approx(0.5), 2, 4), ("colors", 0.25, pytest.approx(0.25), 2, 4),
         ("overall", 0.375, pytest.approx(0.3125 ** 0.5 / 2), 4, 8)]
-    assert geneval.task_scores({(4, 0): True}, tasks)["tasks"][-1]["s.e."] is None
+    assert geneval.task_scores(verdicts[:1])["tasks"][-1]["s.e."] is None
 
 
 # ----------------------------------------------------------------------------- the detector and the namer
