@@ -13,8 +13,8 @@ Commands: docs/speed.md.
 How. Each side is a process, a worker: none can change what the other finds. It builds its modules and runs
 once to warm up; then sides take turns, and turns in going first; a ratio is that of one round, theirs / ours.
 One more run, eager and not timed, counts FLOPs and, on a CPU, memory: the peak of all live tensors; on CUDA
-it is the allocator's. Memory is what a run takes above what was there before. Weights are random: no figure
-depends on them.
+it is the allocator's, in a timed run. Memory is what a run takes above what was there before. Weights are
+random: no figure depends on them.
 
 Letters: B pictures, N queries, E condition width, C h w latent.
 """
@@ -329,13 +329,15 @@ def compare(args: BenchConfig, flags: list[str]) -> dict:
         sides = {name: stack.enter_context(worker(flags, name)) for name in ("ours", args.vs) if name}
         for ask in sides.values():
             ask("run")                                                  # warms up
-        seconds = {name: [] for name in sides}
+        runs = {name: [] for name in sides}
         order = list(sides)
         for _ in range(args.rounds):
             order.reverse()
             for name in order:
-                seconds[name].append(sides[name]("run")["seconds"])
-        counted = {name: ask("count") for name, ask in sides.items()}
+                runs[name].append(sides[name]("run"))
+        # the count is of an eager run: on CUDA memory is that of the last run which was timed
+        counted = {name: ask("count") | runs[name][-1] for name, ask in sides.items()}
+    seconds = {name: [report["seconds"] for report in reports] for name, reports in runs.items()}
 
     # what each side does
     pictures = args.num_groups * args.group_size if args.what == "stage3" else args.batch
