@@ -55,6 +55,7 @@ RIVALS = {"dit": "diffusers", "dit-train": "diffusers", "decode": "diffusers", "
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+synchronize = torch.get_device_module(DEVICE).synchronize           # a CPU is not waited for
 GB = 1e9
 
 
@@ -97,7 +98,7 @@ def take_turns() -> Iterator[None]:
         # a GPU's memory was the other side's meanwhile; one run that does not count takes it back
         if CUDA:
             yield
-            torch.cuda.synchronize()
+            synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         is_counted = command == "count\n"
@@ -106,8 +107,7 @@ def take_turns() -> Iterator[None]:
         with Meter() if is_counted else nullcontext() as meter:
             began = time.perf_counter()
             yield
-            if CUDA:
-                torch.cuda.synchronize()
+            synchronize()
             report = {"seconds": time.perf_counter() - began}
         if is_counted:
             report |= {"flops": meter.flops, "memory": meter.peak}
@@ -317,8 +317,7 @@ def matmul_peak(dtype: torch.dtype) -> float:
         for _ in range(6):
             began = time.perf_counter()
             a @ b
-            if CUDA:
-                torch.cuda.synchronize()
+            synchronize()
             rates.append(2 * n ** 3 / (time.perf_counter() - began))
     return max(rates)
 

@@ -46,7 +46,7 @@ from evaluation import table
 from lim import LIM
 from model import PRESETS, ParaUni
 from tools import bench, plan
-from tools.bench import DEVICE, GB
+from tools.bench import DEVICE, GB, synchronize
 from vae import DCAE
 
 # part -> seconds that it may take, all within the eight minutes; the first ones matter most
@@ -141,8 +141,7 @@ def run_stage(preset: str, stage: int, flags: list[str],
     ends, peaks = [], []
 
     def mark(*of_the_hook: object) -> None:
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         ends.append(time.perf_counter())
         peaks.append(peak_memory())
         if len(ends) == steps:
