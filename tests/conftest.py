@@ -36,6 +36,5 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "readme: runs what the README and docs/ say")
     # of diffusers
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")

@@ -16,7 +16,7 @@ from transformers import InternVLForConditionalGeneration
 
 from common import Refused, fingerprint
 from helpers import TINY, tiny_model
-from model import PRESETS, PROMPT, UNCONDITIONAL, ParaUni, byte_tokenizer
+from model import PRESETS, PROMPT, ParaUni, byte_tokenizer
 from tools import convert
 
 VLM, SANA, DC_AE = "InternVL3-2B-hf", "SANA1.5_1.6B_1024px_diffusers", "dc-ae-f32c32-sana-1.1-diffusers"
@@ -227,6 +227,5 @@ def test_random_weights_read_bytes_with_the_published_marks() -> None:
     ids = tokenizer(PROMPT.format(prompt="a 猫"), add_special_tokens=False).input_ids
     assert (ids[0], ids[-1], ids.count(151645)) == (151644, 151665, 1)
     # the words that OpenUni was trained with
-    end = "<|im_end|>\n<|im_start|>assistant\n<img>"
-    assert tokenizer.decode(ids) == "<|im_start|>user\nGenerate an image: a 猫" + end
-    assert UNCONDITIONAL == "<|im_start|>user\n{image}Generate an image." + end
+    assert tokenizer.decode(ids) == ("<|im_start|>user\nGenerate an image: a 猫<|im_end|>\n"
+                                     "<|im_start|>assistant\n<img>")

@@ -113,8 +113,6 @@ def whole(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return whole
 
 
-# ----------------------------------------------------------------------------- killed, preempted
-
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(stage: int, ranks: int, whole: Callable,
@@ -146,8 +144,6 @@ def test_a_preempted_run_saves_and_leaves(stage: int, tiny_weights: Path, tmp_pa
     assert newest(tmp_path / "run")[unit] >= log_of(tmp_path / "run")[-1][unit] > 1
     assert not (tmp_path / "run" / f"stage{stage}.safetensors").exists()
 
-
-# ----------------------------------------------------------------------------- the number of ranks
 
 SPLIT = "--fsdp", "--gradient-checkpointing"
 
@@ -182,8 +178,6 @@ def test_a_split_run_goes_on_bit_for_bit(whole: Callable, tiny_weights: Path, tm
     # step 3 was in the middle of a line of the log
     assert log_of(tmp_path / "run") == log_of(run_dir)[1:]
 
-
-# ----------------------------------------------------------------------------- numbers that are not finite
 
 @pytest.mark.parametrize("broken", [lambda loss: loss * math.nan, lambda loss: loss + math.inf],
                          ids=["gradient", "loss alone"])

@@ -20,8 +20,6 @@ PROMPTS = ["a red heart", "a blue star", "two moons", "a ring above a square"]
 L = TINY.vlm_layers
 
 
-# ----------------------------------------------------------------------------- claims
-
 def test_quantiles_are_those_of_students_t() -> None:
     for df in (*range(1, 40), 100, 1000):
         close = 6e-4 if df <= len(T95) else 3e-3
@@ -118,8 +116,6 @@ def test_what_cannot_be_shown_is_refused_before_the_first_picture(parts: Path, d
         run(parts, parts, "--runs", str(parts))
     drawn.assert_not_called()
 
-
-# ----------------------------------------------------------------------------- what the claims say
 
 def noisy(mean: float, n: int = 20) -> Tensor:
     """n values with just this mean, and another part of a spread of 0.01 for each mean."""

@@ -77,14 +77,6 @@ def test_the_start_is_siglips() -> None:
     assert 0.5e-6 < layer.mlp.fc1.bias.std() < 2e-6
 
 
-def test_fuse_averages_the_layers_asked_for() -> None:
-    lim, c = LIM(SMALL), draw(5, 3, 4, 10)
-    torch.testing.assert_close(lim.fuse(c), sum(c) / 5)
-    torch.testing.assert_close(lim.fuse(c, layers=iter([4, 2])), (c[3] + c[1]) / 2)
-    lim.layers = [1, 5]
-    torch.testing.assert_close(lim.fuse(c), (c[0] + c[4]) / 2)
-
-
 def test_perturb_is_the_mean_of_the_perturbed_layers() -> None:
     """c_i (1 + noise_i) for layers 2 and 4 of 2, 3, 4; three pictures of each of two prompts."""
     lim, c_layers = LIM(SMALL), draw(5, 2, 4, 10)

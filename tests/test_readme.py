@@ -19,7 +19,6 @@ SCRIPTS = ["train", "grpo", "sample", "evaluate", "prepare", "nano.pretrain", "n
            "evaluation.geneval", "evaluation.dpg", "evaluation.understand", "evaluation.layers",
            "evaluation.ablate", "evaluation.report", "tools.convert", "tools.bench", "tools.plan",
            "tools.gpu_check"]
-pytestmark = pytest.mark.readme
 
 
 def flags_of(module: str) -> set[str]:

@@ -164,8 +164,6 @@ def test_own_tokenizer_ends_every_text_with_the_token_that_is_pooled() -> None:
     assert ids.max(1).values.tolist() == [last] * 3 and ids.argmax(1).tolist() == [3, 1, 19]
 
 
-# ----------------------------------------------------------------------------- functions of one's own
-
 OWN = """
 import torch
 from common import half
