@@ -14,9 +14,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import common
 import data
 import ldam
-from common import (Dist, Refused, RunConfig, adamw, clip_gradients, derive_seed, ema_update, find_checkpoint,
+from common import (Dist, Refused, RunConfig, adamw, clip_gradients, derive_seed, find_checkpoint,
                     fingerprint, generator, knob, open_run, parse_config, read_log, refuse_changes, resolve,
-                    save_checkpoint, swapped, whole)
+                    save_checkpoint, whole)
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 
@@ -142,14 +142,6 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(cfg: RunConfig) ->
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_weight_decay_is_on_matrices_only() -> None:
-    matrix, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    matrix.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
-    adamw([matrix, bias], lr=0.1, weight_decay=0.5).step()
-    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 0.95))
-    assert torch.equal(bias, torch.ones(2))
-
-
 def test_clipping_scales_by_the_joint_norm() -> None:
     params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
@@ -163,15 +155,6 @@ def test_only_the_lead_holds_what_is_put_together() -> None:
     held = whole([distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)])
     torch.distributed.destroy_process_group()
     assert held[0].numel() == 0
-
-
-def test_the_average_follows_in_place_and_changes_places_with_the_weights() -> None:
-    params, ema = {"w": nn.Parameter(torch.ones(1))}, {"w": torch.zeros(1)}
-    ema_update(ema, params, 0.9)
-    assert ema["w"].item() == pytest.approx(0.1)
-    with swapped(params, ema):
-        assert params["w"].item() == pytest.approx(0.1) and ema["w"] == 1
-    assert params["w"] == 1 and ema["w"].item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("module", [common, data, ldam], ids=lambda module: module.__name__)
