@@ -12,9 +12,9 @@ from torch.distributions import Normal, kl_divergence
 import naive
 from common import Dist, Refused, derive_seed, generator
 from grpo import (GRPOConfig, Perturbation, Rollout, accumulate_gradient, check_flags, check_ratio,
-                  encode_conditions, group_advantages, keep_noise, open_prompts, rollout, score_heldout,
-                  trained_steps)
-from helpers import TINY, moved, tiny_model
+                  encode_conditions, group_advantages, keep_noise, open_prompts, rollout, score_groups,
+                  score_heldout, trained_steps)
+from helpers import TINY, draw, moved, tiny_model
 from model import ParaUni, Prefix
 
 ALONE = Dist(0, 1, torch.device("cpu"))
@@ -238,6 +238,18 @@ def test_kept_noise_multiplies_stays_and_moves_the_reference_too(policy: ParaUni
 
 
 # ----------------------------------------------------------------------------- scores, refusals
+
+def test_a_group_is_decoded_and_scored_under_its_own_prompt(policy: ParaUni) -> None:
+    latents, shown = 3 * draw(8, *TINY.latent_shape), []
+    reward = lambda images, texts: shown.append((images, texts)) or images[:, 0].mean((1, 2))       # noqa: E731
+    scores = score_groups(policy, {"own": reward}, latents, PROMPTS, CFG, ALONE)["own"]
+    images, texts = zip(*shown)
+    with torch.no_grad():
+        pictures = (policy.vae.decode(latents) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(torch.cat(images), pictures)
+    assert texts == tuple([prompt] * 4 for prompt in PROMPTS) and scores.shape == (2, 4)
+    torch.testing.assert_close(scores.flatten(), pictures[:, 0].mean((1, 2)))
+
 
 def test_heldout_pictures_have_their_own_noise_and_a_chunk_fails_alone(policy: ParaUni) -> None:
     bright = lambda images, texts: images.mean((1, 2, 3))                               # noqa: E731
