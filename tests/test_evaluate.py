@@ -16,14 +16,13 @@ from common import Refused, derive_seed, generator
 from helpers import moved, tiny_model
 from model import PRESETS, ParaUni
 from nano import world
+from pictures import reward_table
 from test_geneval import Painter
 from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 PROMPTS = world.benchmark_prompts()
 
-
-# ----------------------------------------------------------------------------- geneval
 
 class ScenePainter(Painter):
     """Paints what is asked for where the seed is even, nothing where it is odd."""
@@ -81,8 +80,6 @@ def test_a_stopped_evaluation_goes_on_under_the_same_settings(tmp_path: Path, pa
         geneval(tmp_path / "part")
 
 
-# ----------------------------------------------------------------------------- before and after
-
 def test_paired_difference_against_hand_numbers() -> None:
     # differences 1 0 2 1
     row, = evaluate.paired({"clip": [1.0, 2.0, 9.0, 3.0, 4.0]}, {"clip": [2.0, 2.0, float("nan"), 5.0, 5.0]})
@@ -90,6 +87,11 @@ def test_paired_difference_against_hand_numbers() -> None:
     assert row == {"measure": "clip", "before": 2.5, "before s.e.": pytest.approx((5 / 3) ** 0.5 / 2),
                    "after": 3.5, "after s.e.": pytest.approx(3 ** 0.5 / 2), "change": 1,
                    "95 % from": pytest.approx(1 - half), "to": pytest.approx(1 + half), "n": 4}
+
+
+def test_the_table_at_the_end_of_a_phase_against_hand_numbers() -> None:
+    text = reward_table({"clip": [1.0, 2.0, 9.0, 3.0, 4.0]}, {"clip": [2.0, 2.0, float("nan"), 5.0, 5.0]})
+    assert text.split("\n")[1].split() == ["clip", "2.5000", "3.5000", "+1.0000", "0.4082", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +139,6 @@ def test_compare_draws_alike(tmp_path: Path, two_files: list[str], monkeypatch: 
     assert torch.allclose(sheets[0][0][:3], model.generate(sheets[0][2][:3], 1), atol=1e-5)
 
 
-# ----------------------------------------------------------------------------- reconstruct
-
 def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
     rng = generator("pictures")
     a = torch.rand(3, 3, 33, 40, generator=rng)
@@ -177,7 +177,7 @@ def test_pictures_of_ones_own_are_cropped_and_kept(tmp_path: Path) -> None:
         Image.new("RGB", (40, 50 + i), (80 * i, 40, 200)).save(tmp_path / "p" / f"{i}.jpg")
     result = evaluate.main(["reconstruct", "--weights", "random", "--num-steps", "1",
                             "--images", str(tmp_path / "p"), "--out", str(tmp_path)])
-    assert result["table"][0]["n"] == 2
+    assert result["table"][0]["n"] == 2 and abs(result["ends"][0]["before"] - 14.84) < 0.1
     evaluate.save_sheet(tmp_path / "sheet.png", torch.zeros(1, 3, 8, 8), 1, ["$^$"], ["$^$"])   # no formula
 
 

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 import prepare
 from common import Refused, derive_seed
+from data import Latents
 from helpers import file_of
+from model import ParaUni
 
 
 def picture(width: int = 100, height: int = 90, seed: int = 0) -> bytes:
@@ -194,6 +196,10 @@ def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
     want = vae.encode((images.permute(0, 3, 1, 2) / 255 * 2 - 1).to(vae.encoder.conv_in.weight.dtype))
     latents = load_file(tmp_path / "out" / "00000-00000.safetensors")["latents"]
     torch.testing.assert_close(latents, want.bfloat16(), rtol=2e-2, atol=2e-2)
+    # and training takes them for its own
+    batch = Latents((str(tmp_path / "out"),), 8, 0, ParaUni.from_preset("nano")).batch(0, list(range(8)))
+    assert set(batch.captions) == {"caption 0", "caption 1"}
+    assert torch.equal(batch.latents, latents[[int(text[-1]) for text in batch.captions]].float())
 
 
 def test_a_crop_is_a_square_along_the_long_side(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,8 @@ def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
         latents, log_probs = naive.rollout(peer, prompts, [generator(i) for i in range(8)], cfg)
         naive.accumulate_gradient(peer, peer, prompts, latents, log_probs, torch.ones(8), cfg)
     assert 1.2 * ours.flops < theirs.flops and ours.peak < theirs.peak
+    prepare(replace(cfg, gradient_checkpointing=True), model)
+    assert model.lim.connector.gradient_checkpointing and epoch(model, cfg, None).peak < 0.9 * ours.peak
 
 
 def test_where_ldam_has_fired_an_epoch_takes_little_more_memory_however_many_pictures_it_has() -> None:
