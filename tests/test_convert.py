@@ -58,8 +58,6 @@ def shard(path: Path) -> None:
         filename_pattern=f"{path.stem}{{suffix}}.safetensors")
 
 
-# ----------------------------------------------------------------------------- a preset's folder
-
 def test_a_preset_loads_bit_for_bit(source: Path) -> None:
     out = run(source)
     with pytest.warns(UserWarning, match="untrained"):
@@ -151,8 +149,6 @@ def test_a_folder_appears_whole_or_not_at_all(source: Path) -> None:
     assert (out / "transformer" / "config.json").is_file()
 
 
-# ----------------------------------------------------------------------------- OpenUni
-
 def openuni_state(model: ParaUni, fine_tuned: bool) -> dict[str, Tensor]:
     """What OpenUni's training writes: its own names, bf16 as DeepSpeed keeps them."""
     names = {"queries": "meta_queries", "lim.connector.": "connector.", "lim.projector.": "projector."}
@@ -174,7 +170,8 @@ def test_openuni_paints_with_its_own_weights_and_last_layer(source: Path, fine_t
     assert torch.equal(model.queries, state["meta_queries"].float())
     stored = state["transformer.proj_out.weight"].float() if fine_tuned else tiny.dit.proj_out.weight
     assert torch.equal(model.dit.proj_out.weight, stored)
-    # the file says so itself, to another preset of the pair too
+    # a training from scratch reads it too; the file says so itself, to another preset of the pair too
+    assert ParaUni.from_preset("openuni-l-1024", out, "none").lim.layers == [TINY.vlm_layers]
     assert isinstance(ParaUni.from_preset("l-1024", out).lim.agglayer_norm, torch.nn.Identity)
     with torch.no_grad():
         last = model.read_queries(model.encode_prefix(["a red heart", None]))[-1]       # after the final norm

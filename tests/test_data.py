@@ -22,8 +22,6 @@ from pictures import read_picture
 PARAUNI = SimpleNamespace(vae=tiny_model().vae, preset=TINY, device=torch.device("cpu"))
 
 
-# ----------------------------------------------------------------------------- prompts
-
 def test_a_prompt_is_a_line_of_utf8(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufefftwo stars\r\n\r\na heart\u2028and a moon\u0085\n  a ring ".encode())
@@ -49,8 +47,6 @@ def test_a_list_of_prompts_is_gone_through_in_a_new_order_each_time() -> None:
     rounds = [drawn[0:7], drawn[7:14], drawn[14:21]]
     assert all(set(one) == set("abcdefg") for one in rounds) and rounds[0] != rounds[1] != rounds[2]
 
-
-# ----------------------------------------------------------------------------- pictures
 
 def scene() -> Image.Image:
     """Red grows to the right, green downwards; sides differ, so that every turn shows."""
@@ -118,8 +114,6 @@ def test_what_is_no_picture_is_refused(data: bytes | str) -> None:
     with pytest.raises(Refused):
         read_picture(data)
 
-
-# ----------------------------------------------------------------------------- latents
 
 def test_nano_latents_are_the_pictures_of_their_captions() -> None:
     batch = NanoLatents(PARAUNI.vae, seed=5).batch(7, [3, 0])

@@ -76,9 +76,11 @@ def test_which_signals_trigger() -> None:
     assert fired_epochs(LDAM(), no_jump) == fired_epochs(LDAM(use_reward=False), no_jump) == []
     assert fired_epochs(LDAM(use_grad_norm=False), no_jump) == [7]
     assert fired_epochs(LDAM(spike=1.0, patience=2), no_jump) == [3, 7]
-    # what does not trigger still counts in gamma
-    ldam = LDAM(use_grad_norm=False, patience=1)
-    assert [ldam.update(*epoch) for epoch in [(0.2, 0.5), (0.6, 0.4)]] == [None, pytest.approx(0.05)]
+    # what does not trigger still counts in gamma, which has a bound
+    for gamma_max, gamma in ((1.0, 0.05), (0.01, 0.01)):
+        ldam = LDAM(use_grad_norm=False, patience=1, gamma_max=gamma_max)
+        assert [ldam.update(*epoch) for epoch in [(0.2, 0.5), (0.6, 0.4)]] == [None, pytest.approx(gamma)]
+        assert ldam.last["bounded"] == (gamma == gamma_max)
 
 
 @pytest.mark.parametrize("stop", [3, 40])

@@ -68,8 +68,6 @@ def one_pass(model: ParaUni, prompts: list[str | None], images: Tensor | None) -
     return torch.cat(rows, 1), leaf
 
 
-# ----------------------------------------------------------------------------- prompt -> condition
-
 @pytest.mark.parametrize("images", [None, pictures(4)], ids=["words", "pictures"])
 def test_prefix_and_queries_equal_one_pass(model: ParaUni, images: Tensor | None) -> None:
     """In value, and in the gradient of the queries."""
@@ -104,8 +102,6 @@ def test_long_prompts_are_cut_where_that_is_asked_for(model: ParaUni) -> None:
     keys, want = short.keys_values[-1][0], whole.keys_values[-1][0][:, :, :8]
     torch.testing.assert_close(keys, want, rtol=1e-4, atol=1e-4)
 
-
-# ----------------------------------------------------------------------------- pictures and answers
 
 def test_a_picture_depends_on_its_seed_and_place_and_not_on_its_batch(model: ParaUni) -> None:
     prompts = ["a heart", "a blue star", "two moons"]
@@ -160,8 +156,6 @@ def test_answers_are_greedy_and_do_not_depend_on_the_batch() -> None:
     assert len(set(answers)) > 1 and IMAGE_TOKEN in likeliest
     assert model.chat(images[0], questions[0]) == model.answer(images[:1], questions[:1])[0]
 
-
-# ----------------------------------------------------------------------------- how it starts, its files
 
 def test_the_frozen_parts_stay_in_eval_mode() -> None:
     model = tiny_model().train()
@@ -258,8 +252,6 @@ def test_precision_of_the_parts_in_memory(broken: Path, monkeypatch: pytest.Monk
     half = ParaUni.from_preset("nano", broken, dtype=torch.bfloat16)
     assert {p.dtype for p in (*half.vlm.parameters(), *half.trainable(3).values())} == {torch.bfloat16}
 
-
-# ----------------------------------------------------------------------------- sizes
 
 def count(build: Callable[[], nn.Module]) -> int:
     with torch.device("meta"):
