@@ -72,8 +72,8 @@ def test_a_stopped_evaluation_goes_on_under_the_same_settings(tmp_path: Path, pa
     # more pictures are no other setting
     assert geneval(tmp_path / "part", "--per-prompt", "4", "--batch-size", "64", "--no-score") == {}
     assert len(painter.batches[-1]) == 8
-    with pytest.raises(Refused, match="--num-steps 20 -> 9, --guidance-scale 4.5 -> 3.0"):
-        geneval(tmp_path / "part", "--guidance-scale", "3", "--num-steps", "9")
+    with pytest.raises(Refused, match="-steps 20 -> 9, --guidance-scale 4.5 -> 3.0, --dtype fp32 -> bf16"):
+        geneval(tmp_path / "part", "--guidance-scale", "3", "--num-steps", "9", "--dtype", "bf16")
     with torch.no_grad():
         painter.weight += 1e-7
     with pytest.raises(Refused, match="--weights sha256"):
@@ -156,19 +156,27 @@ def test_the_last_layer_is_compared_with_all(tmp_path: Path, monkeypatch: pytest
 
     def generate(prompts: list[str], num_steps: int, guidance_scale: float, seed: list[int], images: Tensor,
                  layers: list[int] | None) -> Tensor:
-        seen.append((prompts, layers))
+        seen.append((prompts, layers, tuple(seed)))
         return images + (0.1 if layers else 0.05)           # all layers are nearer
 
     monkeypatch.setattr(model, "generate", generate)
     monkeypatch.setattr(evaluate, "load", lambda *args: model)
     result = evaluate.main(["reconstruct", "--count", "3", "--batch-size", "2", "--out", str(tmp_path)])
-    assert [(len(prompts), layers) for prompts, layers in seen] == [(2, None), (1, None), (2, [4]), (1, [4])]
-    assert {prompt for prompts, _ in seen for prompt in prompts} == {"Keep the image as it is."}
+    prompts, layers, seeds = zip(*seen)
+    assert list(map(len, prompts)) == [2, 1, 2, 1] and layers == (None, None, [4], [4])
+    assert set(sum(prompts, [])) == {"Keep the image as it is."}
+    # from the same noise, each picture from its own
+    assert seeds[:2] == seeds[2:] and len(set(sum(seeds, ()))) == 3
     row, similar, clip = result["table"]                    # -20 log10 of 0.1, 0.05
     assert row["n"] == 3 and [row["before"], row["after"]] == pytest.approx([20, 26.0206], abs=1e-4)
     assert similar["change"] > 0 and -1 <= clip["before"] <= 1
     rolled = evaluate.ssim(originals.roll(1, 0), originals).mean().item()
     assert result["ends"][1]["before"] == pytest.approx(rolled)
+    # a model that was trained so is one of its own, and reads what it was trained with
+    files = []
+    monkeypatch.setattr(evaluate, "load", lambda cfg, device, *file: files.append(file) or model)
+    evaluate.main(["reconstruct", "--count", "3", "--last-layer-file", "own", "--out", str(tmp_path)])
+    assert files == [(), ("own",)] and [layers for _, layers, _ in seen[4:]] == [None, None]
 
 
 def test_pictures_of_ones_own_are_cropped_and_kept(tmp_path: Path) -> None:

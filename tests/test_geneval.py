@@ -25,7 +25,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 CLASSES = ("dog", "cup", "car", "mouse")                    # of a detector, in COCO's words
 
 
-# ----------------------------------------------------------------------------- the rules, a second time
 def reference_position(a: dict, b: dict) -> list[str]:
     a, b = np.array(a["box"]), np.array(b["box"])
     away = (a[:2] + a[2:] - b[:2] - b[2:]) / 2
@@ -116,8 +115,6 @@ def test_task_scores_against_hand_numbers() -> None:
     assert geneval.task_scores(verdicts[:1])["tasks"][-1]["s.e."] is None
 
 
-# ----------------------------------------------------------------------------- the detector and the namer
-
 def noise_picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
@@ -165,6 +162,10 @@ def test_the_detector_is_its_description(tmp_path: Path, monkeypatch: pytest.Mon
     x, size = detector.prepare(image)
     assert x.shape == (1, 3, 64, 96) and size == (60, 88)
     assert not x[..., 60:, :].any() and not x[..., 88:].any()
+    # PIL's levels may be one off
+    levels = np.asarray(image.resize((88, 60), Image.Resampling.BILINEAR))                  # (60, 88, 3)
+    seen = x[0, :, :60, :88].permute(1, 2, 0) * torch.tensor([58.395, 57.12, 57.375])
+    assert np.abs(seen.numpy() + [123.675, 116.28, 103.53] - levels).max() < 1.01
     assert detector.prepare(image.resize((60, 30)))[1] == (50, 100)
     found, expected = detector(image), reference_detections(detector, image)
     assert 3 < len(expected) < geneval.TOP and [f["class"] for f in found] == [e[0] for e in expected]
@@ -197,8 +198,6 @@ def test_colors_are_the_nearest_mean_sentence(tmp_path: Path) -> None:
             logits = sentences @ namer.clip.encode_image(namer.look(alone.crop(thing["box"]))[None])[0]
         assert namer(image, thing) == COLORS[logits.argmax().item()]
 
-
-# ----------------------------------------------------------------------------- from pictures to verdicts
 
 REQUESTS = [
     {"tag": "single_object", "prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]},
@@ -316,6 +315,10 @@ def test_missing_detections_and_coco_s_own_names_are_errors(tmp_path: Path, imag
         path.write_text(text.replace(old, new))
         with pytest.raises(error, match="00000/samples/00000.png|mouse"):
             score(tmp_path / "o", "--images", images, "--detections", path)
+    detections(images / "1.json", "one")
+    detections(images / "2.json", "two")
+    with pytest.raises(Refused, match="what one judge said"):
+        score(tmp_path / "o", "--images", images, "--detections", images)
 
 
 class FakeDetector:

@@ -62,10 +62,10 @@ def run(parts: Path, out: Path, *more: str) -> dict:
 
 
 def test_figures_are_what_plain_code_computes(parts: Path, tmp_path: Path, drawn: Mock) -> None:
-    result = run(parts, tmp_path, "--last-file", str(parts / "last.safetensors"))
+    result = run(parts, tmp_path, "--seed", "3", "--last-file", str(parts / "last.safetensors"))
     model, last = tiny_model(0), tiny_model(0)
     last.load_stage(parts / "last.safetensors")
-    seeds = [derive_seed(0, "analyse", i) for i in range(len(PROMPTS))]
+    seeds = [derive_seed(3, "analyse", i) for i in range(len(PROMPTS))]
 
     def red(which: list[int]) -> np.ndarray:
         return model.generate(PROMPTS, 2, 4.5, seed=seeds, layers=which)[:, 0].mean((1, 2)).double().numpy()

@@ -188,8 +188,8 @@ def test_too_many_bad_samples_and_none_at_all_stop_it(tmp_path: Path) -> None:
 
 
 def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
-    run(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0, 1)))
-    crops = [prepare.read_sample(sample, 32, derive_seed(0, "crop", 0, 0, i))[0]
+    run(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0, 1)), seed=3)
+    crops = [prepare.read_sample(sample, 32, derive_seed(3, "crop", 0, 0, i))[0]
              for i, sample in enumerate(prepare.read_source(tmp_path / "a.tar"))]
     images = torch.from_numpy(np.stack(crops))                                          # (2, 32, 32, 3)
     vae = prepare.load_vae("nano", "auto")
@@ -270,6 +270,9 @@ def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_pat
     run(tmp_path / "out", *corpus)
     with pytest.raises(Refused, match="another --out"):
         run(tmp_path / "out", *corpus, seed=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Refused, match="another --out"):
+        patch.setattr(prepare, "stamp_of", lambda vae, preset: {"vae": "another"})
+        run(tmp_path / "out", *corpus)
     write_files(corpus[3], pairs(39))
     with pytest.raises(Refused, match="another --out"):
         run(tmp_path / "out", *corpus)
