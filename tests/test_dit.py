@@ -52,8 +52,6 @@ def inputs(config: DiTConfig = TINY, B: int = 3) -> tuple[Tensor, ...]:
     return x, torch.rand(B, generator=g), c
 
 
-# ---- configuration
-
 def test_default_config_is_the_published_file_byte_for_byte() -> None:
     published = DiTConfig().to_json() | {"_diffusers_version": "0.33.0.dev0"}
     text = json.dumps(published, indent=2, sort_keys=True) + "\n"
@@ -82,8 +80,6 @@ def test_config_refuses_other_values(config: object, key: str, value: object, tm
     with pytest.raises(Refused, match=key):
         check_config(tmp_path / "config.json", config)
 
-
-# ---- network, loss
 
 @pytest.mark.parametrize("onednn", [False, True], ids=["products", "convolutions"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -179,8 +175,6 @@ def test_a_new_one_starts_at_zero_with_a_gradient() -> None:
     assert dit.proj_out.weight.grad.abs().max() > 0
 
 
-# ---- time grids and deterministic sampling
-
 def make_scheduler(solver: str, num_steps: int, shift: float = 3.0):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     if solver == "dpm++":
@@ -224,8 +218,6 @@ def test_sampling_follows_the_diffusers_scheduler(solver: str, num_steps: int, g
     assert ours.dtype == torch.float32 and not ours.requires_grad
     assert error(ours, x) < 2e-5
 
-
-# ---- stochastic step
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.2])
 def test_every_noise_level_has_the_marginals_of_the_ode(noise_level: float) -> None:
