@@ -302,7 +302,6 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True) if checkpoint else None
     if state:
         refuse_changes(state["config"], cfg, MAY_CHANGE, str(checkpoint))
-    # stage 3 counts epochs
     unit = "epoch" if cfg.stage == 3 else "step"
     done = state[unit] if state else 0
     if (gather(torch.tensor([done], device=dist.device), dist) != done).any():
@@ -482,14 +481,15 @@ def ema_update(ema: Weights, params: Weights, decay: float) -> None:
 @contextmanager
 def swapped(params: Weights, ema: Weights) -> Iterator[None]:
     """The EMA's values in the model, and the model's in the EMA, for as long as the block lasts."""
-    for turn in ("there", "back"):
-        with torch.no_grad():
-            for name, p in params.items():
-                kept = p.clone()
-                p.copy_(ema[name])
-                ema[name].copy_(kept)
-        if turn == "there":
-            yield
+    @torch.no_grad()
+    def swap() -> None:
+        for name, p in params.items():
+            own = p.clone()
+            p.copy_(ema[name])
+            ema[name].copy_(own)
+    swap()
+    yield
+    swap()
 
 
 def write_stage(cfg: RunConfig, model: nn.Module, dist: Dist, made: dict) -> None:
