@@ -410,7 +410,7 @@ def catch_stop() -> Iterator[list[int]]:
 
 # ----------------------------------------------------------------------------- training
 
-def prepare(cfg: RunConfig, model: nn.Module) -> Weights:
+def make_trainable(cfg: RunConfig, model: nn.Module) -> Weights:
     """What the stage trains, by name, with the model ready to train it; everything else is frozen."""
     model.requires_grad_(False)
     for p in model.trainable(cfg.stage).values():

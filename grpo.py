@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 from common import (Dist, Refused, RunConfig, adamw, average_gradients, catch_stop, clip_gradients,
                     copy_weights, cosine_lr, derive_seed, ema_update, gather, generator, knob,
-                    load_checkpoint, mean_over_ranks, open_run, precision, prepare, read_log, save_checkpoint,
-                    set_lr, swapped, write_log, write_stage)
+                    load_checkpoint, make_trainable, mean_over_ranks, open_run, precision, read_log,
+                    save_checkpoint, set_lr, swapped, write_log, write_stage)
 from data import draw_prompt, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -414,7 +414,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     # compiled alike, but frozen; what nobody trains is shared
     model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)
     reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
-    params, params_ref = prepare(cfg, model), prepare(cfg, reference)
+    params, params_ref = make_trainable(cfg, model), make_trainable(cfg, reference)
     reference.requires_grad_(False)
     ema = {name: p.detach().clone() for name, p in params.items()}
 

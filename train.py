@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import grpo
 from common import (Dist, Refused, RunConfig, adamw, average_gradients, catch_stop, clip_gradients, cosine_lr,
-                    ema_update, generator, knob, load_checkpoint, mean_over_ranks, open_run,
-                    parse_config, precision, prepare, resolve, run, save_checkpoint, set_lr, setup_dist,
-                    swapped, write_log, write_stage)
+                    ema_update, generator, knob, load_checkpoint, make_trainable, mean_over_ranks, open_run,
+                    parse_config, precision, resolve, run, save_checkpoint, set_lr, setup_dist, swapped,
+                    write_log, write_stage)
 from data import Latents, NanoLatents
 from dit import flow_matching_loss, randn
 from model import PRESETS, ParaUni
@@ -99,7 +99,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     if cfg.data:
         data = Latents(cfg.data, cfg.batch_size, cfg.seed, model)
     # what this stage trains; everything else is frozen
-    params = prepare(cfg, model)
+    params = make_trainable(cfg, model)
     ema = {name: p.detach().clone() for name, p in params.items()}
     optimizer = adamw(params.values(), cfg.lr, cfg.weight_decay)
     if dist.lead:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import naive
-from common import generator, prepare
+from common import generator, make_trainable
 from grpo import GRPOConfig, Perturbation, accumulate_gradient, rollout, trained_steps
 from helpers import TINY, tiny_model
 from model import ParaUni
@@ -36,7 +36,7 @@ def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Meter:
 
 def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
     cfg, model = replace(CFG, group_size=4, micro_batch=4), tiny_model()
-    prepare(cfg, model)
+    make_trainable(cfg, model)
     peer, prompts = naive.peer_of(model), [prompt for prompt in PROMPTS for _ in range(4)]
     ours = epoch(model, cfg, None)
     with Meter() as theirs:
@@ -49,7 +49,7 @@ def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
 
 def test_where_ldam_has_fired_an_epoch_takes_little_more_memory_however_many_pictures_it_has() -> None:
     model, more = tiny_model(), []
-    for p in prepare(CFG, model).values():
+    for p in make_trainable(CFG, model).values():
         p.grad = torch.zeros_like(p)
     for group_size in (4, 16):
         cfg = replace(CFG, group_size=group_size, micro_batch=4, num_steps=2)
@@ -92,7 +92,7 @@ def test_flops_are_two_for_a_multiplication_and_an_addition() -> None:
 def test_what_fake_tensors_say_real_ones_do(stage: int) -> None:
     def costs() -> tuple[list[int], list[int]]:
         model, cfg = plan.build(TINY), plan.recipe(TINY, stage)
-        for p in prepare(cfg, model).values():
+        for p in make_trainable(cfg, model).values():
             p.grad = torch.zeros_like(p)
         if stage == 3:
             return plan.measure(plan.reinforced(model, replace(cfg, num_groups=2), 4))

@@ -40,8 +40,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import naive
 import train
-from common import (Refused, RunConfig, adamw, compile_parts, environment, generator, knob, parse_config,
-                    precision, prepare, read_log, resolve, run)
+from common import (Refused, RunConfig, adamw, compile_parts, environment, generator, knob, make_trainable,
+                    parse_config, precision, read_log, resolve, run)
 from data import nano_prompts
 from dit import DiT, flow_matching_loss, sample_ode
 from evaluation import table
@@ -140,7 +140,7 @@ def learner(args: BenchConfig, stage: int) -> ParaUni:
     """A model that is ready to be trained, with the attention kernels that train.py picks."""
     resolve(args, DEVICE)
     model = ParaUni.from_preset(args.preset, weights="random", device=DEVICE)
-    prepare(RunConfig(stage), model)
+    make_trainable(RunConfig(stage), model)
     return model
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import knob, parse_config, precision, prepare, run
+from common import knob, make_trainable, parse_config, precision, run
 from dit import flow_matching_loss
 from evaluation import table
 from grpo import GRPOConfig, Perturbation, chunk_kv, encode_conditions, velocity
@@ -193,7 +193,7 @@ def plan(model: ParaUni, cfg: TrainConfig | GRPOConfig, devices: int) -> Plan:
     # memory grows along a straight line through two sizes of a micro-batch
     alive, further = [], MANY - 1
     for checkpointing in (True, False):
-        params = prepare(replace(cfg, gradient_checkpointing=checkpointing), model)
+        params = make_trainable(replace(cfg, gradient_checkpointing=checkpointing), model)
         # gradients are there from the first micro-batch on
         for p in params.values():
             p.grad = torch.zeros_like(p)
