@@ -297,7 +297,7 @@ def resolve(cfg: Any, device: torch.device, small: bool = False) -> Any:
 
 
 def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
-    """Refuse to mix two runs in a folder, write config.json; returns the checkpoint to go on from."""
+    """Refuse to mix two runs in a folder, cut the log, write config.json; returns the checkpoint, if any."""
     checkpoint, log = find_checkpoint(cfg.resume, cfg.run_dir), Path(cfg.run_dir) / "metrics.jsonl"
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True) if checkpoint else None
     if state:
@@ -314,8 +314,8 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
     is_own = cfg.resume == "auto" or home == (Path(cfg.run_dir) / "checkpoints").resolve()
     if (lines or find_checkpoint("auto", cfg.run_dir)) and not is_own:
         raise Refused(f"{cfg.run_dir} already holds a run: go on with --resume auto, or change --run-dir")
-    # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3 writes the
-    # checkpoint's own line again
+    # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3, which saves
+    # first and then logs, writes the checkpoint's own line again
     lines = [line for line in lines if state and json.loads(line)[unit] < done + (unit == "step")]
     with atomic(log) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines))
