@@ -275,7 +275,7 @@ class ParaUni(nn.Module):
         stage_file    a stageN.safetensors; "auto": the folder's of `stage`; "none": queries and LIM afresh
         fresh         prefixes of parameters that the files may lack
         dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
-        stage         which stage the file must be of; None: any, and "auto" is the highest; 0: any, and none
+        stage         which stage the file must be of; None, 0: any; "auto": the highest, none for 0
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which sizes, which files
@@ -284,10 +284,10 @@ class ParaUni(nn.Module):
         preset, folder = PRESETS[name], weights_folder(name, str(weights))
         if weights != "random" and not folder.is_dir():
             raise Refused(f"no weights at {folder}: run tools/convert.py {name}, or change --weights")
-        # nothing goes before stage 1, or before random weights
         if stage_file == "auto":
             highest = max(folder.glob("stage[123].safetensors"), default="none")
             stage_file = highest if stage is None else folder / f"stage{stage}.safetensors"
+            # nothing goes before stage 1, or before random weights
             if stage == 0 or weights == "random":
                 stage_file = "none"
             # enough to be asked about pictures; what it draws is noise
@@ -345,8 +345,8 @@ class ParaUni(nn.Module):
     def _random_parts(cls, preset: Preset, seed: int) -> "ParaUni":
         """All parts at their true size, drawn."""
         # a vocabulary where there is one
-        words = weights_folder("nano" if preset.shapes_world else preset.name, "auto") / "vlm"
-        tokenizer = AutoTokenizer.from_pretrained(words) if words.is_dir() else byte_tokenizer()
+        folder = weights_folder("nano" if preset.shapes_world else preset.name, "auto") / "vlm"
+        tokenizer = AutoTokenizer.from_pretrained(folder) if folder.is_dir() else byte_tokenizer()
         model = cls(preset, preset.vlm_class(preset.vlm).to(preset.vlm_dtype), tokenizer)
         model.dit.init_weights(generator(seed, "dit"))
         model.vae.init_weights(generator(seed, "vae"))
@@ -383,17 +383,17 @@ class ParaUni(nn.Module):
         ones that are not in `self.fresh`. `stage`: which it must be; `as_file`: fuse what it fused."""
         tensors, metadata = read_tensors(path)
         # which stage of which preset is it? OpenUni's parts are those of the preset it is named after
-        made, of = metadata.get("stage"), metadata.get("preset", "").removeprefix("openuni-")
-        if made not in ("1", "2", "3") or stage not in (None, int(made)):
-            raise Refused(f"expected {path} to be of stage {stage or '1, 2 or 3'}, it is of stage {made}")
-        if of != self.preset.name.removeprefix("openuni-"):
-            raise Refused(f"expected {path} to be of preset {self.preset.name}, it is of {of or 'none'}")
+        of_stage, preset = metadata.get("stage"), metadata.get("preset", "").removeprefix("openuni-")
+        if of_stage not in ("1", "2", "3") or stage not in (None, int(of_stage)):
+            raise Refused(f"expected {path} to be of stage {stage or '1, 2 or 3'}, it is of stage {of_stage}")
+        if preset != self.preset.name.removeprefix("openuni-"):
+            raise Refused(f"expected {path} to be of preset {self.preset.name}, it is of {preset or 'none'}")
         if as_file:
             layers = tuple(int(i) for i in metadata["layers"].split(",") if i)
             self.fuse_as(layers, metadata["norm"] == "True")
         # LDAM's fields, where stage 3 ran with --ldam-mode keep
         self.lim.kept_noise = tensors.pop("lim.kept_noise", None)
-        load_strict(self.trainable(int(made)), tensors, self.fresh, str(path))
+        load_strict(self.trainable(int(of_stage)), tensors, self.fresh, str(path))
 
     def save_stage(self, path: Path, cfg: Any, write: bool = True) -> None:
         """What a stage trained, as one safetensors file that says which stage of which preset it is, and how
