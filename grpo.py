@@ -171,20 +171,20 @@ def encode_conditions(model: ParaUni, prefix: Prefix, perturbation: Perturbation
         c_layers = model.condition_layers(prefix).float()                               # (L, P + 1, N, E)
     c = model.lim.fuse(c_layers)                                                        # (P + 1, N, E)
     layers = perturbation.layers if perturbation else []
-    c_of_layers = c_layers[[i - 1 for i in layers], :-1]                                # (S, P, N, E)
-    return c[:-1], c[-1:], c_of_layers
+    perturbed = c_layers[[i - 1 for i in layers], :-1]                                  # (S, P, N, E)
+    return c[:-1], c[-1:], perturbed
 
 
 def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: slice, noise: list[Tensor],
              guidance_scale: float, cfg: GRPOConfig) -> list:
     """Cross-attention keys and values for a chunk of pictures: one condition a group, or one a picture where
     LDAM perturbs each. With guidance, which an objective may forgo, as many unconditional ones in front."""
-    c, c_uncond, c_of_layers = conditions
+    c, c_uncond, perturbed = conditions
     # the DiT shares a condition among all pictures of its group
     c = c[groups]                                                                       # (groups, N, E)
     # LDAM's noise is a picture's own, and then so is its condition
     if noise:
-        c = model.lim.perturb(c, c_of_layers[:, groups], noise)                         # (b, N, E)
+        c = model.lim.perturb(c, perturbed[:, groups], noise)                           # (b, N, E)
     # guidance compares with no prompt
     if guidance_scale > 1:
         c = torch.cat([c_uncond.expand(len(c), -1, -1), c])
