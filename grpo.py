@@ -18,8 +18,8 @@ drawn from (seed, epoch, group, member), LDAM's from these and the layer, a shar
 group), epochs counted over all phases: no draw depends on the number of devices, and a resumed run repeats
 an unbroken one bit for bit (on a GPU, as far as torch's kernels repeat themselves).
 What makes it cheap. The VLM reads prompts once an epoch, without gradient; only the queries run again: for
-the rollout, for its reference and, with gradient, for the update. A group shares its prompt's condition: the
-update detaches it to a leaf, whose gradient, of all its pictures and steps, goes once through LIM and VLM.
+the rollout, its reference and, with gradient, the update. There a prompt's c and c_i become leaves, on which
+LDAM's noise and the DiT build; their gradients, summed over pictures and steps, go once through LIM and VLM.
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
 see clean pictures; an epoch has one update, not one for each half of its pictures; the KL is that of the two
@@ -180,12 +180,9 @@ def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: 
     """Cross-attention keys and values for a chunk of pictures: one condition a group, or one a picture where
     LDAM perturbs each. With guidance, which an objective may forgo, as many unconditional ones in front."""
     c, c_uncond, perturbed = conditions
-    # the DiT shares a condition among all pictures of its group
     c = c[groups]                                                                       # (groups, N, E)
-    # LDAM's noise is a picture's own, and then so is its condition
     if noise:
         c = model.lim.perturb(c, perturbed[:, groups], noise)                           # (b, N, E)
-    # guidance compares with no prompt
     if guidance_scale > 1:
         c = torch.cat([c_uncond.expand(len(c), -1, -1), c])
     with precision(model.device, cfg.dtype):
@@ -345,7 +342,8 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
                         perturbation: Perturbation | None, cfg: GRPOConfig, first: bool) -> dict[str, Tensor]:
     """Add the gradient of the objective over this rank's pictures to .grad; returns what to log."""
     P, B = len(prefix.mask) - 1, len(advantages)
-    # encoded once, with gradient; the DiT sees leaves, which sum the gradients of all pictures and steps
+    # encoded once, with gradient; LDAM's noise and the DiT build on leaves, which sum the gradients of all
+    # pictures and steps
     roots = encode_conditions(policy, prefix, perturbation, cfg)
     leaves = tuple(c.detach().requires_grad_() for c in roots)
 
@@ -364,7 +362,8 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
             for name, values in logged.items():
                 metrics.setdefault(name, []).append(values.detach())
 
-    # from the leaves through LIM, VLM and queries: once; without guidance or noise some leaves are not used
+    # On through LIM, VLM and queries. A backward pass is linear: one with the sum gives what one for each
+    # picture and step would. Without guidance or noise some leaves are not used.
     used = [(root, leaf.grad) for root, leaf in zip(roots, leaves) if leaf.grad is not None]
     used_roots, grads = zip(*used)
     torch.autograd.backward(used_roots, grads)
