@@ -427,12 +427,12 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     done, skipped, record = 0, 0, {"epoch": 0, "phase": goals[0]}
     # held-out scores before the first phase, and after each
     evals: list[dict[str, list[float]]] = state["evals"] if state else []
-    # a resumed run must find the same prompts
     digest = derive_seed(*prompts, *heldout)
     if state:
         if state["prompts"] != digest:
             raise Refused("the prompt files are not those that this run began with: put them back")
-        # a phase makes these in its first epoch; one that goes on gets back what it had made of them
+        # what this phase made in its first epoch gets its state back; a reference that is stage II's was read
+        # again above; there is no random state: every draw follows from the seed and its epoch
         optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
         load_checkpoint(state, params, ema, optimizer)
         ldam.load_state_dict(state["ldam"])
@@ -441,7 +441,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
     before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
 
-    # the steps of each phase; of every epoch its phase, and how many of the phase's steps come before it
+    # steps of each phase, the last number for all left; of every epoch its phase, and its first step there
     lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(goals))]
     schedule = [(phase, step) for phase, n in enumerate(lengths) for step in range(0, n, cfg.inner_updates)]
     total = len(schedule)
@@ -526,7 +526,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
                 gamma = None
 
             # 7. EMA, save
-            # skipped counts in a row: that many, and this epoch has made no step for the average to follow
+            # skipped counts updates in a row: so many, and this epoch made no step for the average to follow
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
             record = {"epoch": epoch + 1, "phase": goal, **metrics, "grad_norm": grad_norms[0], "lr": lr,
@@ -551,6 +551,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             if is_stopped and epoch + 1 < total:
                 return {}
 
+    # what is written and drawn is the average of the weights
     with swapped(params, ema):
         write_stage(cfg, model, dist, record)
         after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
