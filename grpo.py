@@ -496,7 +496,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             # those of this rank's pictures
             own = advantages.chunk(dist.world_size)[dist.rank].flatten()                # (B,)
 
-            # 5. update: one gradient through the DiT for all pictures and steps, one through LIM and VLM
+            # 5. update: back through the DiT for each chunk and step, through LIM and VLM once
             grad_norms, metrics = [], {}
             for update in range(cfg.inner_updates):
                 lr = cosine_lr(step + update, lengths[phase], cfg.warmup, cfg.lr)
