@@ -114,8 +114,9 @@ class GRPOConfig(RunConfig):
 # ----------------------------------------------------------------------------- advantages, clipped loss, KL
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(r - mean) / std within each group, population std (Flow-GRPO), (P, G) fp32. A group without spread, or
-    with a reward that is not finite, gets zeros: it teaches nothing."""
+    """(r - mean) / std within each group, population std (Flow-GRPO), (P, G) fp32: the group's mean stands in
+    for PPO's value function, and every step of a picture has the picture's advantage. A group without spread,
+    or with a reward that is not finite, gets zeros: it teaches nothing."""
     mean = rewards.mean(1, keepdim=True)                                                # (P, 1)
     std = rewards.std(1, correction=0, keepdim=True)                                    # (P, 1)
     # what rounding makes of equal rewards is no spread
@@ -129,7 +130,8 @@ def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_r
     log_prob, old_log_prob, advantages  (B,) fp32; log-probabilities are means over C H W,
                                         so clip_range is per element
     """
-    # how much likelier is the step now than when it was drawn? 1 in the first update
+    # how much likelier is the step now than when it was drawn? 1 in an epoch's first update, by default its
+    # only one: nothing is clipped then, and the gradient is that of -A log_prob
     ratio = torch.exp(log_prob - old_log_prob)                                          # (B,)
     # beyond the clip range there is nothing more to gain, but there is to lose: hence the maximum
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)                               # (B,)
@@ -284,7 +286,7 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
         x = randn((len(starts), *shape), starts, device)                                # (b, C, H, W)
         latents[0, pictures] = x
         for k, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-            # a step that will be trained is drawn from its distribution
+            # a step that will be trained is drawn from its distribution, another one follows the ODE
             if k in trained:
                 x_next, log_prob[k, pictures], _, _ = step_log_prob(
                     policy.dit, kv, x, t, t_next, cfg, generators=generators)
@@ -292,7 +294,6 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
                 if kl_coef > 0:
                     _, _, mean_ref[k, pictures], _ = step_log_prob(
                         reference.dit, kv_ref, x, t, t_next, cfg, x_next)
-            # another one follows the ODE
             else:
                 x_next = x + (t_next - t) * velocity(policy.dit, kv, x, t, cfg)         # an Euler step
             latents[k + 1, pictures] = x = x_next
@@ -331,8 +332,8 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
 
     # to be logged; later updates are meant to deviate, the first one is not
     deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
-    is_clipped = (deviation > cfg.clip_range).float()                                   # (b,)
-    metrics = {"kl": kl, "clip_frac": is_clipped}
+    is_outside = (deviation > cfg.clip_range).float()                                   # (b,)
+    metrics = {"kl": kl, "clip_frac": is_outside}
     if first:
         metrics["ratio_dev"] = deviation
     return loss, metrics
@@ -489,8 +490,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             means = {name: finite_mean(values.flatten().tolist()) for name, values in rewards.items()}
             clock.append(time.perf_counter())
 
-            # 4. compare within groups
-            # by this phase's reward; the others are only watched
+            # 4. compare within groups, by this phase's reward; the others are only watched
             usable = rewards[goal].isfinite().all(1)                                    # (P of all ranks,)
             advantages = group_advantages(rewards[goal])                                # (P of all ranks, G)
             # those of this rank's pictures
