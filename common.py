@@ -1,6 +1,6 @@
-"""What every script shares: flags, seeds, processes, files, runs. No model code.
+"""What every script shares: flags, seeds, processes, files, runs; of the model, the names of its parts alone.
 
-It is plumbing, and a first reading may skip it: each function stands alone and is called by its plain name.
+A first reading may skip it. A run: open_run, make_trainable, load_checkpoint, save_checkpoint, write_stage.
 """
 import argparse
 import hashlib

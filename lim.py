@@ -124,7 +124,7 @@ class LIM(nn.Module):
         q        (L, B, N, D)    the queries' hidden states after VLM layers 1..L
         Returns  (L, B, N, E)    layer i at index i - 1
         """
-        # layer outermost, cut apart again by both sizes: a batch of L samples is never taken for L layers
+        # all layers' rows as one batch, the layer outermost; cut apart again by q's own two sizes
         rows = q.flatten(0, 1)                                                          # (R, N, D)
         c = self.agglayer_norm(self.projector(self.connector(rows)))                    # (R, N, E)
         c_layers = c.unflatten(0, q.shape[:2])                                          # (L, B, N, E)

@@ -460,7 +460,7 @@ class ParaUni(nn.Module):
         ids, mask = self.tokenize(texts, max_tokens)                                    # (B, S) each
         # the pictures' features take the places that image_text() has kept for them
         shown = {} if images is None else {"pixel_values": self.pixels(images)}
-        # without its head: no words are asked for
+        # with its vision tower, which the queries do not need; without its head: no words are asked for
         cache = self.vlm.base_model(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1) - 1,
                                     use_cache=True, **shown).past_key_values
         return Prefix([(layer.keys, layer.values) for layer in cache.layers], mask)
