@@ -275,7 +275,7 @@ class ParaUni(nn.Module):
         stage_file    a stageN.safetensors; "auto": the folder's of `stage`; "none": queries and LIM afresh
         fresh         prefixes of parameters that the files may lack
         dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
-        stage         which stage the file must be of; None, 0: any; "auto": the highest, none for 0
+        stage         which stage the file must be of; None: any, "auto" the highest; 0: of 1, "auto" none
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which sizes, which files
@@ -310,7 +310,8 @@ class ParaUni(nn.Module):
         model.init_trained(seed)
         model.fuse_as(layers or preset.layers, norm)
         if stage_file != "none":
-            model.load_stage(Path(stage_file), stage or None, as_file=layers is None)
+            # stage 1 may go on from another stage 1, but of a later one it would leave out the DiT
+            model.load_stage(Path(stage_file), 1 if stage == 0 else stage, as_file=layers is None)
         # VLM and autoencoder have their own dtypes
         model.queries.data = model.queries.data.to(dtype)
         model.lim.to(dtype)
@@ -545,5 +546,4 @@ class ParaUni(nn.Module):
 
     def chat(self, image: Tensor, question: str) -> str:
         """The frozen VLM's answer to a question about one picture, (3, H, W) in [0, 1]."""
-        # a batch of one
         return self.answer(image[None].to(self.device), [question])[0]
