@@ -43,7 +43,7 @@ def test_ours_does_a_part_of_the_work_and_needs_a_part_of_the_memory() -> None:
         latents, log_probs = naive.rollout(peer, prompts, [generator(i) for i in range(8)], cfg)
         naive.accumulate_gradient(peer, peer, prompts, latents, log_probs, torch.ones(8), cfg)
     assert 1.2 * ours.flops < theirs.flops and ours.peak < theirs.peak
-    prepare(replace(cfg, gradient_checkpointing=True), model)
+    make_trainable(replace(cfg, gradient_checkpointing=True), model)
     assert model.lim.connector.gradient_checkpointing and epoch(model, cfg, None).peak < 0.9 * ours.peak
 
 
