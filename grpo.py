@@ -346,7 +346,7 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
     # encoded once, with gradient; LDAM's noise and the DiT build on leaves, which sum the gradients of all
     # pictures and steps
     roots = encode_conditions(policy, prefix, perturbation, cfg)
-    leaves = tuple(c.detach().requires_grad_() for c in roots)
+    leaves = tuple(c.detach().requires_grad_(c.requires_grad) for c in roots)
 
     metrics: dict[str, list[Tensor]] = {}
     for groups, pictures in chunks(P, B, cfg.micro_batch):
@@ -366,8 +366,7 @@ def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advant
     # On through LIM, VLM and queries. A backward pass is linear: one with the sum gives what one for each
     # picture and step would. Without guidance or noise some leaves are not used.
     used = [(root, leaf.grad) for root, leaf in zip(roots, leaves) if leaf.grad is not None]
-    used_roots, grads = zip(*used)
-    torch.autograd.backward(used_roots, grads)
+    torch.autograd.backward([root for root, _ in used], [grad for _, grad in used])
     return {name: torch.cat(values) for name, values in metrics.items()}
 
 
