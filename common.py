@@ -421,7 +421,7 @@ def make_trainable(cfg: RunConfig, model: nn.Module) -> Weights:
         shard(model)
     if cfg.compile:
         compile_parts(model.device, model.lim, model.dit)
-    return model.trainable(cfg.stage)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def compile_parts(device: torch.device, *parts: nn.Module) -> None:
