@@ -473,12 +473,12 @@ def sample_ode(dit: nn.Module, noise: Tensor, c: Tensor, c_uncond: Tensor | None
     x, x0_prev = noise.float(), None
     for i in range(num_steps):
         v = guided_velocity(dit, x, times[i].expand(len(x)), kv, guidance_scale)     # (B, C, H, W)
-        if solver == "euler":
-            x = x + (sigmas[i + 1] - sigmas[i]) * v                              # (B, C, H, W)
-        else:
+        if solver == "dpm++":
             x0 = x - sigmas[i] * v                                               # (B, C, H, W)
             x = dpm_step(x, x0, x0_prev, sigmas[i - 1], sigmas[i], sigmas[i + 1])
             x0_prev = x0
+        else:
+            x = x + (sigmas[i + 1] - sigmas[i]) * v                              # (B, C, H, W)
     return x
 
 
