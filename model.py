@@ -195,7 +195,7 @@ def load_strict(own: Weights, tensors: Weights, fresh: tuple[str, ...], what: st
     if missing or misfit:
         raise Refused(f"{what} does not fit this preset: {len(missing)} tensors are missing {missing[:3]}, "
                       f"{len(misfit)} are unknown or of another shape {misfit[:3]}; change --preset, or name "
-                      "in --fresh what may start afresh")
+                      "in train.py's --fresh what may start afresh")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 
@@ -375,7 +375,8 @@ class ParaUni(nn.Module):
             self.lim.agglayer_norm = nn.Identity()
 
     def trainable(self, stage: int) -> Weights:
-        """Name -> parameter of what a stage trains: queries and LIM in stage 1, the DiT too in 2 and 3."""
+        """Name -> parameter of what a stage trains: queries and LIM in stage 1, the DiT too in 2 and 3. Its
+        file holds these and no more: who trains fewer leaves the others out in common.prepare, not here."""
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
 
