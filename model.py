@@ -376,7 +376,7 @@ class ParaUni(nn.Module):
 
     def trainable(self, stage: int) -> Weights:
         """Name -> parameter of what a stage trains: queries and LIM in stage 1, the DiT too in 2 and 3. Its
-        file holds these and no more: who trains fewer leaves the others out in common.prepare, not here."""
+        file holds these and no more: who trains fewer leaves the others out in common.make_trainable."""
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
 
