@@ -37,7 +37,7 @@ def broken(tiny_weights: Path, tmp_path: Path) -> Path:
 
 
 def pictures(B: int, seed: int = 0) -> Tensor:
-    return torch.rand(B, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(B, 3, 40, 48, generator=torch.Generator().manual_seed(seed))
 
 
 def spell(prompt: str | None, picture: bool = False) -> str:
@@ -60,7 +60,8 @@ def one_pass(model: ParaUni, prompts: list[str | None], images: Tensor | None) -
         embeds = model.vlm.get_input_embeddings()(ids)                                  # (1, S, D)
         if images is not None:
             mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-            features = model.vlm.model.get_image_features(pixel_values=(images[b:b + 1] - mean) / std)
+            seen = nn.functional.interpolate(images[b:b + 1], (32, 32), mode="bicubic", antialias=True)
+            features = model.vlm.model.get_image_features(pixel_values=(seen.clamp(0, 1) - mean) / std)
             embeds[ids == IMAGE_TOKEN] = features.pooler_output[0]
         whole = torch.cat([embeds, leaf[None]], 1)                                      # (1, S + N, D)
         out = model.vlm.model.language_model(inputs_embeds=whole, use_cache=False, output_hidden_states=True)
