@@ -275,7 +275,8 @@ class ParaUni(nn.Module):
         stage_file    a stageN.safetensors; "auto": the folder's of `stage`; "none": queries and LIM afresh
         fresh         prefixes of parameters that the files may lack
         dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
-        stage         which stage the file must be of. None: any; "auto" is the highest. 0: 1; "auto" is none
+        stage         which stage the file must be of, "auto" is that one; None: any, "auto" is the highest;
+                      0, for a start of stage 1: of stage 1, "auto" is none
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which sizes, which files

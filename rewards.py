@@ -199,11 +199,13 @@ def load_function(name: str) -> ScoreFn:
     """The function that package.module:function or path/to/file.py:function names. A module may lie in the
     current folder; both may import what lies beside them, at their heads."""
     where, _, function = name.rpartition(":")
-    folder, module_name = Path.cwd(), where
+    folder = Path.cwd()
+    module_name = where
     if where.endswith(".py"):
         # of a link what it leads to
         path = Path(where).resolve()
-        folder, module_name = path.parent, path.stem
+        folder = path.parent
+        module_name = path.stem
     # import as if Python had been started in the folder: its common.py is found, and ours stays ours
     files = {path.stem: path for path in folder.glob("*.py")}
     files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}

@@ -12,6 +12,7 @@ All pictures of a prompt start from the same noise, so that differences are pair
 
 Letters: L VLM layers, P pairs of layers, B prompts, N queries, D width, H W pixels.
 """
+import inspect
 import itertools
 from dataclasses import dataclass
 from hashlib import sha256
@@ -95,11 +96,11 @@ def score_variants(cfg: LayersConfig, model: ParaUni, prompts: list[str],
     """Rewards of every prompt's picture under every variant. What variants.json has is not drawn again."""
     scorers = open_rewards(cfg, model, prompts[0])
     digests = {name: fingerprint(scorer)[:16] for name, scorer in scorers.items()}
-    for name, reward in zip(cfg.rewards, scorers):
+    for name, scorer in scorers.items():
         # a function has no weights that tell it from others
-        file = Path(name.rpartition(":")[0])
-        if file.is_file():
-            digests[reward] = sha256(file.read_bytes()).hexdigest()[:16]
+        if inspect.isfunction(scorer.score):
+            source = Path(inspect.getfile(scorer.score)).read_bytes()
+            digests[name] = sha256(source).hexdigest()[:16]
     same_settings(Path(cfg.out), {**drawing_settings(cfg, model), "prompts": derive_seed(*prompts),
                                   "limit": len(prompts), "rewards": digests})
     path = Path(cfg.out) / "variants.json"

@@ -12,7 +12,8 @@ from torch import Tensor
 from common import Refused, derive_seed
 from evaluation import T95, claim, layers, t_quantile
 from helpers import TINY, save_stages, tiny_model
-from ldam import REGIONS
+from ldam import REGIONS, REWARD_REGIONS
+from rewards import build_reward
 from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
@@ -45,11 +46,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Mock:
+def drawn(parts: Path, monkeypatch: pytest.MonkeyPatch) -> Mock:
     """The rewards are colours of the pictures; returns what is called for every variant that is drawn."""
-    channels = {name: torch.nn.Module() for name in ("clip", "pickscore", "aesthetic")}
-    for k, scorer in enumerate(channels.values()):
-        scorer.forward = lambda images, prompts, k=k: images[:, k].mean((1, 2))
+    (parts / "own.py").write_text("".join(f"def {name}(images, prompts): return images[:, {k}].mean((1, 2))\n"
+                                          for k, name in enumerate(("clip", "pickscore", "aesthetic"))))
+    channels = {name: build_reward(f"{parts}/own.py:{name}", "cpu") for name in REWARD_REGIONS}
     monkeypatch.setattr(layers, "open_rewards", lambda cfg, model, prompt: channels)
     spy = Mock(wraps=layers.draw_all)
     monkeypatch.setattr(layers, "draw_all", spy)
@@ -94,18 +95,17 @@ def test_analysis_goes_on(parts: Path, tmp_path: Path, drawn: Mock, monkeypatch:
     # pictures are slow, and not at issue
     monkeypatch.setattr(layers, "save_sheet", lambda *sheet: None)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: None)
-    own = "--rewards", f"clip,{parts}/rewards.py:red"
-    whole, path = run(parts, tmp_path, *own), tmp_path / "variants.json"
+    whole, path = run(parts, tmp_path), tmp_path / "variants.json"
     scores, count = json.loads(path.read_text()), drawn.call_count
     path.write_text(json.dumps({name: scores[name] for name in list(scores)[:5]}))
-    assert run(parts, tmp_path, *own) == whole and json.loads(path.read_text()) == scores
+    assert run(parts, tmp_path) == whole and json.loads(path.read_text()) == scores
     assert drawn.call_count == 2 * count - 5
     scores["layer 2"]["pickscore"][1] = float("nan")                                    # a reward failed
     path.write_text(json.dumps(scores))
-    assert {row["n"] for row in run(parts, tmp_path, *own)["figure2"]} == {len(PROMPTS) - 1}
-    (parts / "rewards.py").write_text("# another function")
+    assert {row["n"] for row in run(parts, tmp_path)["figure2"]} == {len(PROMPTS) - 1}
+    (parts / "own.py").write_text("# another function")
     with pytest.raises(Refused, match="--num-steps 2 -> 3, --rewards"):
-        run(parts, tmp_path, "--num-steps", "3", *own)
+        run(parts, tmp_path, "--num-steps", "3")
 
 
 def test_what_cannot_be_shown_is_refused_before_the_first_picture(parts: Path, drawn: Mock) -> None:
