@@ -52,8 +52,6 @@ def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], toler
         torch.testing.assert_close(got[name], grad, rtol=0, atol=tolerance * scale, msg=name)
 
 
-# ----------------------------------------------------------------------------- the objective
-
 def test_a_group_without_spread_has_advantages_of_exactly_0() -> None:
     """Equal, and equal but for rounding. The trap: the mean of seven times 0.1 is not 0.1."""
     rewards = torch.full((3, 7), 0.1)
@@ -68,8 +66,6 @@ def test_a_reward_that_is_not_finite_silences_its_group_only(bad: float) -> None
     a = group_advantages(torch.tensor([[0.0, bad, 2.0], [0.0, 1.0, 2.0]]))
     torch.testing.assert_close(a, torch.tensor([[0.0, 0, 0], [-1.5, 0, 1.5]]) * (2 / 3) ** 0.5)
 
-
-# ----------------------------------------------------------------------------- rollout
 
 def test_the_window_slides_over_the_first_half() -> None:
     assert trained_steps(5, 0, 9) == [0, 1, 2, 3]
@@ -104,8 +100,6 @@ def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> N
     figures = accumulate_gradient(moved(policy, 0.05), prefix, rolled, ADVANTAGES, None, cfg, first=True)
     assert figures["ratio_dev"].max() == 0 and (rolled.log_prob != before)[:-1].all()
 
-
-# ----------------------------------------------------------------------------- update
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_rollout_and_gradient_are_those_of_naive_loops(policy: ParaUni, guidance: float) -> None:
@@ -195,6 +189,13 @@ def test_gradient_checkpointing_changes_no_bit_in_any_precision(policy: ParaUni,
         found.append(gradients(policy))
     assert all(torch.equal(grad, found[1][name]) and grad.any() for name, grad in found[0].items())
 
+    # where the DiT alone is trained, its gradient is the same
+    policy.queries.requires_grad_(False)
+    policy.lim.requires_grad_(False)
+    policy.zero_grad(set_to_none=True)
+    accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, cfg, first=True)
+    assert all(torch.equal(p.grad, found[0][f"dit.{name}"]) for name, p in policy.dit.named_parameters())
+
 
 def test_a_first_ratio_that_is_off_stops_an_exact_run(capsys: pytest.CaptureFixture) -> None:
     cfg = replace(CFG, clip_range=1e-3, compile=False)
@@ -207,8 +208,6 @@ def test_a_first_ratio_that_is_off_stops_an_exact_run(capsys: pytest.CaptureFixt
         check_ratio(2e-4, replace(cfg, **change), warn=True)
         assert "--anchor recompute" in "".join(capsys.readouterr())
 
-
-# ----------------------------------------------------------------------------- LDAM's noise
 
 def test_noise_is_drawn_for_each_layer_and_picture_by_its_key(policy: ParaUni) -> None:
     noise = torch.stack(Perturbation(0.3, [2, 4], KEYS).noise(slice(None), policy))     # (2, B, N, E)
@@ -236,8 +235,6 @@ def test_kept_noise_multiplies_stays_and_moves_the_reference_too(policy: ParaUni
     figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, CFG, first=True)
     assert figures["ratio_dev"].max() <= 1e-6 and figures["kl"].max() <= 1e-9
 
-
-# ----------------------------------------------------------------------------- scores, refusals
 
 def test_a_group_is_decoded_and_scored_under_its_own_prompt(policy: ParaUni) -> None:
     latents, shown = 3 * draw(8, *TINY.latent_shape), []
