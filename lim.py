@@ -13,7 +13,8 @@ Reading of the paper
   one of them. Eq. 4 writes i in [0, L], Eq. 5 averages over n layers; here n = L and layers count from 1.
 - Where LN is: after f_theta, on each c_i by itself, before the mean; one set of weights for all layers, eps
   1e-5. norm=False leaves it out: the paper's ablation row, and (with the last layer alone) OpenUni.
-- Where the perturbation acts: on c_i, between LN and the mean. When it fires and how hard: ldam.py.
+- Where the perturbation acts: on c_i, between LN and the mean, as Eq. 4 and 6 have it; the paper's Figure 6
+  shows it in front of the LIM. When it fires and how hard: ldam.py.
 
 Parameter names are those of OpenUni's checkpoints (connector.*, projector.*; ParaUni adds agglayer_norm.*).
 

@@ -24,7 +24,7 @@ PAPER = {
     "Figure 2": "CLIP|clip|depth|layer",
     "Figure 3": "side|last|compare|stage",
     "Figure 4": "alike|similar|layer|q_i",
-    "Figure 5": "region|reward|without|layers",
+    "Figure 5": "region|reward|without|layers", "Figure 6": "front of the LIM",
     "Figure 9": "reward|Reward|curve|phase|runs",
     "Figure 10": "side|last|compare|stage",
     "section 1": "all|layers",
