@@ -22,9 +22,9 @@ the rollout, its reference and, with gradient, the update. There a prompt's c an
 LDAM's noise and the DiT build; their gradients, summed over pictures and steps, go once through LIM and VLM.
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
-see clean pictures; an epoch has one update, not one for each half of its pictures; the KL is that of the two
-Gaussians, whose std includes dt. As in its formula, but unlike its runs with SD3, advantages are divided by
-the group's own std.
+see clean pictures; an epoch has one update, not one for each half of its pictures. As in its formulas, but
+unlike its code, the KL is that of the two Gaussians, whose std includes dt, and, unlike its runs with SD3,
+advantages are divided by the group's own std.
 
 Reading of the paper: a reward has --steps of its own; the noise of Eq. 6 is each picture's own and lasts an
 epoch (--ldam-mode); the layers of the present reward alone are perturbed (--ldam-layers).
