@@ -235,14 +235,21 @@ def main(argv: list[str] | None = None) -> dict:
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
     is_nano = PRESETS[cfg.preset].shapes_world and not (cfg.images or cfg.metadata)
     own = world.benchmark_prompts() if is_nano else []
-    requests = [{"tag": prompt.task, "prompt": prompt.text} for prompt in own]
-    if not (is_nano or cfg.images):
-        requests = list(map(json.loads, read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))))
-    prompts = find_prompts(folder) if cfg.images else choose_prompts(cfg, dist, folder, requests)
+    if cfg.images:
+        prompts = find_prompts(folder)
+    else:
+        requests = [{"tag": prompt.task, "prompt": prompt.text} for prompt in own]
+        if not is_nano:
+            requests = list(map(json.loads, read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))))
+        prompts = [(i, request, [f"{i:05}/samples/{j:05}.png" for j in range(cfg.per_prompt)])
+                   for i, request in enumerate(requests)]
+    prompts = [prompts[i] for i in spread(cfg.limit, len(prompts))]
 
     # pictures and, but for nano, detections
     samples = [(i, j, name, request) for i, request, names in prompts for j, name in enumerate(names)]
     if not cfg.images:
+        for i, request, _ in prompts:
+            keep_request(folder / f"{i:05}" / "metadata.jsonl", request, dist)
         draw_files(cfg, dist, [(folder / name, request["prompt"], [derive_seed(cfg.seed, "geneval", i, j)])
                                for i, j, name, request in samples])
     if cfg.score and not (is_nano or cfg.detections):
@@ -280,15 +287,6 @@ def main(argv: list[str] | None = None) -> dict:
 
 # of a prompt its number, what it asks for, and the names of its pictures
 Asked = tuple[int, dict, list[str]]
-
-
-def choose_prompts(cfg: GenevalConfig, dist: Dist, folder: Path, requests: list[dict]) -> list[Asked]:
-    """The prompts that --limit picks; each gets its folder and metadata.jsonl."""
-    prompts = []
-    for i in spread(cfg.limit, len(requests)):
-        keep_request(folder / f"{i:05}" / "metadata.jsonl", requests[i], dist)
-        prompts.append((i, requests[i], [f"{i:05}/samples/{j:05}.png" for j in range(cfg.per_prompt)]))
-    return prompts
 
 
 def find_prompts(folder: Path) -> list[Asked]:

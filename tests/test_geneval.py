@@ -299,6 +299,7 @@ def test_a_part_is_not_the_benchmark(tmp_path: Path, images: Path, monkeypatch: 
     assert {row["task"]: row["right"] for row in result["tasks"][:-1]} == {
         "single_object": 0.25, "counting": 0.5, "colors": 0.25}
     assert "not the benchmark: 3 prompts that are not the published 553" in result["name"]
+    assert len(score(tmp_path / "o", *flags, "--limit", 1)["tasks"]) == 2                   # one, and overall
     # the whole benchmark is called so with mmdet's detector only
     monkeypatch.setattr(geneval, "PROMPTS_DIGEST", geneval.prompts_digest(REQUESTS[::-1]))
     assert "not the benchmark: the detector is not" in score(tmp_path / "o", *flags)["name"]
