@@ -161,12 +161,8 @@ class Plan:
 
     def largest(self, limit: float, checkpointing: bool = False, shards: int = 1) -> int:
         """The largest micro-batch that fits into so many bytes, 0 if none does."""
-        largest = 0
-        for m in range(1, MOST + 1):
-            is_whole = m % self.group_size == 0 or self.group_size % m == 0
-            if is_whole and self.memory(m, checkpointing, shards) <= limit:
-                largest = m
-        return largest
+        whole = [m for m in range(1, MOST + 1) if m % self.group_size == 0 or self.group_size % m == 0]
+        return max([m for m in whole if self.memory(m, checkpointing, shards) <= limit], default=0)
 
 
 def recipe(preset: Preset, stage: int) -> TrainConfig | GRPOConfig:
