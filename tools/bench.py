@@ -173,12 +173,10 @@ def run_decode(args: BenchConfig, turns: Iterator[None], is_peer: bool) -> None:
     with torch.device(DEVICE):
         vae = DCAE(preset.vae).to(dtype).requires_grad_(False)
         z = torch.randn(args.batch, *preset.latent_shape, dtype=dtype)                  # (B, C, h, w)
-    theirs = naive.diffusers_vae(vae) if is_peer else None
+    if is_peer:
+        vae, z = naive.diffusers_vae(vae), z / preset.vae.scaling_factor
     while True:
-        if is_peer:
-            theirs.decode(z / preset.vae.scaling_factor)
-        else:
-            vae.decode(z)
+        vae.decode(z)
         next(turns)
 
 
@@ -368,9 +366,7 @@ def window(args: BenchConfig) -> None:
             train.main(["--stage=3", "--rewards=aesthetic", f"--run-dir={folder}", f"--sde-window={size}",
                         f"--steps={args.steps}", f"--eval-every={args.steps}", "--kl-coef=0.3"])
             records = read_log(Path(folder, "metrics.jsonl"))
-        seconds = 0.0
-        for record in records:
-            seconds += sum(value for key, value in record.items() if key.startswith("time/"))
+        seconds = sum(value for record in records for key, value in record.items() if key.startswith("time/"))
         gain = records[-1]["heldout/aesthetic"] - records[0]["heldout/aesthetic"]
         rows.append({"window": size or "all", "seconds": seconds, "held-out gain": gain,
                      "gain a minute": 60 * gain / seconds})
