@@ -75,13 +75,10 @@ def config_dict(cfg: Any) -> dict:
     return json.loads(json.dumps(asdict(cfg)))
 
 
-def refuse_changes(old: dict, cfg: Any, may_change: Iterable[str], what: str) -> None:
+def refuse_changes(old: dict, new: dict, what: str) -> None:
     """Refuse to go on with work done under other settings."""
-    # a flag that is younger than the work has its default there
-    old = config_dict(type(cfg)()) | old
-    changed = [f"--{name.replace('_', '-')} {old[name]} -> {value}"
-               for name, value in config_dict(cfg).items()
-               if name not in may_change and old[name] != value]
+    changed = [f"--{name.replace('_', '-')} {old.get(name)} -> {value}"
+               for name, value in new.items() if old.get(name) != value]
     if changed:
         raise Refused(f"{what} was made with other settings ({', '.join(changed)}): give the flags of the "
                       "first run, or choose another folder")
@@ -301,7 +298,10 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
     checkpoint, log = find_checkpoint(cfg.resume, cfg.run_dir), Path(cfg.run_dir) / "metrics.jsonl"
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True) if checkpoint else None
     if state:
-        refuse_changes(state["config"], cfg, MAY_CHANGE, str(checkpoint))
+        # a flag that is younger than the run had its default there
+        old = config_dict(type(cfg)()) | state["config"]
+        new = {name: value for name, value in config_dict(cfg).items() if name not in MAY_CHANGE}
+        refuse_changes(old, new, str(checkpoint))
     unit = "epoch" if cfg.stage == 3 else "step"
     done = state[unit] if state else 0
     if (gather(torch.tensor([done], device=dist.device), dist) != done).any():

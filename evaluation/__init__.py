@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import (Dist, Refused, atomic, config_dict, environment, fingerprint, knob, mean_over_ranks,
-                    parse_config, precision, resolve, setup_dist, write_json)
+                    parse_config, precision, refuse_changes, resolve, setup_dist, write_json)
 from data import nano_prompts
 from grpo import open_prompts
 from model import PRESETS, ParaUni
@@ -152,12 +152,8 @@ def finish(cfg: EvalConfig, name: str, result: dict, text: str) -> dict:
 def same_settings(folder: Path, settings: dict) -> None:
     """Write settings.json into a folder; refuse to go on with work of other settings."""
     path = folder / "settings.json"
-    old = read_json(path) if path.is_file() else settings
-    changed = [f"--{name.replace('_', '-')} {old.get(name)} -> {value}"
-               for name, value in settings.items() if old.get(name) != value]
-    if changed:
-        raise Refused(f"{folder} holds work of other settings ({', '.join(changed)}): give those, or choose "
-                      "another --out")
+    if path.is_file():
+        refuse_changes(read_json(path), settings, str(folder))
     write_json(path, settings)
 
 

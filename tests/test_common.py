@@ -15,8 +15,9 @@ import common
 import data
 import ldam
 from common import (Dist, Refused, RunConfig, adamw, clip_gradients, derive_seed, find_checkpoint,
-                    fingerprint, generator, knob, open_run, parse_config, read_log, refuse_changes, resolve,
-                    save_checkpoint, whole)
+                    fingerprint, generator, knob, open_run, parse_config, read_log, resolve, save_checkpoint,
+                    whole)
+from train import TrainConfig
 
 ALONE = Dist(0, 1, torch.device("cpu"))
 
@@ -24,7 +25,6 @@ ALONE = Dist(0, 1, torch.device("cpu"))
 @dataclass(frozen=True)
 class Flags:
     size: str = knob("small", "named settings")
-    stage: int = knob(1, "which one", choices=(1, 2))
     lr: float = knob(1e-4, "learning rate, 100% at the peak")
     compile: bool = knob(False, "compile the model")
 
@@ -38,13 +38,6 @@ def test_defaults_then_recipe_then_flags() -> None:
     assert parse_config(Flags, ["--size", "large"], recipe) == Flags(size="large", lr=0.5, compile=True)
     # a flag that equals the default still beats the recipe
     assert parse_config(Flags, ["--lr=1e-4", "--size=large", "--no-compile"], recipe) == Flags(size="large")
-
-
-def test_a_flag_that_is_younger_than_a_run_had_its_default_there() -> None:
-    refuse_changes({"size": "small"}, Flags(), (), "the run")
-    # a script says so in one line, and fails
-    with pytest.raises(SystemExit, match="^error: .*--stage 1 -> 2"):
-        common.run(lambda: refuse_changes({"size": "small"}, Flags(stage=2), (), "the run"))
 
 
 def test_what_auto_means_on_each_device() -> None:
@@ -132,6 +125,15 @@ def test_a_run_folder_is_resumed_from_its_newest_checkpoint(cfg: RunConfig, tmp_
     for resume, words in (("", "already holds a run"), (str(tmp_path / "gone"), "no checkpoint in .*gone")):
         with pytest.raises(Refused, match=words):
             open_run(replace(cfg, resume=resume), ALONE)
+
+
+def test_a_flag_that_is_younger_than_a_run_had_its_default_there(cfg: RunConfig) -> None:
+    save(replace(cfg, warmup=1000), 1)
+    younger = TrainConfig(run_dir=cfg.run_dir, resume="auto")
+    open_run(younger, ALONE)
+    # a script says so in one line, and fails
+    with pytest.raises(SystemExit, match="^error: .*--batch-size 512 -> 2.:"):
+        common.run(lambda: open_run(replace(younger, batch_size=2), ALONE))
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(cfg: RunConfig) -> None:
