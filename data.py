@@ -69,13 +69,7 @@ WRONG_CAPTIONS = 0.1    # the share of nano's captions that are wrong in one poi
 
 def nano_pair(seed: int, step: int, item: int) -> tuple[world.Scene, world.Prompt]:
     """A scene of the nano world, and a training prompt that says what is in it."""
-    rng = np.random.default_rng(derive_seed(seed, "nano", step, item))
-    while True:
-        scene = world.sample_scene(rng)
-        # what test prompts say is not shown either
-        prompt = None if world.is_test_scene(scene) else world.sample_prompt(rng, scene)
-        if prompt:
-            return scene, prompt
+    return world.sample_pair(np.random.default_rng(derive_seed(seed, "nano", step, item)))
 
 
 def nano_caption(prompt: world.Prompt, *key: int | str) -> str:

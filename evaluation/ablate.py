@@ -190,18 +190,12 @@ def score_run(parts: str, weights: Path) -> dict:
 def heldout_loss(model: ParaUni) -> float:
     """Mean flow-matching loss on pictures whose captions are never trained on, at even times."""
     rng = np.random.default_rng(derive_seed(DRAWING.seed, "heldout loss"))
-    scenes, texts = [], []
-    while len(texts) < NUM_LOSS:
-        scene = world.sample_scene(rng)
-        prompt = world.sample_prompt(rng, scene, test=True)
-        if prompt:
-            scenes.append(scene)
-            texts.append(prompt.text)
-    images = world.render(scenes).to(model.device)                              # (B, 3, H, W)
+    scenes, prompts = zip(*[world.sample_pair(rng, test=True) for _ in range(NUM_LOSS)])
+    images = world.render(list(scenes)).to(model.device)                        # (B, 3, H, W)
     x0 = model.vae.encode(images * 2 - 1).float()                               # (B, C, h, w)
     generators = [generator(DRAWING.seed, "heldout loss", i) for i in range(NUM_LOSS)]
     noise = randn(x0.shape, generators, model.device)                           # (B, C, h, w)
-    c = model.condition(texts)                                                  # (B, N, E)
+    c = model.condition([prompt.text for prompt in prompts])                    # (B, N, E)
     t = (torch.arange(NUM_LOSS) * 97 % NUM_LOSS + 0.5) / NUM_LOSS               # (B,) mixed
     return flow_matching_loss(model.dit, x0, c, t.to(model.device), noise).item()
 

@@ -304,6 +304,16 @@ def sample_prompt(rng: Rng, scene: Scene, test: bool = False) -> Prompt | None:
     return fits[rng.choice(len(fits), p=weights / weights.sum())]
 
 
+def sample_pair(rng: Rng, test: bool = False) -> tuple[Scene, Prompt]:
+    """A scene and a prompt of the asked split that says what is in it; for training, a scene of which no test
+    prompt says so."""
+    while True:
+        scene = sample_scene(rng)
+        prompt = sample_prompt(rng, scene, test) if test or not is_test_scene(scene) else None
+        if prompt:
+            return scene, prompt
+
+
 def scene_for(rng: Rng, prompt: Prompt) -> Scene:
     """A scene that shows just what a prompt asks for; colours left open are drawn."""
     looks = []
