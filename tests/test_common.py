@@ -15,8 +15,7 @@ import common
 import data
 import ldam
 from common import (Dist, Refused, RunConfig, adamw, clip_gradients, derive_seed, find_checkpoint,
-                    fingerprint, generator, knob, open_run, parse_config, read_log, resolve, save_checkpoint,
-                    whole)
+                    fingerprint, generator, knob, open_run, parse_config, read_log, resolve, save_checkpoint)
 from train import TrainConfig
 
 ALONE = Dist(0, 1, torch.device("cpu"))
@@ -155,7 +154,7 @@ def test_clipping_scales_by_the_joint_norm() -> None:
 def test_only_the_lead_holds_what_is_put_together() -> None:
     torch.distributed.init_process_group("fake", rank=1, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    held = whole([distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)])
+    held = common.whole([distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)])
     torch.distributed.destroy_process_group()
     assert held[0].numel() == 0
 
