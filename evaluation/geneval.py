@@ -55,7 +55,7 @@ RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "comput
 class GenevalConfig(DrawConfig):
     out: str = knob("runs/geneval", "folder for pictures and table; what was cut short there goes on")
     per_prompt: int = knob(PER_PROMPT, "pictures of each prompt")
-    limit: int = knob(0, "prompts, evenly spread over the benchmark's, for a quick look; 0: all of them")
+    limit: int = knob(0, "prompts, evenly spread over all that there are, for a quick look; 0: all of them")
     metadata: str = knob("", "GenEval's evaluation_metadata.jsonl; empty: fetch it; nano has its own prompts")
     images: str = knob("", "score a folder of any model's pictures in GenEval's layout; empty: draw them")
     detections: str = knob("", "ready detections, a JSON file or a folder of them, in place of --detector")
@@ -290,7 +290,7 @@ Asked = tuple[int, dict, list[str]]
 
 
 def find_prompts(folder: Path) -> list[Asked]:
-    """Those that another program has drawn."""
+    """Those of which another program has drawn pictures."""
     prompts = []
     for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
         number = path.parent.name
