@@ -77,10 +77,11 @@ def heldout_prompts(cfg: HeldoutConfig, model: ParaUni) -> list[str]:
     return prompts[:cfg.limit or None]
 
 
-def spread(limit: int, total: int) -> list[int]:
-    """`limit` places evenly over `total`; 0: all of them."""
+def spread(items: list, limit: int) -> list:
+    """`limit` of the items, from all over the list; 0: all of them."""
+    total = len(items)
     limit = min(limit, total) or total
-    return [k * total // limit for k in range(limit)]
+    return [items[k * total // limit] for k in range(limit)]
 
 
 # ----------------------------------------------------------------------------- tables, files

@@ -116,8 +116,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Draw, ask, score, each unless it is there. {} with --no-score, and on all ranks but the first."""
     cfg, dist = start(DpgConfig, argv, __doc__)
     out, folder = Path(cfg.out), Path(cfg.images or f"{cfg.out}/images")
-    items = read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist))
-    items = [items[i] for i in spread(cfg.limit, len(items))]
+    items = spread(read_items(fetched(cfg.questions, QUESTIONS_URL, cfg, dist)), cfg.limit)
     # pictures, four of each prompt, which stands beside them
     if not (cfg.images or cfg.answers):
         jobs = []

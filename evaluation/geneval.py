@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> dict:
             requests = list(map(json.loads, read_lines(fetched(cfg.metadata, PROMPTS_URL, cfg, dist))))
         prompts = [(i, request, [f"{i:05}/samples/{j:05}.png" for j in range(cfg.per_prompt)])
                    for i, request in enumerate(requests)]
-    prompts = [prompts[i] for i in spread(cfg.limit, len(prompts))]
+    prompts = spread(prompts, cfg.limit)
 
     # pictures and, but for nano, detections
     samples = [(i, j, name, request) for i, request, names in prompts for j, name in enumerate(names)]
