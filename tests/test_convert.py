@@ -66,6 +66,7 @@ def test_a_preset_loads_bit_for_bit(source: Path) -> None:
         assert fingerprint(getattr(model, part)) == fingerprint(getattr(tiny, part))
     assert model.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
     assert (out / "vlm" / "chat_template.jinja").read_text() == "a template"
+    assert len({path.stat().st_mode for path in out.rglob("*.*")}) == 1
 
 
 def test_shards_are_put_together_and_stand_above_a_single_file(source: Path) -> None:

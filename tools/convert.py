@@ -14,6 +14,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # a script in a folder: the project's root goes on the path before what is imported from there
@@ -291,6 +292,10 @@ def main(argv: list[str] | None = None) -> None:
             convert_rewards(args.source, partial)
         else:
             convert_preset(PRESETS[args.name], args.source, partial, args.training)
+        # safetensors makes files that their owner alone can read: they get the mode of any other new file
+        for path in partial.rglob("*.safetensors"):
+            with suppress(OSError):
+                path.chmod(partial.stat().st_mode & 0o666)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
