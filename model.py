@@ -283,8 +283,9 @@ class ParaUni(nn.Module):
         if name not in PRESETS:
             raise Refused(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         preset, folder = PRESETS[name], weights_folder(name, str(weights))
-        if weights != "random" and not folder.is_dir():
-            raise Refused(f"no weights at {folder}: run tools/convert.py {name}, or change --weights")
+        # transformers would look on the hub for a folder that is not there
+        if weights != "random" and not (folder / "vlm").is_dir():
+            raise Refused(f"no {folder / 'vlm'}: change --weights; tools/convert.py writes published weights")
         if stage_file == "auto":
             highest = max(folder.glob("stage[123].safetensors"), default="none")
             stage_file = highest if stage is None else folder / f"stage{stage}.safetensors"

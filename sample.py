@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from common import Refused, atomic, derive_seed, knob, parse_config, precision, run
 from data import read_prompts
-from model import PRESETS, ParaUni
+from model import PRESETS, PROMPT, ParaUni
 from pictures import read_picture, save_sheet
 
 BATCH = 16                                                  # pictures drawn at a time
@@ -57,7 +57,8 @@ def save_picture(path: Path, image: Tensor, scale: int = 1) -> None:
 
 def write_pictures(cfg: SampleConfig, model: ParaUni, prompts: list[str]) -> list[Path]:
     """Pictures of every prompt as files, and all of them on one sheet. Returns the paths."""
-    model.tokenize(prompts)                                 # an unknown word shows before the first picture
+    # an unknown word, or a prompt that is too long, shows before the first picture
+    model.tokenize([PROMPT.format(prompt=prompt) for prompt in prompts])
     folder, paths, sheet = Path(cfg.out), [], []
     wanted = [(i, j) for i in range(len(prompts)) for j in range(cfg.per_prompt)]
     for first in range(0, len(wanted), BATCH):

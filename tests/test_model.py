@@ -216,6 +216,7 @@ def edit(path: Path, change: Callable[[dict], object], **metadata: str) -> None:
     ("stage1.safetensors", lambda path: edit(path, lambda t: t.update(extra=torch.zeros(1))), "extra"),
     ("transformer/config.json", lambda path: path.write_text(json.dumps(DiTConfig().to_json())), "preset"),
     ("vae/diffusion_pytorch_model.safetensors", lambda path: edit(path, dict.popitem), "1 tensors"),
+    ("vlm", lambda path: path.rename(path.with_name("elsewhere")), "change --weights"),
     ("vlm/model.safetensors", lambda path: edit(path, lambda t: t.update(extra=torch.zeros(1))), "extra"),
     ("vlm/model.safetensors", lambda path: edit(path, lambda t: t.pop("language_model.lm_head.weight")),
      "lm_head.weight")])

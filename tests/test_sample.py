@@ -65,7 +65,8 @@ def test_chat_asks_about_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert question == "how many circles?" and capsys.readouterr().out == f"{answer}\n"
 
 
-def test_an_unknown_word_is_refused_before_any_picture(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="zebra"):
-        sample.main([*["a ring"] * 17, "a zebra", "--out", str(tmp_path / "out"), *RANDOM])
+@pytest.mark.parametrize("prompt, words", [("a zebra", "zebra"), ("a " * 245, "tokens")])
+def test_what_cannot_be_read_is_refused_before_any_picture(prompt: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=words):
+        sample.main([*["a ring"] * 17, prompt, "--out", str(tmp_path / "out"), *RANDOM])
     assert not (tmp_path / "out").exists()
