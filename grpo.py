@@ -8,9 +8,11 @@
   5. update: raise the log-probability of steps that led to better pictures, clipped around the rollout's
      policy, and stay near a reference (KL): the stage II model, or that which the phase began with
   6. LDAM looks at the gradient norm and the reward, and may fire
-  7. EMA, save; the next turn looks at held-out prompts, where it is time, and writes this epoch's line
+  7. EMA, checkpoint; the next turn looks at held-out prompts, where it is time, and writes this epoch's line
 
-Rewards come one after another (phases), each from the last one's weights with a fresh optimizer and LDAM.
+Rewards come one after another (phases). The first begins with the file of stage II (--init), each other with
+the last one's weights, all with a fresh optimizer and LDAM. The weights file, stage3.safetensors, is written
+once, after the last epoch: it holds the EMA.
 
 What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
 update, on the same chunks, so the first ratio is 1; it is measured in every epoch. The noise of a picture is
@@ -149,7 +151,8 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- conditions, with LDAM's noise
 
 class Perturbation(NamedTuple):
-    """LDAM has fired: noise for some layers of every picture."""
+    """LDAM has fired: noise for some layers of every picture. Its way into the condition: encode_conditions
+    hands on the c_i of these layers, chunk_kv adds 1/n sum_i c_i noise_i to their mean c (LIM.perturb)."""
     gamma: float
     layers: list[int]
     keys: list[tuple]           # of each picture: (seed, epoch, group, member); keep: one, (seed, epoch)
@@ -192,8 +195,8 @@ def chunk_kv(model: ParaUni, conditions: tuple[Tensor, Tensor, Tensor], groups: 
 
 
 def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -> None:
-    """The other reading of LDAM: one noise (N, E) a layer for all pictures, multiplied in to stay,
-    in the reference too."""
+    """The other reading of LDAM: one noise (N, E) a layer for all pictures, multiplied in to stay, in the
+    reference too: LIM.forward has it in its c_i from now on, and the weights file holds it."""
     kept = model.lim.kept_noise
     if kept is None:
         shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
@@ -550,7 +553,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             if is_stopped and epoch + 1 < total:
                 return {}
 
-    # what is written and drawn is the average of the weights
+    # the weights file and the pictures are of the average of the weights; a run that was stopped has its
+    # checkpoints alone
     with swapped(params, ema):
         write_stage(cfg, model, dist, record)
         after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
