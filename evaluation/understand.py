@@ -154,7 +154,7 @@ class UnderstandConfig(EvalConfig):
     questions: str = knob("", "the benchmark's question file")
     images: str = knob("", "folder of its pictures; not needed where they are in the question file")
     count: int = knob(2000, "questions about the nano world, each about a picture of its own")
-    limit: int = knob(0, "the first so many questions of --questions; 0: all of them")
+    limit: int = knob(0, "the first so many questions; 0: all of them")
     reference: str = knob("", "also ask the untouched vlm/ of a weights folder; auto: that of --weights")
     batch_size: int = knob(250, "questions at a time")
     out: str = knob("runs/understand", "folder for table and answers; what was cut short there goes on")
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict:
         images, pairs = world.question_set(cfg.count, cfg.seed % 2 ** 32)           # (count, 3, H, W)
         # the first two words of a question are its kind
         questions = [Question(str(i), " ".join(text.split()[:2]), images[i], text, answer)
-                     for i, (text, answer) in enumerate(pairs)]
+                     for i, (text, answer) in enumerate(pairs[:cfg.limit or None])]
     else:
         # a stranger's file may be wrong in any way
         try:
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
     answers = ask(cfg, model, questions, Path(cfg.out))
     rows = score(questions, answers)
     result = {"benchmark": cfg.benchmark, "rows": rows, "vlm_sha256": fingerprint(model.vlm)}
-    part = " (part of the file)" if cfg.limit else ""
+    part = " (a part of them)" if cfg.limit else ""
     text = f"{cfg.benchmark}, {len(questions)} questions{part}\n{table(rows)}"
 
     if cfg.reference:
