@@ -367,6 +367,8 @@ def finish(out: str, sources: int, stamp: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(PrepareConfig, argv, description=__doc__.splitlines()[0])
+    if not cfg.data:
+        raise Refused("expected --data, the tar shards, folders or JSON lists that hold the pictures")
     dist = setup_dist()
     sources: dict[Path, None] = {}      # each once, in their order
     for word in cfg.data:
