@@ -189,7 +189,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return (STAGE_2 if stage == 2 else {}) | PRESETS[name].recipes.get(stage, {})
 
     config = grpo.GRPOConfig if stage == 3 else TrainConfig
-    cfg = parse_config(config, argv, recipe, f"{__doc__.splitlines()[0]} Flags of stage {stage}.")
+    about = (f"{__doc__.splitlines()[0]} Flags of stage {stage}. The defaults named here give way to STAGE_2 "
+             "(train.py) and to the preset's recipe (model.py): nano has other numbers.")
+    cfg = parse_config(config, argv, recipe, about)
     dist = setup_dist()
     cfg = resolve(cfg, dist.device, small=PRESETS[cfg.preset].shapes_world)
     result = grpo.train(cfg, dist) if cfg.stage == 3 else train(cfg, dist)
