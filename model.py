@@ -421,6 +421,7 @@ class ParaUni(nn.Module):
                  padding_side: str = "right") -> tuple[Tensor, Tensor]:
         """Padded token ids and mask, (B, S) int64 each. `max_tokens` keeps the first so many."""
         rows, unknown = [], self.tokenizer.unk_token_id
+        vocab_size = self.preset.vlm.get_text_config().vocab_size
         for text in texts:
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             row = found.input_ids[:max_tokens]
@@ -430,6 +431,8 @@ class ParaUni(nn.Module):
             if words:
                 raise Refused(f"unknown words {words} in {text!r}: a prompt is such as "
                               '"a red heart left of a blue star"')
+            # trap: InternVL3's last mark, <video>, has no embedding; in a caption it would end a training
+            row = [token for token in row if token < vocab_size]
             if len(row) > self.preset.max_tokens:
                 raise Refused(f"{len(row)} tokens, at most {self.preset.max_tokens} fit: {text[:80]!r}")
             rows.append(torch.tensor(row))                                              # (S,)

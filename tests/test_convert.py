@@ -224,6 +224,10 @@ def test_random_weights_read_bytes_with_the_published_marks() -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer(PROMPT.format(prompt="a 猫"), add_special_tokens=False).input_ids
     assert (ids[0], ids[-1], ids.count(151645)) == (151644, 151665, 1)
-    # the words that OpenUni was trained with
-    assert tokenizer.decode(ids) == ("<|im_start|>user\nGenerate an image: a 猫<|im_end|>\n"
-                                     "<|im_start|>assistant\n<img>")
+    assert tokenizer.decode(ids) == PROMPT.format(prompt="a 猫")
+
+
+def test_a_mark_without_an_embedding_is_left_out() -> None:
+    model = tiny_model()
+    model.tokenizer.add_tokens([f"<{i}>" for i in range(9)])            # of 97 tokens 96 have one
+    assert model.condition(["a <8> heart"]).equal(model.condition(["a heart"]))

@@ -116,7 +116,6 @@ def test_a_picture_depends_on_its_seed_and_place_and_not_on_its_batch(model: Par
 
 
 def test_guidance_is_against_no_prompt(model: ParaUni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About the same picture, if one is shown."""
     seen, condition, prompts, images = [], model.condition, ["a heart", "a star"], pictures(2)
     monkeypatch.setattr(model, "condition", lambda *args: seen.append(args) or condition(*args))
     plain = model.generate(prompts, num_steps=3)
