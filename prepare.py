@@ -6,7 +6,11 @@
 --data names, with commas between,
   tar shards    x.jpg and x.txt of one name, or x.json with the text under caption, prompt or text
   folders       the same as files, in all folders below
-  JSON lists    OpenUni's [{"image": path, "annotation": path of a caption file}], or "caption": text
+  JSON lists    OpenUni's [{"image": path, "annotation": path of a caption file}], or "caption": text;
+                paths are relative to the list's folder
+
+Trap: new captions of known pictures stand beside the old ones, as OpenUni's of LAION and RedCaps under
+re_caption. --caption-keys says which are meant.
 
 A source is cut into shards of --per-shard files. A shard appears by one rename: a killed run goes on with the
 next. It holds `latents` (samples, C, h, w) bf16, of one random square of each picture, as OpenUni's own;
@@ -62,6 +66,8 @@ class PrepareConfig:
     seed: int = knob(0, "of the crops")
     micro_batch: int = knob(8, "pictures a forward pass")
     per_shard: int = knob(10_000, "files of a source that make a shard")
+    caption_keys: tuple[str, ...] = knob((), "where the caption stands in JSON, the first that is there, and "
+                                             "no .txt then; none: .txt, else caption, prompt or text")
     workers: int = knob(4, "processes that read pictures; 0: none")
     max_bad: float = knob(0.05, "share of bad samples above which it stops")
 
@@ -80,6 +86,7 @@ class Place(NamedTuple):
 class Sample(NamedTuple):
     picture: Place
     caption: Place | str
+    keys: tuple[str, ...] = CAPTION_KEYS    # of the caption, where it stands in JSON
 
 
 class LeftOut(NamedTuple):
@@ -88,19 +95,19 @@ class LeftOut(NamedTuple):
     reason: str
 
 
-def read_source(source: Path) -> Iterator[Sample | LeftOut]:
-    """All files of a source: the samples they make, or why they make none."""
+def read_source(source: Path, keys: tuple[str, ...] = ()) -> Iterator[Sample | LeftOut]:
+    """All files of a source: the samples they make, or why they make none. keys: see --caption-keys."""
     if source.is_dir():
-        files = read_folder(source)
+        files = read_folder(source, keys)
     elif source.suffix.lower() in (".json", ".jsonl"):
-        files = read_list(source)
+        files = read_list(source, keys or CAPTION_KEYS)
     else:
-        files = read_tar(source)
+        files = read_tar(source, keys)
     yield next(files, LeftOut(str(source), "other", "no files in it"))
     yield from files
 
 
-def read_tar(path: Path) -> Iterator[Sample | LeftOut]:
+def read_tar(path: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
     """The samples of a tar, by its headers alone."""
     places: list[Place] = []
     end = 0
@@ -126,10 +133,10 @@ def read_tar(path: Path) -> Iterator[Sample | LeftOut]:
                 raise ValueError("cut off, damaged or joined")
     except Exception as error:
         yield LeftOut(str(path), "bad", f"{error}: whatever is behind byte {end:,} is lost")
-    yield from pair(places)
+    yield from pair(places, keys)
 
 
-def read_folder(folder: Path) -> Iterator[Sample | LeftOut]:
+def read_folder(folder: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
     """The samples in a folder and in all folders below."""
     root = os.path.realpath(folder)
     errors: list[OSError] = []
@@ -140,13 +147,15 @@ def read_folder(folder: Path) -> Iterator[Sample | LeftOut]:
             if os.path.islink(f"{path}/{name}"):
                 yield LeftOut(f"{path}/{name}", "bad", "a linked folder: name its target in --data")
         names = [f"{path}/{name}" for name in sorted(files)]
-        yield from pair(Place(name, name, root=root) for name in names)
+        yield from pair((Place(name, name, root=root) for name in names), keys)
     for error in errors:
         yield LeftOut(error.filename, "bad", str(error))
 
 
-def pair(places: Iterable[Place]) -> Iterator[Sample | LeftOut]:
-    """Each picture with the caption that has its name up to the last dot; .txt goes before .json."""
+def pair(places: Iterable[Place], keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
+    """Each picture with the caption that has its name up to the last dot; .txt goes before .json, and does
+    not count where keys are named: they stand in JSON."""
+    endings = ".json" if keys else CAPTIONS
     groups: dict[str, list[Place]] = {}
     for place in places:
         stem, ending = os.path.splitext(place.name)
@@ -158,15 +167,16 @@ def pair(places: Iterable[Place]) -> Iterator[Sample | LeftOut]:
             groups.setdefault(stem, []).append(place)
     for group in groups.values():
         pictures = [place for place in group if place.name.lower().endswith(PICTURES)]
-        captions = [place for place in group if place.name.lower().endswith(CAPTIONS)]
+        captions = [place for place in group if place.name.lower().endswith(endings)]
         if len(pictures) == 1 and captions:
-            yield Sample(pictures[0], max(captions, key=lambda place: place.name.lower()))
+            caption = max(captions, key=lambda place: place.name.lower())
+            yield Sample(pictures[0], caption, keys or CAPTION_KEYS)
         else:
             reason = f"{len(pictures)} pictures and {len(captions)} captions have this name"
             yield from (LeftOut(place.name, "bad", reason) for place in group)
 
 
-def read_list(path: Path) -> Iterator[Sample | LeftOut]:
+def read_list(path: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
     """The samples of a JSON list, or of JSON lines, each on its own; paths are relative to its folder."""
     root = os.path.realpath(path.parent)
     try:
@@ -175,13 +185,13 @@ def read_list(path: Path) -> Iterator[Sample | LeftOut]:
         for entry in entries:
             fields = entry if isinstance(entry, dict) else {}
             image, annotation = fields.get("image"), fields.get("annotation")
-            caption = caption_in(fields)
+            caption = caption_in(fields, keys)
             if isinstance(annotation, str):
                 name = str(path.parent / annotation)
                 caption = Place(name, name, root=root)
             if isinstance(image, str) and caption:
                 name = str(path.parent / image)
-                yield Sample(Place(name, name, root=root), caption)
+                yield Sample(Place(name, name, root=root), caption, keys)
             else:
                 reason = "no JSON, no image, or no annotation or caption"
                 yield LeftOut(f"{path}: {json.dumps(entry):.200}", "bad", reason)
@@ -197,9 +207,9 @@ def read_line(line: str) -> object:
         return line
 
 
-def caption_in(entry: object) -> str:
+def caption_in(entry: object, keys: tuple[str, ...]) -> str:
     """The caption in a JSON object, "" if there is none."""
-    texts = [entry.get(key) for key in CAPTION_KEYS] if isinstance(entry, dict) else []
+    texts = [entry.get(key) for key in keys] if isinstance(entry, dict) else []
     return next((text for text in texts if isinstance(text, str) and text.strip()), "")
 
 
@@ -226,12 +236,12 @@ def read_bytes(place: Place, limit: int) -> bytes:
     return data
 
 
-def read_caption(caption: Place | str) -> bytes:
-    text = caption
+def read_caption(sample: Sample) -> bytes:
+    text = caption = sample.caption
     if isinstance(caption, Place):
         text = read_bytes(caption, MAX_CAPTION).decode("utf-8-sig")
         if caption.name.lower().endswith(".json"):
-            text = caption_in(json.loads(text))
+            text = caption_in(json.loads(text), sample.keys)
     if not text.strip():
         raise ValueError("its caption is empty")
     return text.strip().encode()
@@ -243,7 +253,7 @@ def read_sample(sample: Sample | LeftOut, S: int, seed: int) -> tuple[np.ndarray
         return sample
     # strangers' files promise nothing: whatever they raise costs one sample
     try:
-        caption = read_caption(sample.caption)
+        caption = read_caption(sample)
         picture = read_picture(read_bytes(sample.picture, MAX_PICTURE))
     except Exception as error:
         return LeftOut(sample.picture.name, "bad", str(error) or type(error).__name__)
@@ -389,7 +399,7 @@ def main(argv: list[str] | None = None) -> None:
         is_tar = source.suffix.lower() == ".tar"
         if is_tar and number % dist.world_size != dist.rank:
             continue
-        for part, (files, following) in enumerate(cut(read_source(source), cfg.per_shard)):
+        for part, (files, following) in enumerate(cut(read_source(source, cfg.caption_keys), cfg.per_shard)):
             if not is_tar and (number + part) % dist.world_size != dist.rank:
                 continue
             path = shard_path(cfg.out, number, part)

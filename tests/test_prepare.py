@@ -103,6 +103,7 @@ def test_a_tar_with_everything_in_it(tmp_path: Path) -> None:
         "link.png", "hard.png", "pipe.png"}
     assert left_out["up.png"] == left_out["root.png"] == "its path leaves the tar"
     assert {left_out[f"{name}.png"] for name in ("link", "hard", "pipe")} == {"a link or special file"}
+    assert read(tmp_path / "keys", path, caption_keys="new,caption")[0] == ["no"]
 
 
 @pytest.mark.parametrize("harm, count", [
@@ -149,14 +150,13 @@ def test_a_folder_with_everything_in_it(tmp_path: Path) -> None:
     assert sorted(captions) == ["caption 0", "deep", "within"]
     assert left_out.keys() == {"list.parquet", "x.tar", "._x.tar", "y.tar.gz", "linked", "out.png", "z.tar",
                                "pipe.png"}
-    # what the user names is no surprise, a link or not
-    assert sorted(read(tmp_path / "out2", folder / "linked", folder / "z.tar")[0]) == [
+    assert sorted(read(tmp_path / "out2", folder / "linked", folder / "z.tar")[0]) == [     # links, but named
         "caption 3", "caption 8", "caption 9"]
 
 
 @pytest.mark.parametrize("lines", [False, True])
 def test_a_list_with_everything_in_it(lines: bool, tmp_path: Path) -> None:
-    files = {**pairs(0), "sub/b.png": picture(), "sub/b.json": b'{"text": "b"}'}
+    files = {**pairs(0), "sub/b.png": picture(), "sub/b.txt": b"", "sub/b.json": b'{"text": "b", "new": "c"}'}
     folder = write_files(tmp_path / "in", files)
     write_files(tmp_path, pairs(5))
     os.symlink(tmp_path / "00005.png", folder / "link.png")
@@ -171,11 +171,11 @@ def test_a_list_with_everything_in_it(lines: bool, tmp_path: Path) -> None:
     (folder / "list.json").write_text("\ufeff" + text)
     assert read(tmp_path / "out", folder / "list.json")[0] == ["b", "caption 0", "said\u2028here"]
     assert (tmp_path / "out" / "left-out.jsonl").read_text().count("\n") == 9 + lines
+    assert read(tmp_path / "c", f"{folder}/*.json", folder, caption_keys="new")[0] == ["c", "caption 0", "c"]
 
 
 def test_too_many_bad_samples_and_none_at_all_stop_it(tmp_path: Path) -> None:
-    files = pairs(*range(20)) | {f"{n:05}.png": b"no" for n in range(5, 17)}
-    path = write_tar(tmp_path / "a.tar", files)
+    path = write_tar(tmp_path / "a.tar", pairs(*range(20)) | {f"{n:05}.png": b"no" for n in range(5, 17)})
     with pytest.raises(Refused, match="--max-bad"):
         run(tmp_path / "out", path, max_bad=0.05)
     assert "00005.png" in (tmp_path / "out" / "left-out.jsonl").read_text()
