@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torchvision.transforms.functional import InterpolationMode, normalize, resize
 from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLForConditionalGeneration,
-                          InternVLVisionConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config)
+                          InternVLVisionConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2Tokenizer)
 from transformers.utils import logging
 
 from common import ROOT, Refused, Weights, atomic, config_dict, derive_seed, generator, whole
@@ -219,12 +220,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     marks = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
              "<img>": 151665, "</img>": 151666, "<IMG_CONTEXT>": 151667}
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=letters | marks, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(marks))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>",
-                                   eos_token="<|im_end|>")
+    return Qwen2Tokenizer(letters | marks, unk_token=None, eos_token="<|im_end|>",
+                          extra_special_tokens=list(marks))
 
 
 # ----------------------------------------------------------------------------- the model
