@@ -141,7 +141,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     else:
         raise Refused(f"preset {cfg.preset} has no pictures of its own: name a folder with --images")
     # what tells how near pictures are
-    folder = weights_folder(cfg.preset if model.preset.shapes_world else "rewards", "auto")
+    folder = weights_folder("nano" if model.preset.shapes_world else "rewards", "auto")
     clip, _, picture = load_clip(folder / "clip")
     visual = clip.eval().visual
     seeds = [derive_seed(cfg.seed, "reconstruct", i) for i in range(len(originals))]

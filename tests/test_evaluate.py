@@ -13,7 +13,7 @@ from torch import Tensor
 import evaluate
 import evaluation
 from common import Refused, derive_seed, generator
-from helpers import moved, tiny_model
+from helpers import TINY, moved, tiny_model
 from model import PRESETS, ParaUni
 from nano import world
 from pictures import reward_table
@@ -172,10 +172,11 @@ def test_the_last_layer_is_compared_with_all(tmp_path: Path, monkeypatch: pytest
     assert similar["change"] > 0 and -1 <= clip["before"] <= 1
     rolled = evaluate.ssim(originals.roll(1, 0), originals).mean().item()
     assert result["ends"][1]["before"] == pytest.approx(rolled)
-    # a model that was trained so is one of its own, and reads what it was trained with
+    # a model that was trained so is one of its own, and reads what it was trained with; in a fork of nano too
     files = []
+    monkeypatch.setitem(PRESETS, "fork", TINY)
     monkeypatch.setattr(evaluate, "load", lambda cfg, device, *file: files.append(file) or model)
-    evaluate.main(["reconstruct", "--count", "3", "--last-layer-file", "own", "--out", str(tmp_path)])
+    evaluate.main([*"reconstruct --preset fork --count 3 --last-layer-file own --out".split(), str(tmp_path)])
     assert files == [(), ("own",)] and [layers for _, layers, _ in seen[4:]] == [None, None]
 
 
