@@ -22,7 +22,6 @@ Letters: L VLM layers, B prompts, N queries, D VLM width, E caption width of the
 width d, S perturbed layers, G pictures of a prompt.
 """
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +106,6 @@ class Connector(nn.Module):
 
 
 class LIM(nn.Module):
-    """Layer Integration Module."""
-
     def __init__(self, config: LIMConfig) -> None:
         super().__init__()
         self.config = config
@@ -133,13 +130,13 @@ class LIM(nn.Module):
             return c_layers
         return c_layers * self.kept_noise[:, None].to(c_layers.device)
 
-    def fuse(self, c_layers: Tensor, layers: Iterable[int] | None = None) -> Tensor:
+    def fuse(self, c_layers: Tensor, layers: list[int] | None = None) -> Tensor:
         """The condition c = mean over layers of c_i (paper Eq. 5), (B, N, E).
 
         c_layers  (L, B, N, E)   what forward returns
         layers    paper numbers 1..L of the layers to average; None: those of the model
         """
-        layers = self.layers if layers is None else list(layers)
+        layers = self.layers if layers is None else layers
         if len(layers) < self.config.vlm_layers:
             c_layers = c_layers[[i - 1 for i in layers]]                                # (n, B, N, E)
         return c_layers.mean(0)                                                         # (B, N, E)
