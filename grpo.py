@@ -44,10 +44,10 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from common import (Dist, Refused, RunConfig, adamw, average_gradients, catch_stop, clip_gradients,
+from common import (Dist, Refused, RunConfig, Weights, adamw, average_gradients, catch_stop, clip_gradients,
                     copy_weights, cosine_lr, derive_seed, ema_update, gather, generator, knob,
                     load_checkpoint, make_trainable, mean_over_ranks, open_run, precision, read_log,
                     save_checkpoint, set_lr, swapped, write_log, write_stage)
@@ -395,7 +395,7 @@ def check_ratio(deviation: float, cfg: GRPOConfig, warn: bool) -> None:
 
 # ----------------------------------------------------------------------------- the loop
 
-def new_phase(cfg: GRPOConfig, params: dict[str, nn.Parameter], params_ref: dict[str, nn.Parameter],
+def new_phase(cfg: GRPOConfig, params: Weights, params_ref: Weights,
               ) -> tuple[torch.optim.Optimizer, LDAM, None]:
     """What a reward begins with: an optimizer, LDAM, no gamma. Momentum, declines and the last firing of the
     reward before say nothing about this one."""
@@ -442,7 +442,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         copy_weights(state["reference"], params_ref)
         model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"]
         done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
-    before = state["before"] if state else draw_examples(cfg, model, heldout, dist)     # (8, 3, H, W)
+    before = state["before"] if state else draw_examples(cfg, model, heldout)           # (8, 3, H, W)
 
     # steps of each phase, the last number for all left; of every epoch its phase, and its first step there
     lengths = [cfg.steps[:phase + 1][-1] for phase in range(len(goals))]
@@ -557,7 +557,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     # checkpoints alone
     with swapped(params, ema):
         write_stage(cfg, model, dist, record)
-        after = draw_examples(cfg, model, heldout, dist)                                # (8, 3, H, W)
+        after = draw_examples(cfg, model, heldout)                                      # (8, 3, H, W)
     if dist.lead:
         show(cfg, heldout, before, after, goals, evals)
     return {name: finite_mean(values) for name, values in evals[-1].items()}
@@ -609,10 +609,10 @@ def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str]
 
 
 @torch.no_grad()
-def draw_examples(cfg: GRPOConfig, model: ParaUni, prompts: list[str], dist: Dist) -> Tensor:
+def draw_examples(cfg: GRPOConfig, model: ParaUni, prompts: list[str]) -> Tensor:
     """Pictures of at most eight prompts, always from one noise, (8, 3, H, W) on the CPU. All ranks draw, as
     the weights may be split."""
-    with precision(dist.device, cfg.dtype):
+    with precision(model.device, cfg.dtype):
         images = model.generate(prompts[:8], cfg.eval_steps, cfg.eval_guidance_scale, seed=cfg.seed)
     return images.cpu()
 
