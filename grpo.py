@@ -657,14 +657,14 @@ def open_prompts(path: str, model: ParaUni) -> list[str]:
 
 
 def open_rewards(cfg: GRPOConfig, model: ParaUni, prompt: str) -> dict[str, Reward]:
-    """The rewards by their short names, in the order of their phases, each tried on a grey picture. Weights:
-    those of weights/rewards, of nano weights/nano, or --reward-weights."""
+    """The rewards by their short names, in the order of their phases, each tried on two grey pictures:
+    on one, a mean over all passes. Weights: weights/rewards, of nano weights/nano, or --reward-weights."""
     folder = weights_folder("nano" if model.preset.shapes_world else "rewards", cfg.reward_weights)
     side = model.preset.image_size
     scorers = {}
     for name in cfg.rewards:
         scorer = build_reward(name, model.device, weights=folder)
-        scorer(torch.full((1, 3, side, side), 0.5, device=model.device), [prompt])
+        scorer(torch.full((2, 3, side, side), 0.5, device=model.device), [prompt] * 2)
         short_name = name.rpartition(":")[2]
         if short_name in scorers:
             raise Refused(f"expected --rewards to name each reward once, got two called {short_name}")

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from common import generator, read_log
+from common import Dist, generator, read_log
 from dit import DiTConfig
 from lim import LIMConfig
 from model import PRESETS, ParaUni, internvl, weights_folder
 from train import TrainConfig
 
+ALONE = Dist(0, 1, torch.device("cpu"))
 NANO_WEIGHTS = weights_folder("nano", "auto")
 TINY_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
                "image_size": [32, 32], "patch_size": [4, 4]}

@@ -106,15 +106,15 @@ def two_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_rewards_before_and_after(tmp_path: Path, two_files: list[str]) -> None:
     (tmp_path / "own.py").write_text(
         "def light(images, prompts):\n    return images.mean((1, 2, 3))\n"
-        "def holes(images, prompts):\n"
+        "one = lambda images, prompts: images.mean()[None]\ndef holes(images, prompts):\n"
         "    return images.new_tensor([float('nan') if 'moon' in p else 0 for p in prompts])\n")
     (tmp_path / "p.txt").write_text("a ring\ntwo moons\na red star\na heart\n")
 
-    def rewards(after: str) -> dict:
+    def rewards(after: str, names: tuple[str, ...] = ("light", "holes")) -> dict:
         return evaluate.main(["rewards", "--weights", "random", "--num-steps", "1", "--out", str(tmp_path),
                               "--baseline", two_files[0], "--stage-file", after,
                               "--prompts", f"{tmp_path}/p.txt", "--limit", "3",
-                              "--rewards", f"{tmp_path}/own.py:light,{tmp_path}/own.py:holes"])
+                              "--rewards", ",".join(f"{tmp_path}/own.py:{name}" for name in names)])
     same, other = rewards(two_files[0]), rewards(two_files[1])
     assert same["rewards"][0]["95 % from"] == same["rewards"][0]["to"] == 0
     assert same["before"] == other["before"]
@@ -123,6 +123,8 @@ def test_rewards_before_and_after(tmp_path: Path, two_files: list[str]) -> None:
     assert other["rewards"][0]["change"] == pytest.approx((b - a).mean().item(), abs=1e-6)
     assert other["rewards"][1]["n"] == 2 and other["after"]["holes"] == [0, None, 0]
     assert json.loads((tmp_path / "rewards.json").read_text())["after"] == other["after"]
+    with pytest.raises(Refused, match="one number per image"):
+        rewards(two_files[0], ("one",))
 
 
 def test_compare_draws_alike(tmp_path: Path, two_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

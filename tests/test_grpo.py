@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 import naive
-from common import Dist, Refused, derive_seed, generator
+from common import Refused, derive_seed, generator
 from grpo import (GRPOConfig, Perturbation, Rollout, accumulate_gradient, check_flags, check_ratio,
                   encode_conditions, group_advantages, keep_noise, open_prompts, rollout, score_groups,
                   score_heldout, trained_steps)
-from helpers import TINY, draw, moved, tiny_model
+from helpers import ALONE, TINY, draw, moved, tiny_model
 from model import ParaUni, Prefix
 
-ALONE = Dist(0, 1, torch.device("cpu"))
 CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_batch=8, kl_coef=(0.01,),
                  guidance_scale=3.0, eval_steps=2)
 # of different lengths: one is padded

@@ -16,12 +16,12 @@ import common
 import grpo
 import naive
 import train
-from common import Dist, Refused, generator, read_log
+from common import Refused, generator, read_log
 from data import NanoLatents, stamp_of
 from dit import randn
 from evaluation import DrawConfig
 from grpo import GRPOConfig, nano_prompts, score_heldout
-from helpers import TINY, TINY_VISION, assert_equal, assert_same_run, log_of, newest, tiny_model
+from helpers import ALONE, TINY, TINY_VISION, assert_equal, assert_same_run, log_of, newest, tiny_model
 from ldam import LDAM
 from model import PRESETS, ParaUni, internvl
 from sample import load
@@ -199,8 +199,7 @@ def test_the_saved_file_makes_the_pictures_that_were_scored(run: Callable, tiny_
     first, *_, last = (line.get("heldout/bright") for line in log_of(folder))
     model = ParaUni.from_preset("nano", tiny_weights, folder / "stage3.safetensors", stage=3)
     cfg = GRPOConfig(dtype="fp32", micro_batch=4, eval_steps=2, eval_guidance_scale=1.0)
-    scores = score_heldout(model, {"bright": Bright({})}, nano_prompts(test=True)[:4], cfg,
-                           Dist(0, 1, torch.device("cpu")))["bright"]
+    scores = score_heldout(model, {"bright": Bright({})}, nano_prompts(test=True)[:4], cfg, ALONE)["bright"]
     assert sum(scores) / 4 == pytest.approx(last, abs=1e-6)
     assert abs(last - first) > 1e-5
 
