@@ -48,14 +48,15 @@ def knob(default: Any, help: str, choices: Iterable | None = None, words: bool =
     return field(default=default, metadata={"help": help, "choices": choices, "words": words})
 
 
-def parse_config(cls: type, argv: list[str] | None = None,
-                 recipe: Callable[[dict], dict] = lambda flags: {}, description: str = "") -> Any:
-    """Build the dataclass `cls` of knobs: its defaults < recipe(flags as typed) < flags."""
+def parse_config(cls: type, argv: list[str] | None = None, recipe: dict | None = None,
+                 description: str = "") -> Any:
+    """Build the dataclass `cls` of knobs: its defaults < recipe < flags as typed."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
+    defaults = {knob_field.name: knob_field.default for knob_field in fields(cls)} | (recipe or {})
     for knob_field in fields(cls):
         flag, meta = "--" + knob_field.name.replace("_", "-"), knob_field.metadata
-        text = f"{meta['help']} (default: {knob_field.default})".replace("%", "%%")
+        text = f"{meta['help']} (default: {defaults[knob_field.name]})".replace("%", "%%")
         if meta["words"]:
             parser.add_argument(knob_field.name, nargs="*", help=text)
         elif knob_field.type is bool:
@@ -67,7 +68,7 @@ def parse_config(cls: type, argv: list[str] | None = None,
                 kind = lambda text, item=item: tuple(map(item, filter(None, text.split(","))))  # noqa: E731
             parser.add_argument(flag, type=kind, choices=meta["choices"], help=text)
     flags = vars(parser.parse_intermixed_args(argv))
-    return cls(**(recipe(flags) | flags))
+    return cls(**(defaults | flags))
 
 
 def config_dict(cfg: Any) -> dict:

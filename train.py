@@ -176,21 +176,16 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    # the stage decides which flags there are
+    # the stage decides which flags there are, and with the preset what they are by default
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--stage", type=int, default=1)
-    stage = first_look.parse_known_args(argv)[0].stage
+    first_look.add_argument("--preset", choices=PRESETS, default=RunConfig.preset)
+    first, _ = first_look.parse_known_args(argv)
 
     # the paper's numbers, then those of the preset, then what is typed
-    def recipe(flags: dict) -> dict:
-        name = flags.get("preset", RunConfig.preset)
-        if name not in PRESETS:
-            raise Refused(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
-        return (STAGE_2 if stage == 2 else {}) | PRESETS[name].recipes.get(stage, {})
-
-    config = grpo.GRPOConfig if stage == 3 else TrainConfig
-    about = (f"{__doc__.splitlines()[0]} Flags of stage {stage}. The defaults named here give way to STAGE_2 "
-             "(train.py) and to the preset's recipe (model.py): nano has other numbers.")
+    recipe = (STAGE_2 if first.stage == 2 else {}) | PRESETS[first.preset].recipes.get(first.stage, {})
+    config = grpo.GRPOConfig if first.stage == 3 else TrainConfig
+    about = f"{__doc__.splitlines()[0]} Flags of stage {first.stage}, preset {first.preset}."
     cfg = parse_config(config, argv, recipe, about)
     dist = setup_dist()
     cfg = resolve(cfg, dist.device, small=PRESETS[cfg.preset].shapes_world)

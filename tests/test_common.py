@@ -28,12 +28,9 @@ class Flags:
     compile: bool = knob(False, "compile the model")
 
 
-def recipe(flags: dict) -> dict:
-    return {"lr": 0.5, "compile": True} if flags.get("size") == "large" else {}
-
-
 def test_defaults_then_recipe_then_flags() -> None:
-    assert parse_config(Flags, [], recipe) == Flags()
+    recipe = {"lr": 0.5, "compile": True}
+    assert parse_config(Flags, []) == Flags()
     assert parse_config(Flags, ["--size", "large"], recipe) == Flags(size="large", lr=0.5, compile=True)
     # a flag that equals the default still beats the recipe
     assert parse_config(Flags, ["--lr=1e-4", "--size=large", "--no-compile"], recipe) == Flags(size="large")
