@@ -15,7 +15,6 @@ Letters: B prompts, L VLM layers, N queries, S prompt tokens, D VLM width, E con
 import json
 import warnings
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -432,12 +431,10 @@ class ParaUni(nn.Module):
             row = [token for token in row if token < vocab_size]
             if len(row) > self.preset.max_tokens:
                 raise Refused(f"{len(row)} tokens, at most {self.preset.max_tokens} fit: {text[:80]!r}")
-            rows.append(torch.tensor(row))                                              # (S,)
+            rows.append(torch.tensor([row, [1] * len(row)]).T)                          # (S, 2) ids, mask
         # queries follow at the right, so padding in between is masked
-        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=padding_side)
-        ids = pad(rows)                                                                 # (B, S)
-        mask = pad([torch.ones_like(row) for row in rows])                              # (B, S)
-        return ids.to(self.device), mask.to(self.device)
+        both = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=padding_side)     # (B, S, 2)
+        return both.to(self.device).unbind(2)
 
     def image_text(self) -> str:
         return f"<img>{'<IMG_CONTEXT>' * self.preset.vlm.image_seq_length}</img>\n"
