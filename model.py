@@ -443,7 +443,8 @@ class ParaUni(nn.Module):
         """Pictures (B, 3, H, W) in [0, 1] -> the VLM's input, one tile with ImageNet statistics."""
         side = self.preset.vlm.vision_config.image_size[0]
         # bicubic may overshoot; at its own size a picture stays as it is
-        images = resize(images, (side, side), InterpolationMode.BICUBIC).clamp(0, 1)    # (B, 3, side, side)
+        images = resize(images.to(self.device), (side, side), InterpolationMode.BICUBIC)
+        images = images.clamp(0, 1)                                                     # (B, 3, side, side)
         # as the vision tower was trained
         return normalize(images, IMAGENET_MEAN, IMAGENET_STD).to(self.vlm.dtype)        # (B, 3, side, side)
 
@@ -546,4 +547,4 @@ class ParaUni(nn.Module):
 
     def chat(self, image: Tensor, question: str) -> str:
         """The frozen VLM's answer to a question about one picture, (3, H, W) in [0, 1]."""
-        return self.answer(image[None].to(self.device), [question])[0]
+        return self.answer(image[None], [question])[0]

@@ -186,7 +186,7 @@ def draw(cfg: DrawConfig, model: ParaUni, prompts: list[str], seeds: list[int], 
     drawn = []
     for first in range(0, len(prompts), cfg.batch_size):
         part = slice(first, first + cfg.batch_size)
-        shown = None if images is None else images[part].to(model.device)           # (b, 3, H, W)
+        shown = None if images is None else images[part]                            # (b, 3, H, W)
         with precision(model.device, cfg.dtype):
             new = model.generate(prompts[part], cfg.num_steps, cfg.guidance_scale, seed=seeds[part],
                                  images=shown, layers=layers)                       # (b, 3, H, W)

@@ -212,7 +212,7 @@ def ask(cfg: UnderstandConfig, model: ParaUni, questions: list[Question], folder
         part = questions[first:first + cfg.batch_size]
         images = torch.stack([tile(question, cfg.images, model) for question in part])      # (B, 3, H, W)
         with precision(model.device, cfg.dtype):
-            answers = model.answer(images.to(model.device), [question.text for question in part])
+            answers = model.answer(images, [question.text for question in part])
         records += [{"name": question.name, "question": question.text, "right": question.right,
                      "answer": answer} for question, answer in zip(part, answers)]
         write_lines(path, records)
