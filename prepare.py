@@ -404,9 +404,10 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             path = shard_path(cfg.out, number, part)
             made_of = hashlib.sha256(json.dumps([stamp, cfg.seed, files]).encode()).hexdigest()
-            # go on where an earlier run was stopped, if it was the same
+            # go on where an earlier run was stopped, if it was the same and its source ended there too
             if path.exists():
-                if read_facts(path)["made_of"] != made_of:
+                facts = read_facts(path)
+                if (facts["made_of"], facts["last"]) != (made_of, not following):
                     raise Refused(f"{path} was made of other files, or otherwise: choose another --out")
                 continue
             jobs = [(file, preset.image_size, derive_seed(cfg.seed, "crop", number, part, i))

@@ -269,15 +269,19 @@ def test_a_killed_run_goes_on(corpus: list[Path], tmp_path: Path, monkeypatch: p
 
 
 def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_path: Path) -> None:
-    run(tmp_path / "out", *corpus)
+    run(tmp_path / "out", *corpus, per_shard=6)
     with pytest.raises(Refused, match="another --out"):
-        run(tmp_path / "out", *corpus, seed=1)
+        run(tmp_path / "out", *corpus, per_shard=6, seed=1)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Refused, match="another --out"):
         patch.setattr(prepare, "stamp_of", lambda vae, preset: {"vae": "another"})
-        run(tmp_path / "out", *corpus)
+        run(tmp_path / "out", *corpus, per_shard=6)
     write_files(corpus[3], pairs(39))
     with pytest.raises(Refused, match="another --out"):
-        run(tmp_path / "out", *corpus)
+        run(tmp_path / "out", *corpus, per_shard=6)
+    # a sample more behind a shard that was full
+    write_tar(corpus[0], pairs(*range(5)) | {"0.png": b"no"} | pairs(7))
+    with pytest.raises(Refused, match="another --out"):
+        run(tmp_path / "out", corpus[0], per_shard=6)
 
 
 def test_waiting_for_workers_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
