@@ -118,8 +118,7 @@ def test_rollout_and_gradient_are_those_of_naive_loops(policy: ParaUni, guidance
     assert_same_gradients(gradients(policy), gradients(peer))
 
 
-def naive_steps(peer: ParaUni, b: int, noise: list[Tensor], rolled: Rollout,
-                cfg: GRPOConfig) -> list[Normal]:
+def naive_steps(peer: ParaUni, b: int, noise: list[Tensor], rolled: Rollout, cfg: GRPOConfig) -> list[Normal]:
     """Every trained step of picture b, from the formulas; noise on layers 2 and 3."""
     c_layers, uncond = (peer.condition_layers(peer.encode_prefix([prompt]))
                         for prompt in (PROMPTS[b // 4], None))
