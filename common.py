@@ -424,7 +424,8 @@ def make_trainable(cfg: RunConfig, model: nn.Module) -> Weights:
         p.requires_grad_(True)
     model.lim.connector.gradient_checkpointing = cfg.gradient_checkpointing
     model.dit.gradient_checkpointing = cfg.gradient_checkpointing
-    if cfg.fsdp:
+    # over one device there is nothing to split
+    if cfg.fsdp and torch.distributed.is_initialized():
         shard(model)
     if cfg.compile:
         compile_parts(model.device, model.lim, model.dit)
