@@ -226,7 +226,7 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 file that say something, stripped. Only \\n and \\r\\n end a line; no BOM."""
+    """The lines of a UTF-8 file that say something, stripped. Only \\n, \\r\\n and \\r end a line; no BOM."""
     text = Path(path).read_text(encoding="utf-8-sig")
     return [line.strip() for line in text.split("\n") if line.strip()]
 
