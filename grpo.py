@@ -638,8 +638,8 @@ def check_flags(cfg: GRPOConfig, world_size: int) -> None:
         raise Refused("expected --inner-updates to divide --steps")
     if not 0 <= cfg.sde_window <= cfg.num_steps // 2:
         raise Refused("expected --sde-window of at most half of --num-steps")
-    if min(cfg.noise_level, *cfg.steps, cfg.num_eval) <= 0:
-        raise Refused("expected --noise-level, --steps and --num-eval above 0")
+    if min(cfg.noise_level, *cfg.steps, cfg.num_eval, cfg.eval_every, cfg.save_every) <= 0:
+        raise Refused("expected --noise-level, --steps, --num-eval, --eval-every and --save-every above 0")
     if not (PRESETS[cfg.preset].shapes_world or cfg.prompts and cfg.eval_prompts):
         raise Refused(f"preset {cfg.preset} needs prompt files: --prompts and --eval-prompts")
 

@@ -266,7 +266,7 @@ def test_heldout_pictures_have_their_own_noise_and_a_chunk_fails_alone(policy: P
     ("--micro-batch", {"micro_batch": 3}), ("--sde-window", {"sde_window": CFG.num_steps}),
     ("--noise-level", {"noise_level": 0.0}), ("--steps", {"steps": (2, 0)}), ("--kl-coef", {"kl_coef": ()}),
     ("--rewards", {"steps": (1, 2, 3, 4)}), ("--inner-updates", {"steps": (4, 3), "inner_updates": 2}),
-    ("--eval-prompts", {"preset": "l-512", "prompts": "p.txt"})])
+    ("--eval-prompts", {"preset": "l-512", "prompts": "p.txt"}), ("--save-every", {"save_every": 0})])
 def test_flags_that_do_not_fit_are_refused(flag: str, change: dict) -> None:
     check_flags(CFG, world_size=2)
     with pytest.raises(Refused, match=flag):
