@@ -415,6 +415,9 @@ def main(argv: list[str] | None = None) -> None:
             tensors, left_out = make_shard(cfg, vae, jobs, counts)
             samples = len(tensors["latents"])
             facts = {"made_of": made_of, "last": not following, "left_out": left_out, "samples": samples}
+            # a kill left half of it
+            for half in path.parent.glob(f".{path.name}.*"):
+                half.unlink()
             with atomic(path) as temporary:
                 save_file(tensors, temporary, {"facts": json.dumps(facts)})
             print(f"{path}: {samples:,} of {len(files):,} from {source}", flush=True)
