@@ -14,11 +14,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import common
 import data
 import ldam
-from common import (Dist, Refused, RunConfig, adamw, clip_gradients, derive_seed, find_checkpoint,
+from common import (Refused, RunConfig, adamw, clip_gradients, derive_seed, find_checkpoint,
                     fingerprint, generator, knob, open_run, parse_config, read_log, resolve, save_checkpoint)
+from helpers import ALONE
 from train import TrainConfig
-
-ALONE = Dist(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,12 @@ class Flags:
     compile: bool = knob(False, "compile the model")
 
 
-def test_defaults_then_recipe_then_flags() -> None:
+def test_defaults_then_recipe_then_flags(capsys: pytest.CaptureFixture) -> None:
     recipe = {"lr": 0.5, "compile": True}
+    # --help names what would be taken
+    with pytest.raises(SystemExit):
+        parse_config(Flags, ["--help"], recipe)
+    assert "100% at the peak (default: 0.5)" in " ".join(capsys.readouterr().out.split())
     assert parse_config(Flags, []) == Flags()
     assert parse_config(Flags, ["--size", "large"], recipe) == Flags(size="large", lr=0.5, compile=True)
     # a flag that equals the default still beats the recipe
