@@ -202,8 +202,8 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling to write to, renamed onto `path` at the end: a kill at any moment leaves the old
-    file or the new one. Folders on the way are made."""
+    """A temporary sibling to write to, renamed onto `path` at the end: a kill at any moment, or a machine that
+    goes down, leaves the old file or the new one. Folders on the way are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -215,6 +215,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         # on a disk that has none
         with suppress(OSError):
             temporary.chmod(mode)
+        # the bytes reach the disk before the name does: else a machine that goes down may leave the newest
+        # checkpoint empty, and --resume auto takes it; a network disk says here that it is full
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

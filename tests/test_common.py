@@ -93,7 +93,7 @@ def test_the_newest_stay_and_another_future_goes(cfg: RunConfig) -> None:
     assert saved(cfg) == [*range(171, 180), 999]
 
 
-@pytest.mark.parametrize("module, function", [(torch, "save"), (os, "replace")])
+@pytest.mark.parametrize("module, function", [(torch, "save"), (os, "fsync"), (os, "replace")])
 def test_a_crash_while_saving_leaves_a_good_checkpoint(cfg: RunConfig, module: object, function: str,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*args: object) -> None:
