@@ -202,8 +202,8 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling to write to, renamed onto `path` at the end: a kill at any moment, or a machine that
-    goes down, leaves the old file or the new one. Folders on the way are made."""
+    """A temporary sibling to write to, renamed onto `path` at the end: a kill at any moment, and a machine
+    that goes down, leave the old file or the new one. Folders on the way are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
