@@ -12,8 +12,7 @@ Series = list[tuple[float, float]]
 
 def algorithm_1(series: Series) -> list[float | None]:
     """The paper's Algorithm 1 in its own names, gamma by supplement Eq. 1 to 5; gamma where it fires."""
-    g_before, r_before, n_cool, r_s = math.inf, 0.0, 0, 0
-    g_s = False
+    g_before, r_before, n_cool, g_s, r_s = math.inf, 0.0, 0, False, 0
     fired: list[float | None] = []
     for n, (g_n, r_n) in enumerate(series, 1):
         gamma = None
@@ -86,12 +85,11 @@ def test_which_signals_trigger() -> None:
 @pytest.mark.parametrize("stop", [3, 40])
 def test_a_resumed_one_goes_on_identically(stop: int) -> None:
     series = draw_series("few values", 0)
-    whole, first, resumed = LDAM(), LDAM(), LDAM()
+    whole, resumed = LDAM(), LDAM()
     for epoch in series[:stop]:
         whole.update(*epoch)
-        first.update(*epoch)
     # plain types, and no infinity
-    resumed.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False)))
     for epoch in series[stop:]:
         assert resumed.update(*epoch) == whole.update(*epoch)
         assert resumed.last == whole.last

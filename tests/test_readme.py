@@ -67,7 +67,6 @@ def test_every_command_names_a_script_and_flags_that_it_has(page: str, words: li
 
 def test_every_flag_in_the_prose_exists() -> None:
     known = set().union(*map(flags_of, SCRIPTS)) | set(get_args_parser()._option_string_actions)
-    known |= {"--shm-size"}                                 # docker's
     named = {flag for page, text in PAGES.items() if page != "forks.md"
              for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)}
     assert len(named) > 30 and named <= known, named - known

@@ -251,6 +251,11 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
     assert log_of(again) == lines[fired[0] - 1:]
     assert_equal(newest(folder), newest(again))
 
+    # the last checkpoint makes the stage's file, as the reference has it
+    code = (common.ROOT / "docs" / "reference.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace("00000250", "00000016").replace("runs/stage3", str(folder)), {})
+    assert_equal(*(load_file(folder / f"{name}.safetensors") for name in ("stage3", "early")))
+
 
 def test_what_fires_in_the_last_epoch_of_a_phase_is_not_used(run: Callable, whole: Path) -> None:
     fired = run(3, "fired", "--ldam-spike", "1e-9", "--no-ldam-use-reward")
@@ -414,4 +419,3 @@ def test_a_new_preset_is_one_entry(run: Callable, tmp_path: Path, monkeypatch: p
     for stage, flags in enumerate((data, data, prompts), start=1):
         folder = run(stage, str(stage), *mine, *flags, "--init", init)
         init = f"{folder}/stage{stage}.safetensors"
-    assert Path(init).exists()
