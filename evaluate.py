@@ -130,7 +130,8 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     model = load(cfg, dist.device)
     # centre crops of one's own pictures, or held-out pictures of the nano world
     if cfg.images:
-        paths = sorted(path for path in Path(cfg.images).iterdir() if path.is_file())[:cfg.count]
+        # a Mac leaves a hidden file in every folder that its user opens
+        paths = sorted(path for path in Path(cfg.images).glob("[!.]*") if path.is_file())[:cfg.count]
         if len(paths) < 2:
             raise Refused(f"expected at least 2 pictures in --images {cfg.images}, found {len(paths)}")
         size = model.preset.image_size, model.preset.image_size

@@ -184,6 +184,7 @@ def test_the_last_layer_is_compared_with_all(tmp_path: Path, monkeypatch: pytest
 
 def test_pictures_of_ones_own_are_cropped_and_kept(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
+    (tmp_path / "p" / ".DS_Store").touch()                  # as macOS does
     for i in range(2):
         Image.new("RGB", (40, 50 + i), (80 * i, 40, 200)).save(tmp_path / "p" / f"{i}.jpg")
     result = evaluate.main(["reconstruct", "--weights", "random", "--num-steps", "1",
