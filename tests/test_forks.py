@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # name -> its changed lines, its commands, its diff
 FORKS = {name: (lines, commands, diff) for lines, name, commands, diff in re.findall(
     r"^(\d+) changed lines.*?```sh\ngit apply docs/forks/(\w+)\.patch\n(.*?)```.*?```diff\n(.*?)```",
-    (ROOT / "docs/forks.md").read_text(), re.S | re.M)}
+    (ROOT / "docs/forks.md").read_text(encoding="utf-8"), re.S | re.M)}
 SMALL = {"train.py": "--batch-size 4", "sample.py": "--num-steps 2",
          "3": "--group-size 2 --num-steps 3 --num-eval 2 --eval-steps 2 --rewards clip --kl-coef 0.3"}
 
@@ -30,7 +30,7 @@ SMALL = {"train.py": "--batch-size 4", "sample.py": "--num-steps 2",
 def test_the_page_shows_the_patches_and_counts_their_lines() -> None:
     assert FORKS.keys() == {path.stem for path in (ROOT / "docs/forks").glob("*.patch")} and len(FORKS) == 6
     for name, (stated, _, diff) in FORKS.items():
-        assert diff == (ROOT / "docs/forks" / f"{name}.patch").read_text()
+        assert diff == (ROOT / "docs/forks" / f"{name}.patch").read_text(encoding="utf-8")
         ours = [part for part in diff.split("diff --git ")[1:] if "\nnew file mode " not in part]
         changed = len(re.findall(r"^[+-](?!\+\+ b/|-- a/)", "".join(ours), re.M))
         assert len(ours) <= 2 and changed == int(stated) <= 20

@@ -85,7 +85,7 @@ def test_the_readme_is_short_and_its_line_counts_are_right() -> None:
     rows = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", text, re.M)
     assert len(rows) >= 6
     for name, lines in rows:
-        assert abs(int(lines) - (ROOT / name).read_text().count("\n")) <= 10, name
+        assert abs(int(lines) - (ROOT / name).read_text(encoding="utf-8").count("\n")) <= 10, name
 
 
 def test_the_snippet_of_the_readme_runs_and_its_reward_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
