@@ -115,8 +115,8 @@ def read_tar(path: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
         # "r:" is a plain tar, which cannot inflate
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                # a negative one would be read for ever
-                if member.size < 0:
+                # a negative one would be read for ever, also where an extended header states another
+                if member.size < 0 or tar.offset <= end:
                     raise ValueError("a file of negative size")
                 end = tar.offset
                 name = f"{path}/{member.name}"

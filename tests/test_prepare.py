@@ -125,13 +125,16 @@ def test_sources_that_are_damaged_or_lie_about_sizes_are_named(tmp_path: Path) -
     write_tar(tmp_path / "good.tar", pairs(0))
     write_tar(tmp_path / "packed.tar", pairs(0), "w:gz")
     member = tarfile.TarInfo("a.png")
-    member.size = -1024                                 # tarfile would read in circles
+    member.pax_headers = {"GNU.sparse.realsize": "10"}
+    hides = tarfile.TarInfo("0").tobuf() + member.tobuf(tarfile.PAX_FORMAT)[:1024]
+    member.size = -1536                                 # tarfile would read in circles
     bad = {"noise.tar": np.random.default_rng(0).bytes(5000), "nothing.tar": b"",
            "negative.tar": member.tobuf(tarfile.GNU_FORMAT) + bytes(2048),
+           "hidden.tar": hides + member.tobuf(tarfile.GNU_FORMAT) + bytes(2048),
            "a.json": b'[{"image": "1.png", "caption": "x"}, {...', "b.json": b"\xff"}
     write_files(tmp_path, {"1.png": picture(), **bad})
     captions, left_out = read(tmp_path / "out", tmp_path / "*.tar", tmp_path / "*.json")
-    assert captions == ["caption 0"] and left_out.keys() == {"packed.tar", *bad}
+    assert captions == ["caption 0"] and left_out.keys() == {"packed.tar", "0", *bad}
 
 
 def test_a_folder_with_everything_in_it(tmp_path: Path) -> None:
