@@ -237,4 +237,7 @@ def load_clip(folder: Path) -> tuple[CLIP, Callable, dict]:
     picture = {"size": clip.visual.image_size[0],
                "mean": clip.visual.image_mean,
                "std": clip.visual.image_std}
-    return clip, open_clip.get_tokenizer(name), picture
+    # a tokenizer of transformers' may come as code, and the folder's own config could ask for it to be run
+    words = open_clip.get_model_config(name)["text_cfg"]
+    no_code = {"trust_remote_code": False} if words.get("hf_tokenizer_name") else {}
+    return clip, open_clip.get_tokenizer(name, **no_code), picture

@@ -1,5 +1,6 @@
 """Rewards, converted from transformers' CLIPModel, against it and its processors; functions of one's own."""
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -136,6 +137,18 @@ def test_another_clip_is_refused(hf: tuple[CLIPModel, Path], tmp_path: Path) -> 
     (tmp_path / "open_clip_config.json").symlink_to(hf[1] / "clip" / "open_clip_config.json")
     with pytest.raises(RuntimeError, match="Required pretrained weights"):
         rewards.load_clip(tmp_path)
+
+
+def test_no_code_of_a_weights_folder_is_run(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ROOT / "weights" / "nano" / "clip", tmp_path / "clip"))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Words: pass\n")
+    for name, old, new in (
+            ("open_clip_config.json", '"text_cfg": {', '"tokenizer_kwargs": {"trust_remote_code": true}, '),
+            ("tokenizer_config.json", "{", '"auto_map": {"AutoTokenizer": [null, "code.Words"]}, ')):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(old, old + new, 1))
+    rewards.load_clip(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore", "aesthetic"])
