@@ -48,24 +48,31 @@ def main(argv: list[str] | None = None) -> dict:
     """Write the report. Returns its "path"."""
     cfg = parse_config(ReportConfig, argv, description=__doc__.split("\n")[0])
     folders = [Path(folder) for folder in cfg.folders]
-    if not folders or not all((folder / "metrics.jsonl").is_file() for folder in folders):
-        raise Refused(f"expected run folders, with a metrics.jsonl, got {' '.join(cfg.folders) or 'none'}")
+    needed = [folder / name for folder in folders for name in ("metrics.jsonl", "config.json")]
+    if not needed or not all(map(is_own, needed)):
+        raise Refused("expected run folders, with a metrics.jsonl and a config.json of their own, got "
+                      f"{' '.join(cfg.folders) or 'none'}")
     parts = [f"<h1>ParaUni: {text(cfg.folders)}</h1><h2>Curves</h2>"]
     parts.append(charts({folder: read_log(folder / "metrics.jsonl") for folder in folders}))
     for folder in folders:
         parts.append(f"<h2>{text(folder)}</h2>")
-        # not of subfolders; links may lead anywhere
-        files = [path for path in sorted(folder.glob("*.png")) if path.is_file() and not path.is_symlink()]
-        for path in files:
+        # not of subfolders
+        for path in filter(is_own, sorted(folder.glob("*.png"))):
             picture = read_picture(path)
             picture.thumbnail((1600, picture.height))
             caption = f"<figcaption>{text(path.name)}</figcaption>"
             parts.append(f'<figure class="scroll">{embed(picture.save, path.name)}{caption}</figure>')
     parts += ["<h2>Configuration</h2>", config_table(folders)]
     with atomic(cfg.out) as temporary:
-        temporary.write_text(PAGE % "\n".join(parts), encoding="utf-8")
+        # a file's name need not be text
+        temporary.write_text(PAGE % "\n".join(parts), encoding="utf-8", errors="replace")
     print(f"written to {cfg.out}")
     return {"path": cfg.out}
+
+
+def is_own(path: Path) -> bool:
+    """A file of the folder itself: a link may lead to anything, and the page is made to be given away."""
+    return path.is_file() and not path.is_symlink()
 
 
 def text(value: object) -> str:

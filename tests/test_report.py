@@ -5,8 +5,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from common import Refused
 from evaluation import report
 
 EVIL = '<script>alert("1")</script> $x^2$ & </table>'
@@ -55,7 +57,7 @@ def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
     with open(run / "metrics.jsonl", "a") as file:
         for n in (21, 22):
             file.write(json.dumps({"epoch": n, "phase": EVIL, f"reward/{EVIL}": n}) + "\n")
-    Image.new("RGB", (40, 30)).save(run / "<b onclick=x>.png")
+    Image.new("RGB", (40, 30)).save(run / "<b onclick=x>\udcff.png")
     (run / "link.png").symlink_to(run / "before_after.png")
     page = make(tmp_path, run)
     tags = tags_of(page)
@@ -68,3 +70,8 @@ def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
     policy = next(a["content"] for _, a in tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and "script" not in policy
     assert "@import" not in page and "url(" not in page and "link.png" not in page
+    # a link would put the content of any JSON file into the page
+    (run / "config.json").rename(tmp_path / "secret.json")
+    (run / "config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(Refused, match="of their own"):
+        report.main([str(run), "--out", str(tmp_path / "r.html")])
