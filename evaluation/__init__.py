@@ -248,12 +248,15 @@ def read_judged(path: Path) -> tuple[str, dict]:
     """What one judge said, from a file or a folder of some: {"judge": name, "items": {item: what it said}}.
     Returns the name, and the items of all files together."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    names, items = set(), {}
+    names, items, count = set(), {}, 0
     for part in map(read_json, files):
         names.add(part["judge"])
         items |= part["items"]
-    if len(names) != 1:
-        raise Refused(f"expected what one judge said in {path}, got {sorted(names)}")
+        count += len(part["items"])
+    # of two files about one picture, as an earlier run's may be, the last would count
+    if len(names) != 1 or len(items) != count:
+        raise Refused(f"expected what one judge said in {path}, of each item once, got {sorted(names)} and "
+                      f"{count} entries about {len(items)}")
     return names.pop(), items
 
 

@@ -160,7 +160,9 @@ def main(argv: list[str] | None = None) -> dict:
     judge, answers = read_judged(Path(cfg.answers or out / "answers"))
     scores = dpg_scores(items, answers)
     count = len(scores["prompts"])
-    title = title_of("DPG-Bench", {f"{count} prompts of {NUM_PROMPTS}": count != NUM_PROMPTS,
-                                   "the judge is not mPLUG-large": "mplug" not in judge.lower()})
+    title = title_of("DPG-Bench", {
+        f"{count} prompts of {NUM_PROMPTS}": count != NUM_PROMPTS,
+        "prompts without exactly 4 pictures": any(len(answers[name]) != 4 for name in scores["prompts"]),
+        "the judge is not mPLUG-large": "mplug" not in judge.lower()})
     return finish(cfg, "dpg", {**title, "judge": judge, **scores},
                   f"{title['name']}\njudge {judge}\n{table(scores['rows'])}")

@@ -244,6 +244,10 @@ def main(argv: list[str] | None = None) -> dict:
         prompts = [(i, request, [f"{i:05}/samples/{j:05}.png" for j in range(cfg.per_prompt)])
                    for i, request in enumerate(requests)]
     prompts = spread(prompts, cfg.limit)
+    # the overall score is a mean of these tasks: of another one it would say nothing
+    unknown = {request["tag"] for _, request, _ in prompts} - set(TASKS)
+    if unknown:
+        raise Refused(f"expected the tags {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
 
     # pictures and, but for nano, detections
     samples = [(i, j, name, request) for i, request, names in prompts for j, name in enumerate(names)]
@@ -270,6 +274,11 @@ def main(argv: list[str] | None = None) -> dict:
         wrong = RENAMED.keys() & {thing["class"] for objects in found.values() for thing in objects}
         if wrong:
             raise Refused(f"the detections name {sorted(wrong)}, in GenEval {list(RENAMED.values())}")
+        # in percent all would count as seen; one that is no number would also spoil the order of the others
+        odd = [thing["score"] for objects in found.values() for thing in objects
+               if not 0 <= round(thing["score"], 3) <= 1]
+        if odd:
+            raise Refused(f"expected scores from 0 to 1 in the detections, got {odd[0]}")
         # a picture that is not in `found` is an error: an empty list would say that nothing is there
         verdicts = [verdict(found[name], request) for _, _, name, request in samples]
         benchmark, digest = "GenEval", prompts_digest([request for _, request, _ in prompts])

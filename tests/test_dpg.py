@@ -120,6 +120,7 @@ def test_ready_answers_are_scored_alone(tmp_path: Path) -> None:
     path.write_text(json.dumps({"judge": "made up", "items": answers}))
     result = score(tmp_path, "--answers", path)
     assert result["score"] == 25 and list(result["prompts"]) == ["a1"] and result["error"] is None
+    assert "prompts without exactly 4 pictures" in result["name"]
     assert {"questions": "entity", "score": 50, "s.e.": None, "n": 2} in result["rows"]
     path.write_text(path.read_text().replace('"2": "yes"', '"3": "yes"'))
     with pytest.raises(KeyError, match="2"):                # never counted as a no

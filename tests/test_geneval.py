@@ -312,14 +312,19 @@ def test_a_part_is_not_the_benchmark(tmp_path: Path, images: Path, monkeypatch: 
 def test_missing_detections_and_coco_s_own_names_are_errors(tmp_path: Path, images: Path) -> None:
     path = detections(tmp_path / "d.json")
     text = path.read_text()
-    for old, new, error in (("00000/samples/00000.png", "x", KeyError), ("cup", "mouse", Refused)):
+    for old, new, error in (("00000/samples/00000.png", "x", KeyError), ("cup", "mouse", Refused),
+                            ("0.95", "95.0", Refused), ("0.95", "NaN", Refused)):
         path.write_text(text.replace(old, new))
-        with pytest.raises(error, match="00000/samples/00000.png|mouse"):
+        with pytest.raises(error, match="00000/samples/00000.png|mouse|got 95.0|got nan"):
             score(tmp_path / "o", "--images", images, "--detections", path)
-    detections(images / "1.json", "one")
-    detections(images / "2.json", "two")
-    with pytest.raises(Refused, match="what one judge said"):
-        score(tmp_path / "o", "--images", images, "--detections", images)
+    for second in ("one", "two"):
+        detections(images / "1.json", "one")
+        detections(images / "2.json", second)
+        with pytest.raises(Refused, match="what one judge said"):
+            score(tmp_path / "o", "--images", images, "--detections", images)
+    (images / "00002" / "metadata.jsonl").write_text(json.dumps(REQUESTS[2] | {"tag": "colour"}))
+    with pytest.raises(Refused, match="tags .*, got colour"):
+        score(tmp_path / "o", "--images", images, "--detections", path)
 
 
 class FakeDetector:
