@@ -122,6 +122,8 @@ def first_row(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 @pytest.mark.parametrize("name, damage, sentence", [
     (DIT_FILE, lambda path: (Path.unlink(path), path.write_bytes(b"half of it")), "is missing or truncated"),
     (DIT_FILE, lambda path: (shard(path), min(path.parent.glob("*-00001-of-*")).unlink()), "missing"),
+    (DIT_FILE, lambda path: (shard(path), shutil.copy(min(path.parent.glob("*-00001-of-*")), path.with_stem(
+        f"{path.stem}-00009-of-00009"))), "repeats tensors"),
     (DIT_FILE, rename("to_q", "query"), "6 missing .*6 unknown"),
     (DIT_FILE, lambda path: rewrite(path, first_row), "1 misshaped .*proj_out.bias"),
     (DIT_FILE, lambda path: rewrite(path, lambda name, t: (name, t.to(torch.int8))), "quantised"),
@@ -192,6 +194,7 @@ class Evil:
     (lambda s, p: torch.save(s | {"x": Evil(p.parent / "ran")}, p), "could run code"),
     (lambda s, p: p.write_bytes(pickle.dumps(Evil(p.parent / "ran"))), "could run code"),
     (lambda s, p: torch.save({"state_dict": s}, p), "flat dict of tensors"),
+    (lambda s, p: torch.save(s | {"meta_queries": torch.ones(1).expand(10 ** 15)}, p), "misshaped .*queries"),
     (lambda s, p: torch.save(s | {"transformer.proj_out.bias": torch.zeros(8)}, p), "missing .*dit.caption")])
 def test_bad_openuni_files_are_refused(source: Path, make: Callable, sentence: str) -> None:
     make(openuni_state(tiny_model(), fine_tuned=False), source / OPENUNI_FILE)

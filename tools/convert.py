@@ -89,9 +89,13 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     tensors = {}
     for path in sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]:
         try:
-            tensors |= load_file(path)
+            part = load_file(path)
         except (OSError, SafetensorError) as error:
             raise Refused(f"{path} is missing or truncated ({error}): fetch it again") from error
+        # of two revisions, or precisions, the last one's numbers would be mixed in
+        if tensors.keys() & part.keys():
+            raise Refused(f"{path} repeats tensors of the shards before it: delete those of another download")
+        tensors |= part
     return tensors
 
 
@@ -183,13 +187,15 @@ def convert_openuni(preset: Preset, path: Path, target: Path) -> None:
         part = key.partition(".")[0]
         if part not in OPENUNI_FROZEN:
             name = key.replace(part, OPENUNI_NAMES.get(part, part), 1)
-            tensors[name] = tensor.contiguous()
+            tensors[name] = tensor
 
     # its pre-training leaves the DiT as it is: such a file has none
     stage = 2 if any(name.startswith("dit.") for name in tensors) else 1
     check_fit(tensors, lambda: ParaUni(preset, nn.Identity(), None).trainable(stage), path)
     metadata = {"stage": str(stage), "preset": preset.name, "norm": str(preset.lim.norm),
                 "layers": ",".join(map(str, preset.layers)), "source": path.name}
+    # only now: a few bytes, repeated, could be a tensor of any size
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target / f"stage{stage}.safetensors", metadata)
 
 
