@@ -50,6 +50,9 @@ def load(cfg: Any, device: torch.device, stage_file: str = "") -> ParaUni:
 
 def save_picture(path: Path, image: Tensor, scale: int = 1) -> None:
     """Save (3, H, W) in [0, 1] as PNG, every pixel drawn scale x scale."""
+    # as bytes NaN would be black
+    if not image.isfinite().all():
+        raise Refused(f"no {path}: the model drew NaN, so its weights are broken, or hold NaN themselves")
     picture = to_pil_image((image * 255).round().byte().cpu())
     with atomic(path) as temporary:
         ImageOps.scale(picture, scale, Image.Resampling.NEAREST).save(temporary, "PNG")
