@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shlex
 import signal
 import subprocess
@@ -208,9 +209,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     that goes down, leave the old file or the new one. Folders on the way are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # a name that no other machine of the run has, nor anyone else knows: behind it might be a link
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary.touch()
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
         # safetensors makes a file that its owner alone can read: it gets the mode of any other new file, but
