@@ -39,7 +39,12 @@ def read_picture(source: str | Path | bytes) -> Image.Image:
     source: the path of a file, or its bytes. Raises Refused.
     """
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = source
+        if not isinstance(source, bytes):
+            # a pipe would be waited for, and a device need have no end
+            if not Path(source).is_file():
+                raise ValueError("no such file")
+            data = Path(source).read_bytes()
         # what PIL warns of is either refused or harmless
         with warnings.catch_warnings(action="ignore"):
             return decode(data)

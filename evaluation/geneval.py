@@ -303,7 +303,8 @@ def find_prompts(folder: Path) -> list[Asked]:
     prompts = []
     for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
         number = path.parent.name
-        names = [f"{number}/samples/{picture.name}" for picture in sorted(path.parent.glob("samples/*.png"))]
+        pictures = sorted(filter(Path.is_file, path.parent.glob("samples/*.png")))
+        names = [f"{number}/samples/{picture.name}" for picture in pictures]
         prompts.append((int(number), read_json(path), names))
     if not prompts:
         raise Refused(f"expected folders with metadata.jsonl and samples/00000.png in {folder}, found none")

@@ -103,8 +103,9 @@ def test_odd_but_sound_files_are_read() -> None:
 def test_large_pictures_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     files = [file_of(Image.new("1", (side, side))) for side in (9_000, 14_000)]
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    for data in files:
-        with pytest.raises(Refused, match="pixels"):
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("read"))
+    for data in (*files, "/dev/zero"):
+        with pytest.raises(Refused, match="pixels|no such file"):
             read_picture(data)
 
 
