@@ -80,8 +80,7 @@ def siglip_connector(lim: LIM) -> nn.Module:
 
 
 def peer_of(model: ParaUni) -> ParaUni:
-    """The same model of the parts that peers have, weights copied under the same names; VLM and autoencoder,
-    which do not learn, are shared."""
+    """The same model of the parts that peers have, weights copied; VLM and autoencoder are shared."""
     peer = copy.deepcopy(model, {id(part): part for part in (model.vlm, model.vae, model.dit)})
     peer.lim.connector, peer.dit = siglip_connector(model.lim), diffusers_dit(model.dit)
     return peer

@@ -121,7 +121,6 @@ def test_a_checkpoint_with_code_in_it_is_not_loaded(cfg: RunConfig) -> None:
 def test_a_run_folder_is_resumed_from_its_newest_checkpoint(cfg: RunConfig, tmp_path: Path) -> None:
     save(cfg, 9, 10)
     newest = Path(cfg.run_dir) / "checkpoints" / "00000010.pt"
-    # two processes write beside each other, though their numbers be the same
     with common.atomic(tmp_path / "x") as one, common.atomic(tmp_path / "x") as other:
         assert one != other
     assert find_checkpoint("auto", cfg.run_dir) == find_checkpoint(cfg.run_dir, "elsewhere") == newest

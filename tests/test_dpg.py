@@ -1,5 +1,4 @@
-"""evaluation/dpg.py: DPG-Bench's rule against a second writing of it, its question file, the answering model,
-and the way from pictures to the score with small stand-ins."""
+"""DPG-Bench: its rule against a second writing of it, and the way from pictures to the score."""
 import json
 from pathlib import Path
 

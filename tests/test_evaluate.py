@@ -67,8 +67,7 @@ def test_a_stopped_evaluation_goes_on_under_the_same_settings(tmp_path: Path, pa
     with pytest.raises(KeyboardInterrupt):
         geneval(tmp_path / "part")
     painter.batches, painter.stop_at = [], -1
-    assert geneval(tmp_path / "part") == whole
-    assert [len(batch) for batch in painter.batches] == [7, 7, 3]
+    assert geneval(tmp_path / "part") == whole and [len(batch) for batch in painter.batches] == [7, 7, 3]
     # more pictures are no other setting
     assert geneval(tmp_path / "part", "--per-prompt", "4", "--batch-size", "64", "--no-score") == {}
     assert len(painter.batches[-1]) == 8

@@ -1,5 +1,4 @@
-"""The forks of docs/forks.md: each patch is applied to a copy, its commands run there for two steps, in a
-process of its own that runs this file as a script, and what the page claims of it is checked."""
+"""The forks of docs/forks.md: in a copy and a process of its own each does what the page says."""
 import os
 import re
 import shlex

@@ -1,5 +1,4 @@
-"""Stage III in pieces: the objective by hand, the rollout's exactness, the gradient against naive ones,
-LDAM's noise, scoring."""
+"""Stage III in pieces: objective, rollout, the gradient against naive ones, LDAM's noise, scoring."""
 import math
 from dataclasses import replace
 from pathlib import Path

@@ -91,8 +91,7 @@ def test_a_resumed_one_goes_on_identically(stop: int) -> None:
     # plain types, and no infinity
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False)))
     for epoch in series[stop:]:
-        assert resumed.update(*epoch) == whole.update(*epoch)
-        assert resumed.last == whole.last
+        assert resumed.update(*epoch) == whole.update(*epoch) and resumed.last == whole.last
 
 
 def test_regions_part_every_depth_and_each_reward_has_its_own() -> None:

@@ -1,5 +1,4 @@
-"""ParaUni: the VLM pass in two parts against one whole pass, which layers are read, pictures and answers,
-what is saved, loaded and refused."""
+"""ParaUni: two passes of the VLM against one, the layers that are read, what is drawn, saved and refused."""
 import json
 import shutil
 from collections.abc import Callable
@@ -50,8 +49,7 @@ def spell(prompt: str | None, picture: bool = False) -> str:
 
 
 def one_pass(model: ParaUni, prompts: list[str | None], images: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Features of the queries (L, B, N, D), and their inputs, from prompt and queries in one sequence with
-    gradient; each prompt alone, so that nothing is padded or masked."""
+    """The queries' features (L, B, N, D), and their inputs, each prompt with them in one sequence."""
     leaf = model.queries.detach().clone().requires_grad_()
     rows = []
     for b, prompt in enumerate(prompts):

@@ -1,5 +1,4 @@
-"""prepare.py: every file is read or named, whatever strangers put there; what is written depends on the data
-and the seed alone, not on ranks, workers or kills."""
+"""prepare.py: every file is read or named, and neither ranks nor workers nor kills change what is written."""
 import io
 import json
 import multiprocessing

@@ -63,8 +63,7 @@ class Net(nn.Module):
 
 
 def test_the_loop_is_muon_on_the_layers_and_adamw_on_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps by hand: a convolution is a matrix with a row for an output channel; the embedding and the
-    biases are AdamW's, at a lower peak."""
+    """A convolution is a matrix, a row a channel; embedding and biases are AdamW's, at a lower peak."""
     monkeypatch.setattr(pretrain, "precision", lambda device, dtype: nullcontext())
     torch.manual_seed(0)
     net, steps = Net(), iter(range(3))

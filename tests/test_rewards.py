@@ -142,11 +142,10 @@ def test_another_clip_is_refused(hf: tuple[CLIPModel, Path], tmp_path: Path) -> 
 def test_no_code_of_a_weights_folder_is_run(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(ROOT / "weights" / "nano" / "clip", tmp_path / "clip"))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Words: pass\n")
-    for name, old, new in (
-            ("open_clip_config.json", '"text_cfg": {', '"tokenizer_kwargs": {"trust_remote_code": true}, '),
-            ("tokenizer_config.json", "{", '"auto_map": {"AutoTokenizer": [null, "code.Words"]}, ')):
-        text = (folder / name).read_text()
-        (folder / name).write_text(text.replace(old, old + new, 1))
+    for name, key, value in (
+            ("open_clip_config.json", '"text_cfg": {', '"tokenizer_kwargs": {"trust_remote_code": true}'),
+            ("tokenizer_config.json", "{", '"auto_map": {"AutoTokenizer": [null, "code.Words"]}')):
+        (folder / name).write_text((folder / name).read_text().replace(key, f"{key}{value}, "))
     rewards.load_clip(folder)
     assert not (tmp_path / "ran").exists()
 

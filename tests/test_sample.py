@@ -1,5 +1,4 @@
 """sample.py: the files it writes, the question it asks, what it refuses."""
-import math
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +51,7 @@ def test_stage_file_and_guidance_reach_the_picture(tmp_path: Path, tiny_weights:
     other = ["--stage-file", str(tmp_path / "other.safetensors")]
     assert picture() == picture("--stage-file", str(tiny_weights / "stage2.safetensors"))
     assert len({picture(), picture(*other), picture(*other, "--guidance-scale", "1")}) == 3
-    moved(tiny_model(), math.nan).save_stage(tmp_path / "other.safetensors", TrainConfig(stage=2))
+    moved(tiny_model(), float("nan")).save_stage(tmp_path / "other.safetensors", TrainConfig(stage=2))
     with pytest.raises(Refused, match="NaN"):
         picture(*other)
 
