@@ -238,7 +238,7 @@ def fetched(path: str, url: str, cfg: EvalConfig, dist: Dist) -> Path:
 def load_judge(kind: type, source: str, device: torch.device) -> tuple[nn.Module, str]:
     """A published model of transformers, from a folder or the hub, and its name in the records."""
     model, report = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True,
-                                         dtype=torch.float32)
+                                         dtype=torch.float32, trust_remote_code=False)
     if report["missing_keys"]:
         raise Refused(f"{source} lacks weights: {sorted(report['missing_keys'])[:3]}")
     return model.eval().to(device), f"{source} sha256:{fingerprint(model)[:16]}"

@@ -100,7 +100,7 @@ class Answerer:
 
     def __init__(self, source: str, device: torch.device) -> None:
         self.model, self.name = load_judge(AutoModelForVisualQuestionAnswering, source, device)
-        self.processor = AutoProcessor.from_pretrained(source)
+        self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, questions: list[str]) -> list[str]:

@@ -29,7 +29,6 @@ class Flags:
 
 def test_defaults_then_recipe_then_flags(capsys: pytest.CaptureFixture) -> None:
     recipe = {"lr": 0.5, "compile": True}
-    # --help names what would be taken
     with pytest.raises(SystemExit):
         parse_config(Flags, ["--help"], recipe)
     assert "100% at the peak (default: 0.5)" in " ".join(capsys.readouterr().out.split())

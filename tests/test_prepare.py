@@ -187,8 +187,6 @@ def test_too_many_bad_samples_and_none_at_all_stop_it(tmp_path: Path) -> None:
         with pytest.raises(Refused, match=words):
             run(tmp_path / "none", tmp_path / source, max_bad=0)
     assert not (tmp_path / "none" / "index.json").exists()
-    with pytest.raises(Refused, match="expected --data"):
-        prepare.main(["--out", str(tmp_path / "none")])
 
 
 def test_latents_are_those_of_the_crops(tmp_path: Path) -> None:
