@@ -513,8 +513,8 @@ def swapped(params: Weights, ema: Weights) -> Iterator[None]:
 
 
 def write_stage(cfg: RunConfig, model: nn.Module, dist: Dist, made: dict) -> None:
-    """Write what a stage has trained as RUN_DIR/stageN.safetensors, in one rename, and how it was made beside
-    it as stageN.json. All ranks must call it."""
+    """Write what a stage has trained as RUN_DIR/stageN.safetensors, in the preset's stage_dtype and in one
+    rename, and how it was made beside it as stageN.json. All ranks must call it."""
     path = Path(cfg.run_dir) / f"stage{cfg.stage}.safetensors"
     model.save_stage(path, cfg, write=dist.lead)
     if dist.lead:

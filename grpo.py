@@ -155,7 +155,8 @@ class Perturbation(NamedTuple):
     hands on the c_i of these layers, chunk_kv adds 1/n sum_i c_i noise_i to their mean c (LIM.perturb)."""
     gamma: float
     layers: list[int]
-    keys: list[tuple]           # of each picture: (seed, epoch, group, member); keep: one, (seed, epoch)
+    keys: list[tuple]           # of each picture: (seed, the perturbed epoch, group, member)
+                                # keep: one, (seed, the epoch in which LDAM fired)
 
     def noise(self, pictures: slice, model: ParaUni) -> list[Tensor]:
         """gamma eps of each perturbed layer (Eq. 6), S x (b, N, E)."""

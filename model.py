@@ -268,7 +268,8 @@ class ParaUni(nn.Module):
         """Build a preset and load its weights.
 
         weights       "auto": weights/NAME; a folder with vlm/, transformer/, vae/; "random": from `seed`
-        stage_file    a stageN.safetensors; "auto": the folder's of `stage`; "none": queries and LIM afresh
+        stage_file    a stageN.safetensors: queries and LIM, of stages 2 and 3 a DiT in the folder's place;
+                      "auto": the folder's of `stage`; "none": queries and LIM afresh
         fresh         prefixes of parameters that the files may lack
         dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
         stage         which stage the file must be of, "auto" is that one; None: any, "auto" is the highest;
