@@ -51,7 +51,7 @@ from vae import DCAE
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
 CAPTIONS = (".txt", ".json")
-CAPTION_KEYS = ("caption", "prompt", "text")
+CAPTION_KEYS = (".txt", "caption", "prompt", "text")
 MAX_PICTURE, MAX_CAPTION = 2 ** 26, 2 ** 20     # bytes
 FREE_FAULTS = 10                                # bad samples before their share is judged
 PATIENCE = 300                                  # seconds for a batch of pictures
@@ -66,8 +66,8 @@ class PrepareConfig:
     seed: int = knob(0, "of the crops")
     micro_batch: int = knob(8, "pictures a forward pass")
     per_shard: int = knob(10_000, "files of a source that make a shard")
-    caption_keys: tuple[str, ...] = knob((), "where the caption stands in JSON, the first that is there, and "
-                                             "no .txt then; none: .txt, else caption, prompt or text")
+    caption_keys: tuple[str, ...] = knob(CAPTION_KEYS, "where captions stand, the first that is there: .txt "
+                                                       "beside the picture, or a key of its JSON")
     workers: int = knob(4, "processes that read pictures; 0: none")
     max_bad: float = knob(0.05, "share of bad samples above which it stops")
 
@@ -95,12 +95,12 @@ class LeftOut(NamedTuple):
     reason: str
 
 
-def read_source(source: Path, keys: tuple[str, ...] = ()) -> Iterator[Sample | LeftOut]:
+def read_source(source: Path, keys: tuple[str, ...] = CAPTION_KEYS) -> Iterator[Sample | LeftOut]:
     """All files of a source: the samples they make, or why they make none. keys: see --caption-keys."""
     if source.is_dir():
         files = read_folder(source, keys)
     elif source.suffix.lower() in (".json", ".jsonl"):
-        files = read_list(source, keys or CAPTION_KEYS)
+        files = read_list(source, keys)
     else:
         files = read_tar(source, keys)
     yield next(files, LeftOut(str(source), "other", "no files in it"))
@@ -153,9 +153,9 @@ def read_folder(folder: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOu
 
 
 def pair(places: Iterable[Place], keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
-    """Each picture with the caption that has its name up to the last dot; .txt goes before .json, and does
-    not count where keys are named: they stand in JSON."""
-    endings = ".json" if keys else CAPTIONS
+    """Each picture with the caption that has its name up to the last dot; .txt goes before .json, but
+    does not count where it is not among the keys."""
+    endings = CAPTIONS if ".txt" in keys else ".json"
     groups: dict[str, list[Place]] = {}
     for place in places:
         stem, ending = os.path.splitext(place.name)
@@ -170,7 +170,7 @@ def pair(places: Iterable[Place], keys: tuple[str, ...]) -> Iterator[Sample | Le
         captions = [place for place in group if place.name.lower().endswith(endings)]
         if len(pictures) == 1 and captions:
             caption = max(captions, key=lambda place: place.name.lower())
-            yield Sample(pictures[0], caption, keys or CAPTION_KEYS)
+            yield Sample(pictures[0], caption, keys)
         else:
             reason = f"{len(pictures)} pictures and {len(captions)} captions have this name"
             yield from (LeftOut(place.name, "bad", reason) for place in group)
