@@ -250,11 +250,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def environment() -> dict[str, str]:
     """Versions, device and commit, for a run's records; commit is "" outside a git checkout."""
-    commit = ""
-    # without a shell: Windows has another one, with other quotes; a machine may have no git
-    with suppress(OSError):
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD 2> /dev/null")
     device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

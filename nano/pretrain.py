@@ -93,8 +93,8 @@ def train(name: str, net: nn.Module, steps: int, lr: float, draw: Callable, loss
     muon = torch.optim.Muon(views, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     peaks = {muon: lr, adamw(others, lr, weight_decay): min(lr, 1.5e-3)}
 
-    # batches are made by other processes where a GPU would wait for them; Windows cannot fork any
-    workers = 8 if DEVICE.type == "cuda" and sys.platform != "win32" else 0
+    # batches are made by other processes where a GPU would wait for them
+    workers = 8 if DEVICE.type == "cuda" else 0
     batches = DataLoader(range(steps), batch_size=None, num_workers=workers,
                          multiprocessing_context="fork" if workers else None,
                          collate_fn=lambda step: draw(rng_of(name, step)))

@@ -18,6 +18,7 @@ import gc
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,10 +29,6 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-
-# only a CPU's memory is asked of it, and Windows has none
-with suppress(ImportError):
-    import resource
 
 # a script in a folder: the project's root goes on the path before what is imported from there
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -132,9 +129,7 @@ class Enough(Exception):
 def peak_memory() -> int:
     """Bytes at the peak since the last call; of a CPU's process, ever."""
     if DEVICE.type == "cpu":
-        # in bytes on macOS, else in kilobytes
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return peak
