@@ -101,8 +101,7 @@ def derive_seed(*key: int | str) -> int:
 
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by the key, e.g. generator("picture", seed, epoch, group, member). Torch takes
-    the lower 32 bits of a seed alone: among the seven million pictures of a stage III at the paper's numbers
-    some five thousand pairs draw the same noise, hardly ever two of one group."""
+    the lower 32 bits of a seed alone: among millions of pictures some thousand pairs share their noise."""
     return torch.Generator().manual_seed(derive_seed(*key))
 
 

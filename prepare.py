@@ -86,7 +86,6 @@ class Place(NamedTuple):
 class Sample(NamedTuple):
     picture: Place
     caption: Place | str
-    keys: tuple[str, ...] = CAPTION_KEYS    # of the caption, where it stands in JSON
 
 
 class LeftOut(NamedTuple):
@@ -169,8 +168,7 @@ def pair(places: Iterable[Place], keys: tuple[str, ...]) -> Iterator[Sample | Le
         pictures = [place for place in group if place.name.lower().endswith(PICTURES)]
         captions = [place for place in group if place.name.lower().endswith(endings)]
         if len(pictures) == 1 and captions:
-            caption = max(captions, key=lambda place: place.name.lower())
-            yield Sample(pictures[0], caption, keys)
+            yield Sample(pictures[0], max(captions, key=lambda place: place.name.lower()))
         else:
             reason = f"{len(pictures)} pictures and {len(captions)} captions have this name"
             yield from (LeftOut(place.name, "bad", reason) for place in group)
@@ -191,7 +189,7 @@ def read_list(path: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
                 caption = Place(name, name, root=root)
             if isinstance(image, str) and caption:
                 name = str(path.parent / image)
-                yield Sample(Place(name, name, root=root), caption, keys)
+                yield Sample(Place(name, name, root=root), caption)
             else:
                 reason = "no JSON, no image, or no annotation or caption"
                 yield LeftOut(f"{path}: {json.dumps(entry):.200}", "bad", reason)
@@ -236,24 +234,25 @@ def read_bytes(place: Place, limit: int) -> bytes:
     return data
 
 
-def read_caption(sample: Sample) -> bytes:
-    text = caption = sample.caption
+def read_caption(caption: Place | str, keys: tuple[str, ...]) -> bytes:
+    text = caption
     if isinstance(caption, Place):
         text = read_bytes(caption, MAX_CAPTION).decode("utf-8-sig")
         if caption.name.lower().endswith(".json"):
-            text = caption_in(json.loads(text), sample.keys)
+            text = caption_in(json.loads(text), keys)
     if not text.strip():
         raise ValueError("its caption is empty")
     return text.strip().encode()
 
 
-def read_sample(sample: Sample | LeftOut, S: int, seed: int) -> tuple[np.ndarray, bytes] | LeftOut:
+def read_sample(sample: Sample | LeftOut, S: int, seed: int,
+                keys: tuple[str, ...] = CAPTION_KEYS) -> tuple[np.ndarray, bytes] | LeftOut:
     """A square (S, S, 3) uint8 of the picture with its caption, or why there is none."""
     if isinstance(sample, LeftOut):
         return sample
     # strangers' files promise nothing: whatever they raise costs one sample
     try:
-        caption = read_caption(sample)
+        caption = read_caption(sample.caption, keys)
         picture = read_picture(read_bytes(sample.picture, MAX_PICTURE))
     except Exception as error:
         return LeftOut(sample.picture.name, "bad", str(error) or type(error).__name__)
@@ -403,15 +402,16 @@ def main(argv: list[str] | None = None) -> None:
             if not is_tar and (number + part) % dist.world_size != dist.rank:
                 continue
             path = shard_path(cfg.out, number, part)
-            made_of = hashlib.sha256(json.dumps([stamp, cfg.seed, files]).encode()).hexdigest()
+            ingredients = json.dumps([stamp, cfg.seed, cfg.caption_keys, files])
+            made_of = hashlib.sha256(ingredients.encode()).hexdigest()
             # go on where an earlier run was stopped, if it was the same and its source ended there too
             if path.exists():
                 facts = read_facts(path)
                 if (facts["made_of"], facts["last"]) != (made_of, not following):
                     raise Refused(f"{path} was made of other files, or otherwise: choose another --out")
                 continue
-            jobs = [(file, preset.image_size, derive_seed(cfg.seed, "crop", number, part, i))
-                    for i, file in enumerate(files)]
+            seeds = [derive_seed(cfg.seed, "crop", number, part, i) for i in range(len(files))]
+            jobs = [(file, preset.image_size, seed, cfg.caption_keys) for file, seed in zip(files, seeds)]
             tensors, left_out = make_shard(cfg, vae, jobs, counts)
             samples = len(tensors["latents"])
             facts = {"made_of": made_of, "last": not following, "left_out": left_out, "samples": samples}

@@ -58,7 +58,8 @@ def test_a_run_is_trained_once(tiny_weights: Path, tmp_path: Path, monkeypatch: 
     assert set(scores) == {*ablate.MEASURES} and 0 <= scores["judge"] <= 1
     assert not list(folder.glob("stage*/checkpoints"))
     monkeypatch.setattr(train, "main", lambda flags: pytest.fail("trained again"))
-    assert ablate.run_row(folder, plan) and json.loads((folder / "row.json").read_text())["scores"] == scores
+    assert ablate.run_row(folder, plan)
+    assert json.loads((folder / "row.json").read_text())["scores"] == scores
 
 
 @pytest.fixture
@@ -78,7 +79,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_what_was_stopped_goes_on_and_other_flags_are_refused(tmp_path: Path, started: list[str]) -> None:
     flags = ["--out", str(tmp_path), "--rows", "all,last", "--seeds", "2"]
-    assert ablate.main(flags) == {} and started == ["all-seed0", "all-seed1", "last-seed0"]
+    assert ablate.main(flags) == {}
+    assert started == ["all-seed0", "all-seed1", "last-seed0"]
     assert [row["seeds"] for row in ablate.main(flags)["ablate"]] == [2, 2]
     assert started[3:] == ["last-seed0", "last-seed1"]
     for rows in ("all,last", "no-deep"):                                # what is there stands in the table

@@ -76,7 +76,8 @@ def test_shards_are_put_together_and_stand_above_a_single_file(source: Path) -> 
     # as in a published repository: beside the shards a single file in half precision, which is not read
     save_file({name: p.half() for name, p in tiny.dit.state_dict().items()}, source / DIT_FILE)
     model = ParaUni.from_preset("l-1024", run(source))
-    assert [*map(fingerprint, (model.dit, model.vlm))] == [*map(fingerprint, (tiny.dit, tiny.vlm))]
+    assert fingerprint(model.dit) == fingerprint(tiny.dit)
+    assert fingerprint(model.vlm) == fingerprint(tiny.vlm)
 
 
 def test_the_vlm_computes_what_the_published_one_does(source: Path) -> None:
@@ -223,7 +224,9 @@ def test_random_weights_read_bytes_with_the_published_marks() -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer(PROMPT.format(prompt="a 猫"), add_special_tokens=False).input_ids
     assert (ids[0], ids[-1], ids.count(151645)) == (151644, 151665, 1)
-    assert tokenizer.decode(ids) == PROMPT.format(prompt="a 猫")
+    # the words that OpenUni was trained with
+    assert tokenizer.decode(ids) == ("<|im_start|>user\nGenerate an image: a 猫<|im_end|>\n"
+                                     "<|im_start|>assistant\n<img>")
 
 
 def test_a_mark_without_an_embedding_is_left_out() -> None:

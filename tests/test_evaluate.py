@@ -67,7 +67,8 @@ def test_a_stopped_evaluation_goes_on_under_the_same_settings(tmp_path: Path, pa
     with pytest.raises(KeyboardInterrupt):
         geneval(tmp_path / "part")
     painter.batches, painter.stop_at = [], -1
-    assert geneval(tmp_path / "part") == whole and [len(batch) for batch in painter.batches] == [7, 7, 3]
+    assert geneval(tmp_path / "part") == whole
+    assert [len(batch) for batch in painter.batches] == [7, 7, 3]
     # more pictures are no other setting
     assert geneval(tmp_path / "part", "--per-prompt", "4", "--batch-size", "64", "--no-score") == {}
     assert len(painter.batches[-1]) == 8
@@ -105,7 +106,8 @@ def two_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_rewards_before_and_after(tmp_path: Path, two_files: list[str]) -> None:
     (tmp_path / "own.py").write_text(
         "def light(images, prompts):\n    return images.mean((1, 2, 3))\n"
-        "one = lambda images, prompts: images.mean()[None]\ndef holes(images, prompts):\n"
+        "one = lambda images, prompts: images.mean()[None]\n"
+        "def holes(images, prompts):\n"
         "    return images.new_tensor([float('nan') if 'moon' in p else 0 for p in prompts])\n")
     (tmp_path / "p.txt").write_text("a ring\ntwo moons\na red star\na heart\n")
 

@@ -162,7 +162,8 @@ def test_two_ranks_take_the_step_that_one_takes(stage: int, split: tuple[str, ..
             assert NANO or (x - before).norm() > 20 * (x - y).norm(), "and it moved"
     # the first lines of the logs, up to the second step
     for x, y in zip(log_of(one)[:stage], log_of(two)):
-        assert x.pop("phase", None) == y.pop("phase", None) and x == pytest.approx(y, rel=1e-3, abs=1e-5)
+        assert x.pop("phase", None) == y.pop("phase", None)
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-5)
 
 
 def test_a_split_run_goes_on_bit_for_bit(whole: Callable, tiny_weights: Path, tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_figure4_tells_clusters_from_mere_nearness() -> None:
     region = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     near = 1 - 0.1 * (i[:, None] - i).abs() + noise                     # smooth: no border anywhere
     blocks = near - 0.3 * (region[:, None] != region)
-    assert said(blocks) == ["supported"] * 3 and said(near) == ["supported", "supported", "undecided"]
+    assert said(blocks) == ["supported"] * 3
+    assert said(near) == ["supported", "supported", "undecided"]
     # the paper's contrast
     low = near.flip(0) - 0.5
     assert said(blocks, low)[3:] == ["supported"] * 2 and said(low, blocks)[3:] == ["contradicted"] * 2

@@ -12,7 +12,8 @@ Series = list[tuple[float, float]]
 
 def algorithm_1(series: Series) -> list[float | None]:
     """The paper's Algorithm 1 in its own names, gamma by supplement Eq. 1 to 5; gamma where it fires."""
-    g_before, r_before, n_cool, g_s, r_s = math.inf, 0.0, 0, False, 0
+    g_before, r_before, n_cool, r_s = math.inf, 0.0, 0, 0
+    g_s = False
     fired: list[float | None] = []
     for n, (g_n, r_n) in enumerate(series, 1):
         gamma = None
@@ -91,7 +92,8 @@ def test_a_resumed_one_goes_on_identically(stop: int) -> None:
     # plain types, and no infinity
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False)))
     for epoch in series[stop:]:
-        assert resumed.update(*epoch) == whole.update(*epoch) and resumed.last == whole.last
+        assert resumed.update(*epoch) == whole.update(*epoch)
+        assert resumed.last == whole.last
 
 
 def test_regions_part_every_depth_and_each_reward_has_its_own() -> None:

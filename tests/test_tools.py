@@ -83,7 +83,8 @@ def test_flops_are_two_for_a_multiplication_and_an_addition() -> None:
         F.conv2d(torch.zeros(1, 4, 6, 6), kernel, padding=1, groups=4).sum().backward()
     with Meter() as attention:
         F.scaled_dot_product_attention(q, q, q)
-    assert (product.flops, depthwise.flops) == (2 * 2 * 5 * 7 * 3, 2 * 2 * 4 * 36 * 9)
+    assert product.flops == 2 * 2 * 5 * 7 * 3
+    assert depthwise.flops == 2 * 2 * 4 * 36 * 9
     assert attention.flops == 2 * 2 * 2 * 3 * 16 * 16 * 8
 
 

@@ -35,7 +35,8 @@ def test_pope(tmp_path: Path) -> None:
     entries = [{"question_id": i, "image": f"{i}.jpg", "text": "Is there a dog in the image?", "label": label}
                for i, label in enumerate(("yes", "yes", "no", "no"))]
     asked = understand.read_pope(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, entries))))
-    assert [q.right for q in asked] == ["yes", "yes", "no", "no"] and asked[2].image == Path("2.jpg")
+    assert [q.right for q in asked] == ["yes", "yes", "no", "no"]
+    assert asked[2].image == Path("2.jpg")
     assert asked[0].text.startswith("Is there a dog") and "single word" in asked[0].text
     # the third is a yes since nothing is denied, as the official script has it
     got = values("pope", asked, ["Yes, there is.", "No", "hard to say", "There is not one."])
