@@ -273,7 +273,7 @@ def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_pat
     with pytest.raises(Refused, match="another --out"):
         run(tmp_path / "out", *corpus, per_shard=6, seed=1)
     with pytest.raises(Refused, match="another --out"):
-        run(tmp_path / "out", *corpus, per_shard=6, caption_keys=".txt,new")
+        run(tmp_path / "out", *corpus, per_shard=6, caption_keys=".txt,caption,new")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Refused, match="another --out"):
         patch.setattr(prepare, "stamp_of", lambda vae, preset: {"vae": "another"})
         run(tmp_path / "out", *corpus, per_shard=6)
