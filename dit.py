@@ -11,14 +11,14 @@ Time    The convention of all files: t = 1 is noise, t = 0 is data, which makes 
 Letters B batch (images), G images per condition, N condition tokens, E condition width, C H W latent
         channels, height, width, p patch size, P = (H/p)(W/p) image tokens, M = h d width of h heads with d
         channels, R Mix-FFN width. Tensors stay token-major (B, P, M) from the first layer to the last.
-Swap    Another DiT takes this one's place if it has four members: config, a dataclass with to_json();
-        cross_kv(c), what it makes of a condition once for many calls, a list of tuples of tensors with a row
-        for each condition ([(c,)] will do); forward(x, t, c=None, kv=None), the velocity under c or under
-        kv = cross_kv(c); init_weights(generator).
+Swap    Another DiT takes this one's place if it is made of a config and has three members: cross_kv(c), what
+        it makes of a condition once for many calls, a list of tuples of tensors with a row for each condition
+        ([(c,)] will do); forward(x, t, c=None, kv=None), the velocity under c or under kv = cross_kv(c);
+        init_weights(generator).
 """
 import math
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +30,6 @@ CrossKV = list[tuple[Tensor, ...]]                              # see DiT.cross_
 Generators = torch.Generator | list[torch.Generator] | None     # see randn
 
 # ---- configuration
-
-# our field: key of the published transformer/config.json, where they differ
-RENAMED = {
-    "num_heads": "num_attention_heads", "head_dim": "attention_head_dim",
-    "num_cross_heads": "num_cross_attention_heads", "cross_head_dim": "cross_attention_head_dim",
-}
-# published key: the only value implemented here
-FIXED = {
-    "_class_name": "SanaTransformer2DModel", "attention_bias": False, "dropout": 0.0,
-    "guidance_embeds": False, "norm_elementwise_affine": False, "norm_eps": 1e-6,
-}
-
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -67,15 +55,6 @@ class DiTConfig:
     @property
     def width(self) -> int:
         return self.num_heads * self.head_dim
-
-    def to_json(self) -> dict:
-        """The published transformer/config.json."""
-        sizes = {RENAMED.get(name, name): value for name, value in asdict(self).items()}
-        return FIXED | sizes | {
-            "cross_attention_dim": self.width,
-            "out_channels": self.in_channels,
-            "qk_norm": "rms_norm_across_heads" if self.qk_norm else None,
-        }
 
 
 # ---- the network

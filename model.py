@@ -12,9 +12,10 @@ gradient, and only the queries are back-propagated through.
 
 Letters: B prompts, L VLM layers, N queries, S prompt tokens, D VLM width, E condition width, C H W latent.
 """
+import copy
 import json
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,10 @@ def read_tensors(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 @torch.no_grad()
-def load_strict(own: Weights, tensors: Weights, fresh: tuple[str, ...], what: str) -> None:
-    """Copy a file's tensors into the model's, by name. Only names that begin as `fresh` says may be missing:
-    they keep the values they were made with."""
-    missing = [name for name in own if name not in tensors and not name.startswith(fresh)]
+def load_strict(own: Weights, tensors: Weights, drawn: tuple[str, ...], what: str) -> None:
+    """Copy the tensors of files into the model's, by name. Only names that begin as `drawn` says may be
+    missing: they stay as they were drawn."""
+    missing = [name for name in own if name not in tensors and not name.startswith(drawn)]
     misfit = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
     if missing or misfit:
         raise Refused(f"{what} does not fit this preset: {len(missing)} tensors are missing {missing[:3]}, "
@@ -200,18 +201,16 @@ def load_strict(own: Weights, tensors: Weights, fresh: tuple[str, ...], what: st
         own[name].copy_(tensor)
 
 
-def check_config(path: Path, config: Any) -> None:
-    """Refuse a config.json, as published, that is of other sizes or of what is not implemented here."""
-    # as JSON has it, with two defaults that younger files name
-    ours = json.loads(json.dumps(config.to_json() | {"timestep_scale": 1.0, "guidance_embeds_scale": 0.1}))
-    # a size that is not named is None: qk_norm, in files of SANA-1.0
-    found = dict.fromkeys(asdict(config)) | json.loads(path.read_text())
-    # without positions the side of the training latents says nothing
-    if ours.get("interpolation_scale") is None:
-        ours["sample_size"] = found.get("sample_size")
-    wrong = {key: value for key, value in found.items() if key[0] != "_" and value != ours.get(key)}
-    if wrong:
-        raise Refused(f"{path} is of another preset, or of what is not implemented: it has {wrong}")
+def read_stage(path: Path, preset: Preset, stage: int | None) -> tuple[Weights, dict[str, str]]:
+    """What a stage has trained, and how. Refused: another preset, another stage than `stage` (None: any)."""
+    tensors, metadata = read_tensors(path)
+    # OpenUni's parts are those of the preset it is named after
+    of_stage, of_preset = metadata.get("stage"), metadata.get("preset", "").removeprefix("openuni-")
+    if of_stage not in ("1", "2", "3") or stage not in (None, int(of_stage)):
+        raise Refused(f"expected {path} to be of stage {stage or '1, 2 or 3'}, it is of stage {of_stage}")
+    if of_preset != preset.name.removeprefix("openuni-"):
+        raise Refused(f"expected {path} to be of preset {preset.name}, it is of {of_preset or 'none'}")
+    return tensors, metadata
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -221,6 +220,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     return Qwen2Tokenizer(letters | marks, unk_token=None, eos_token="<|im_end|>",
                           extra_special_tokens=list(marks))
+
+
+def random_vlm(preset: Preset) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """A drawn VLM, with the preset's vocabulary where it is there."""
+    folder = weights_folder("nano" if preset.shapes_world else preset.name, "auto") / "vlm"
+    tokenizer = AutoTokenizer.from_pretrained(folder) if folder.is_dir() else byte_tokenizer()
+    return preset.vlm_class(preset.vlm).to(preset.vlm_dtype), tokenizer
+
+
+def read_vlm(preset: Preset, folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """VLM and tokenizer of a folder. transformers says what did not fit and goes on; here all must fit."""
+    vlm, report = preset.vlm_class.from_pretrained(
+        folder, config=copy.deepcopy(preset.vlm), dtype=preset.vlm_dtype, local_files_only=True,
+        output_loading_info=True, ignore_mismatched_sizes=True)
+    wrong = [f"{key} {sorted(map(str, names))[:2]}" for key, names in report.items() if names]
+    if wrong:
+        raise Refused(f"{folder} is not of preset {preset.name}: {', '.join(wrong)}")
+    return vlm, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 # ----------------------------------------------------------------------------- the model
@@ -265,92 +282,74 @@ class ParaUni(nn.Module):
                     seed: int = 0, device: str | torch.device = "cpu", fresh: tuple[str, ...] = (),
                     dtype: torch.dtype = torch.float32, stage: int | None = None,
                     layers: tuple[int, ...] | None = None, norm: bool = True) -> "ParaUni":
-        """Build a preset and load its weights.
+        """Build a preset and load its weights, strictly.
 
         weights       "auto": weights/NAME; a folder with vlm/, transformer/, vae/; "random": from `seed`
         stage_file    a stageN.safetensors: queries and LIM, of stages 2 and 3 a DiT in the folder's place;
-                      "auto": the folder's of `stage`; "none": queries and LIM afresh
+                      "auto": the folder's of `stage`, or its highest; "none": queries and LIM afresh
         fresh         prefixes of parameters that the files may lack
         dtype         of queries, LIM and DiT: fp32 to train them, bf16 does for sampling
-        stage         which stage the file must be of, "auto" is that one; None: any, "auto" is the highest;
-                      0, for a start of stage 1: of stage 1, "auto" is none
+        stage         which stage the file must be of; None: any
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
-        # which sizes, which files
+        # which files?
         if name not in PRESETS:
             raise Refused(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
-        preset, folder = PRESETS[name], weights_folder(name, str(weights))
+        preset, folder, is_random = PRESETS[name], weights_folder(name, str(weights)), weights == "random"
         # transformers would look on the hub for a folder that is not there
-        if weights != "random" and not (folder / "vlm").is_dir():
+        if not is_random and not (folder / "vlm").is_dir():
             raise Refused(f"no {folder / 'vlm'}: change --weights; tools/convert.py writes published weights")
         if stage_file == "auto":
             highest = max(folder.glob("stage[123].safetensors"), default="none")
-            stage_file = highest if stage is None else folder / f"stage{stage}.safetensors"
-            # nothing goes before stage 1, or before random weights
-            if stage == 0 or weights == "random":
+            stage_file = folder / f"stage{stage}.safetensors" if stage else highest
+            if is_random:
                 stage_file = "none"
             # enough to be asked about pictures; what it draws is noise
             elif stage_file == "none":
                 warnings.warn(f"no stage file in {folder}: queries and LIM are untrained", stacklevel=2)
-        # what was new when the stage was trained is still not in the published files
-        if stage_file != "none":
-            fresh += tuple(json.loads(read_tensors(Path(stage_file))[1].get("fresh", "[]")))
 
-        # torch's initialisers draw from the global generator: here from the seed, and then it is put back
+        # what a stage has trained, then what is as published: the DiT, if it is not among that, and the VAE
+        tensors, metadata = {}, {}
+        if stage_file != "none":
+            tensors, metadata = read_stage(Path(stage_file), preset, stage)
+        for part, prefix in (("transformer", "dit."), ("vae", "vae.")):
+            if not is_random and not any(key.startswith(prefix) for key in tensors):
+                published, _ = read_tensors(folder / part / "diffusion_pytorch_model.safetensors")
+                tensors |= {prefix + key: tensor for key, tensor in published.items()}
+
+        # build it, all but the VLM drawn: torch's initialisers draw from the global generator, here from the
+        # seed, and then it is put back
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "start") % 2 ** 32)
-            if weights == "random":
-                model = cls._random_parts(preset, seed)
-            else:
-                model = cls._load_parts(preset, folder, fresh)
-
-        # queries and LIM: drawn as published, then what a stage has trained
-        model.fresh = fresh
+            model = cls(preset, *(random_vlm(preset) if is_random else read_vlm(preset, folder / "vlm")))
         model.init_trained(seed)
-        model.fuse_as(layers or preset.layers, norm)
-        if stage_file != "none":
-            # stage 1 may go on from another stage 1, but of a later one it would leave out the DiT
-            model.load_stage(Path(stage_file), 1 if stage == 0 else stage, as_file=layers is None)
-        # VLM and autoencoder have their own dtypes
+        if is_random:
+            model.dit.init_weights(generator(seed, "dit"))
+            model.vae.init_weights(generator(seed, "vae"))
+
+        # what is fused: as asked, else as the stage had it, else as the preset has it
+        if metadata and layers is None:
+            layers, norm = [int(i) for i in metadata["layers"].split(",") if i], metadata["norm"] == "True"
+        model.lim.layers = list(layers or preset.layers) or model.lim.layers
+        # the paper's ablation row, and OpenUni
+        if not norm:
+            model.lim.agglayer_norm = nn.Identity()
+
+        # load: all must fit, and only what is meant to stays as it was drawn; what was new when the stage was
+        # trained is still not in the published files
+        model.fresh = fresh + tuple(json.loads(metadata.get("fresh", "[]")))
+        drawn = model.fresh + ("dit.", "vae.") * is_random + ("queries", "lim.") * (stage_file == "none")
+        # LDAM's fields, where stage 3 ran with --ldam-mode keep
+        model.lim.kept_noise = tensors.pop("lim.kept_noise", None)
+        # the autoencoder stays as its file is, fp32 or bf16
+        if torch.bfloat16 in {tensor.dtype for key, tensor in tensors.items() if key.startswith("vae.")}:
+            model.vae.bfloat16()
+        own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("vlm.")}
+        load_strict(own, tensors, drawn, f"what is in {folder}, with --init or --stage-file {stage_file},")
         model.queries.data = model.queries.data.to(dtype)
         model.lim.to(dtype)
         model.dit.to(dtype)
         return model.to(device).eval()
-
-    @classmethod
-    def _load_parts(cls, preset: Preset, folder: Path, fresh: tuple[str, ...]) -> "ParaUni":
-        """VLM, tokenizer, DiT and autoencoder from a folder, strictly."""
-        # transformers says what did not fit, and goes on: here it must all fit
-        vlm, report = preset.vlm_class.from_pretrained(folder / "vlm", dtype=preset.vlm_dtype,
-                                                       local_files_only=True, output_loading_info=True)
-        wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-        width = vlm.config.get_text_config().hidden_size
-        if wrong or width != preset.vlm_width:
-            raise Refused(f"{folder / 'vlm'} is not of preset {preset.name}: width {width}, {wrong[:3]}")
-        tokenizer = AutoTokenizer.from_pretrained(folder / "vlm", local_files_only=True)
-        model = cls(preset, vlm, tokenizer)
-        # the published files have the names of our modules
-        for part, prefix, module in (("transformer", "dit.", model.dit), ("vae", "vae.", model.vae)):
-            check_config(folder / part / "config.json", module.config)
-            tensors, _ = read_tensors(folder / part / "diffusion_pytorch_model.safetensors")
-            # the autoencoder stays as its checkpoint is, fp32 or bf16
-            if part == "vae" and next(iter(tensors.values())).dtype == torch.bfloat16:
-                module.bfloat16()
-            own = {prefix + key: tensor for key, tensor in module.state_dict().items()}
-            stored = {prefix + key: tensor for key, tensor in tensors.items()}
-            load_strict(own, stored, fresh, str(folder / part))
-        return model
-
-    @classmethod
-    def _random_parts(cls, preset: Preset, seed: int) -> "ParaUni":
-        """All parts at their true size, drawn."""
-        # a vocabulary where there is one
-        folder = weights_folder("nano" if preset.shapes_world else preset.name, "auto") / "vlm"
-        tokenizer = AutoTokenizer.from_pretrained(folder) if folder.is_dir() else byte_tokenizer()
-        model = cls(preset, preset.vlm_class(preset.vlm).to(preset.vlm_dtype), tokenizer)
-        model.dit.init_weights(generator(seed, "dit"))
-        model.vae.init_weights(generator(seed, "vae"))
-        return model
 
     def init_trained(self, seed: int) -> None:
         """Queries ~ N(0, 1/sqrt(D)) and a fresh LIM, as published, drawn from `seed`."""
@@ -364,37 +363,11 @@ class ParaUni(nn.Module):
         self.queries.data.copy_(queries)
         self.lim.init_weights(rng)
 
-    def fuse_as(self, layers: tuple[int, ...], norm: bool) -> None:
-        """What is fused: these layers (none named: all), with Eq. 4's LN or without."""
-        every = list(range(1, self.preset.vlm_layers + 1))
-        assert set(layers) <= set(every), f"no such layers: {layers}"
-        self.lim.layers = list(layers) or every
-        # the paper's ablation row, and OpenUni
-        if not norm:
-            self.lim.agglayer_norm = nn.Identity()
-
     def trainable(self, stage: int) -> Weights:
         """Name -> parameter of what a stage trains: queries and LIM in stage 1, the DiT too in 2 and 3. Its
         file holds these and no more: who trains fewer leaves the others out in common.make_trainable."""
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
-
-    def load_stage(self, path: Path, stage: int | None = None, as_file: bool = True) -> None:
-        """Load what a stage trained. Refused: another stage or preset, unknown or misshaped tensors, missing
-        ones that are not in `self.fresh`. `stage`: which it must be; `as_file`: fuse what it fused."""
-        tensors, metadata = read_tensors(path)
-        # which stage of which preset is it? OpenUni's parts are those of the preset it is named after
-        of_stage, preset = metadata.get("stage"), metadata.get("preset", "").removeprefix("openuni-")
-        if of_stage not in ("1", "2", "3") or stage not in (None, int(of_stage)):
-            raise Refused(f"expected {path} to be of stage {stage or '1, 2 or 3'}, it is of stage {of_stage}")
-        if preset != self.preset.name.removeprefix("openuni-"):
-            raise Refused(f"expected {path} to be of preset {self.preset.name}, it is of {preset or 'none'}")
-        if as_file:
-            layers = tuple(int(i) for i in metadata["layers"].split(",") if i)
-            self.fuse_as(layers, metadata["norm"] == "True")
-        # LDAM's fields, where stage 3 ran with --ldam-mode keep
-        self.lim.kept_noise = tensors.pop("lim.kept_noise", None)
-        load_strict(self.trainable(int(of_stage)), tensors, self.fresh, str(path))
 
     def save_stage(self, path: Path, cfg: Any, write: bool = True) -> None:
         """What a stage trained, as one safetensors file that says which stage of which preset it is, and how

@@ -32,6 +32,7 @@ from model import PRESETS, ParaUni
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """The flags of stages 1 and 2; defaults are stage 1's."""
+    init: str = knob("none", "file of the stage before; auto: its stageN.safetensors in --weights; none")
     steps: int = knob(100_000, "optimizer steps")
     warmup: int = knob(1000, "steps of linear warm-up")
     micro_batch: int = knob(32, "pictures a forward pass, on one device")
@@ -47,7 +48,7 @@ class TrainConfig(RunConfig):
 
 
 # What the paper's stage 2 has other than its stage 1 (supplement, Table 1)
-STAGE_2 = {"steps": 10_000, "warmup": 100, "lr": 1e-5}
+STAGE_2 = {"init": "auto", "steps": 10_000, "warmup": 100, "lr": 1e-5}
 
 
 def draw_times(kind: str, generators: list[torch.Generator]) -> Tensor:
@@ -94,7 +95,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     # the model of the stage before, and what it is fed; what is fused is decided in stage 1
     fused = {"layers": cfg.layers, "norm": cfg.norm} if cfg.stage == 1 else {}
     model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh,
-                                stage=cfg.stage - 1, **fused)
+                                stage=1, **fused)
     data = NanoLatents(model.vae, cfg.seed)
     if cfg.data:
         data = Latents(cfg.data, cfg.batch_size, cfg.seed, model)

@@ -17,7 +17,7 @@ Memory   What no gradient asks for is overwritten in place: at 512 px a tensor o
          in fp32, and on a CPU the pages of a fresh one cost several times the arithmetic.
 """
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -25,12 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # ---- configuration
-
-# what other DC-AEs have otherwise, and the only value implemented here
-FIXED = {"downsample_block_type": "Conv", "upsample_block_type": "interpolate",
-         "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "decoder_conv_act_fn": "relu",
-         "encoder_out_shortcut": True, "decoder_in_shortcut": True}
-
 
 @dataclass(frozen=True)
 class DCAEConfig:
@@ -48,10 +42,6 @@ class DCAEConfig:
     encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))  # kernel sizes
     decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
     scaling_factor: float = 0.41407                         # 1 / root mean square of the raw latents
-
-    def to_json(self) -> dict:
-        """The published vae/config.json."""
-        return asdict(self) | FIXED
 
 
 # ---- blocks, each with its residual inside

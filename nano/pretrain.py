@@ -49,6 +49,7 @@ from model import PRESETS, PROMPT, QUESTION, ParaUni
 from nano import world
 from nano.world import Prompt, Rng, Scene, pick
 from rewards import AestheticHead, preprocess
+from tools.convert import published_config
 from vae import DCAE
 
 SEED = 0
@@ -167,7 +168,7 @@ def write_weights(path: Path, net: nn.Module) -> None:
 
 
 def write_part(folder: Path, net: DiT | DCAE) -> None:
-    write_json(folder / "config.json", net.config.to_json())
+    write_json(folder / "config.json", published_config(net.config))
     write_weights(folder / "diffusion_pytorch_model.safetensors", net)
 
 

@@ -15,6 +15,7 @@ from common import Dist, generator, read_log
 from dit import DiTConfig
 from lim import LIMConfig
 from model import PRESETS, ParaUni, internvl, weights_folder
+from tools.convert import published_config
 from train import TrainConfig
 
 ALONE = Dist(0, 1, torch.device("cpu"))
@@ -78,7 +79,7 @@ def save_stages(model: ParaUni, folder: Path) -> Path:
     for part, module in (("transformer", model.dit), ("vae", model.vae)):
         (folder / part).mkdir(parents=True)
         save_file(module.state_dict(), folder / part / "diffusion_pytorch_model.safetensors")
-        (folder / part / "config.json").write_text(json.dumps(module.config.to_json()))
+        (folder / part / "config.json").write_text(json.dumps(published_config(module.config)))
     for stage in (1, 2):
         model.save_stage(folder / f"stage{stage}.safetensors", TrainConfig(stage=stage))
     (folder / "rewards.py").write_text(REWARDS)

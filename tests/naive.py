@@ -29,9 +29,11 @@ from vae import DCAE
 def diffusers_dit(dit: DiT) -> nn.Module:
     """diffusers' SANA with a copy of the weights of our DiT."""
     from diffusers import SanaTransformer2DModel
+
+    from tools.convert import published_config
     # no second copy of the weights; but positions are a buffer that no file holds, so they must be computed
     with torch.device("meta" if dit.config.interpolation_scale is None else "cpu"):
-        theirs = SanaTransformer2DModel.from_config(dit.config.to_json())
+        theirs = SanaTransformer2DModel.from_config(published_config(dit.config))
     theirs.load_state_dict({name: p.detach().clone() for name, p in dit.state_dict().items()}, assign=True)
     return theirs.requires_grad_(any(p.requires_grad for p in dit.parameters()))
 
@@ -44,8 +46,10 @@ def velocity(theirs: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
 def diffusers_vae(vae: DCAE) -> nn.Module:
     """diffusers' DC-AE on the weights of ours."""
     from diffusers import AutoencoderDC
+
+    from tools.convert import published_config
     with torch.device("meta"):
-        theirs = AutoencoderDC(**vae.config.to_json())
+        theirs = AutoencoderDC(**published_config(vae.config))
     theirs.load_state_dict(vae.state_dict(), assign=True)
     return theirs.requires_grad_(False)
 

@@ -17,8 +17,8 @@ import dit as dit_file
 from common import Refused, generator, write_json
 from dit import DiT, DiTConfig, dpm_grid, euler_grid, flow_matching_loss, sample_ode, sde_step
 from helpers import error
-from model import check_config
 from naive import diffusers_dit
+from tools.convert import check_config, published_config
 from tools.meter import Meter
 from vae import DCAEConfig
 
@@ -53,7 +53,7 @@ def inputs(config: DiTConfig = TINY, B: int = 3) -> tuple[Tensor, ...]:
 
 
 def test_default_config_is_the_published_file_byte_for_byte() -> None:
-    published = DiTConfig().to_json() | {"_diffusers_version": "0.33.0.dev0"}
+    published = published_config(DiTConfig()) | {"_diffusers_version": "0.33.0.dev0"}
     text = json.dumps(published, indent=2, sort_keys=True) + "\n"
     assert hashlib.sha256(text.encode()).hexdigest().startswith("70863bf6")
 
@@ -61,7 +61,7 @@ def test_default_config_is_the_published_file_byte_for_byte() -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_config_is_checked_against_what_diffusers_writes(config: DiTConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    SanaTransformer2DModel.from_config(config.to_json()).save_config(tmp_path)
+    SanaTransformer2DModel.from_config(published_config(config)).save_config(tmp_path)
     # without positions the side of the training latents says nothing
     check_config(path, config if config.interpolation_scale else replace(config, sample_size=7))
     # files of SANA-1.0 may lack the key
@@ -75,7 +75,7 @@ def test_config_is_checked_against_what_diffusers_writes(config: DiTConfig, tmp_
     (DiTConfig(), "guidance_embeds", True), (DiTConfig(), "norm_eps", 1e-5), (DiTConfig(), "unknown", 1),
     (DCAEConfig(), "layers", 3), (DCAEConfig(), "in_channels", 4), (DCAEConfig(), "scaling_factor", None)])
 def test_config_refuses_other_values(config: object, key: str, value: object, tmp_path: Path) -> None:
-    written = config.to_json() | {key: value}
+    written = published_config(config) | {key: value}
     write_json(tmp_path / "config.json", {k: v for k, v in written.items() if v is not None})
     with pytest.raises(Refused, match=key):
         check_config(tmp_path / "config.json", config)

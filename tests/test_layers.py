@@ -13,6 +13,7 @@ from common import Refused, derive_seed
 from evaluation import T95, claim, layers, t_quantile
 from helpers import TINY, save_stages, tiny_model
 from ldam import REGIONS, REWARD_REGIONS
+from model import ParaUni
 from rewards import build_reward
 from train import TrainConfig
 
@@ -64,8 +65,7 @@ def run(parts: Path, out: Path, *more: str) -> dict:
 
 def test_figures_are_what_plain_code_computes(parts: Path, tmp_path: Path, drawn: Mock) -> None:
     result = run(parts, tmp_path, "--seed", "3", "--last-file", str(parts / "last.safetensors"))
-    model, last = tiny_model(0), tiny_model(0)
-    last.load_stage(parts / "last.safetensors")
+    model, last = tiny_model(0), ParaUni.from_preset("nano", parts, parts / "last.safetensors")
     seeds = [derive_seed(3, "analyse", i) for i in range(len(PROMPTS))]
 
     def red(which: list[int]) -> np.ndarray:

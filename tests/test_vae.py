@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from common import write_json
 from helpers import draw, error
-from model import PRESETS, check_config
+from model import PRESETS
 from naive import diffusers_vae
+from tools.convert import check_config
 from vae import DCAE, DCAEConfig, relu_attention
 
 RES, VIT = "ResBlock", "EfficientViTBlock"

@@ -11,10 +11,12 @@ network: `hf download REPOSITORY --local-dir DIR/ITS-NAME` elsewhere, for each o
 """
 import argparse
 import copy
+import json
 import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 # a script in a folder: the project's root goes on the path before what is imported from there
@@ -31,7 +33,7 @@ from transformers import AutoTokenizer, InternVLConfig
 
 from common import ROOT, Refused, run, write_json
 from dit import DiT, DiTConfig
-from model import PRESETS, ParaUni, Preset, check_config
+from model import PRESETS, ParaUni, Preset
 from rewards import AestheticHead
 from vae import DCAE, DCAEConfig
 
@@ -162,6 +164,43 @@ def convert_vlm(preset: Preset, source: Path, target: Path) -> None:
     vlm.save_pretrained(target)
     for path in (*source.glob("*token*.json"), *source.glob("*.jinja")):
         shutil.copy(path, target)
+
+
+# our field: key of the published transformer/config.json, where they differ
+RENAMED = {"num_heads": "num_attention_heads", "head_dim": "attention_head_dim",
+           "num_cross_heads": "num_cross_attention_heads", "cross_head_dim": "cross_attention_head_dim"}
+# published key: the only value that is implemented here; two that only younger files name
+FIXED_DIT = {"_class_name": "SanaTransformer2DModel", "attention_bias": False, "dropout": 0.0,
+             "guidance_embeds": False, "norm_elementwise_affine": False, "norm_eps": 1e-6}
+YOUNGER_DIT = {"timestep_scale": 1.0, "guidance_embeds_scale": 0.1}
+FIXED_DCAE = {"downsample_block_type": "Conv", "upsample_block_type": "interpolate",
+              "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "decoder_conv_act_fn": "relu",
+              "encoder_out_shortcut": True, "decoder_in_shortcut": True}
+
+
+def published_config(config: DiTConfig | DCAEConfig) -> dict:
+    """The published transformer/config.json, or vae/config.json."""
+    if isinstance(config, DCAEConfig):
+        return asdict(config) | FIXED_DCAE
+    sizes = {RENAMED.get(name, name): value for name, value in asdict(config).items()}
+    return FIXED_DIT | sizes | {
+        "cross_attention_dim": config.width,
+        "out_channels": config.in_channels,
+        "qk_norm": "rms_norm_across_heads" if config.qk_norm else None}
+
+
+def check_config(path: Path, config: DiTConfig | DCAEConfig) -> None:
+    """Refuse a config.json, as published, that is of other sizes or of what is not implemented here."""
+    # as JSON has it: tuples are lists
+    ours = json.loads(json.dumps(published_config(config) | YOUNGER_DIT))
+    # a size that is not named is None: qk_norm, in files of SANA-1.0
+    found = dict.fromkeys(asdict(config)) | json.loads(path.read_text())
+    # without positions the side of the training latents says nothing
+    if ours.get("interpolation_scale") is None:
+        ours["sample_size"] = found.get("sample_size")
+    wrong = {key: value for key, value in found.items() if key[0] != "_" and value != ours.get(key)}
+    if wrong:
+        raise Refused(f"{path} is of another preset, or of what is not implemented: it has {wrong}")
 
 
 def convert_diffusers(config: DiTConfig | DCAEConfig, kind: type, source: Path, target: Path) -> None:
