@@ -20,7 +20,7 @@ The weights folder, for nano and for the published ones that tools/convert.py br
 
 Letters: B images, U different prompts, S text tokens, E embedding, H W picture, h w resized, T tower side.
 """
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -196,33 +196,20 @@ def build_reward(name: str, device: str | torch.device, weights: str | Path | No
 
 
 def load_function(name: str) -> ScoreFn:
-    """The function that package.module:function or path/to/file.py:function names. A module may lie in the
-    current folder; both may import what lies beside them, at their heads."""
+    """The function that package.module:function or path/to/file.py:function names. What lies beside the file,
+    or in the current folder, can be imported, but where a module of this project has its name."""
     where, _, function = name.rpartition(":")
-    folder = Path.cwd()
-    module_name = where
-    if where.endswith(".py"):
-        # of a link what it leads to
-        path = Path(where).resolve()
-        folder = path.parent
-        module_name = path.stem
-    # import as if Python had been started in the folder: its common.py is found, and ours stays ours
-    files = {path.stem: path for path in folder.glob("*.py")}
-    files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
-    loaded = {name: getattr(sys.modules.get(name), "__file__", None) for name in files}
-    # what is loaded under these names from elsewhere steps aside
-    taken = [name for name, path in files.items()
-             if loaded[name] and Path(loaded[name]).resolve() != path.resolve()]
-    aside = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in taken}
-    for name in aside:
-        del sys.modules[name]
-    sys.path.insert(0, str(folder))
-    try:
-        return getattr(importlib.import_module(module_name), function)
-    # and comes back
-    finally:
-        sys.path.remove(str(folder))
-        sys.modules.update(aside)
+    is_file = where.endswith(".py")
+    # of a link what it leads to
+    path = Path(where).resolve()
+    sys.path.append(str(path.parent if is_file else Path.cwd()))
+    if not is_file:
+        return getattr(importlib.import_module(where), function)
+    # a file may have any name, that of a library too
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
 
 
 # ----------------------------------------------------------------------------- weights

