@@ -40,6 +40,7 @@ class LIMConfig:
     mlp_width: int = 8960
     caption_channels: int = 2304    # E, width the DiT expects its condition in
     norm: bool = True               # the LN of Eq. 4; False is the ablation and OpenUni
+    layers: tuple[int, ...] = ()    # those that are fused, from 1; none named: all, as in the paper
 
 
 class SelfAttention(nn.Module):
@@ -112,7 +113,7 @@ class LIM(nn.Module):
         self.connector = Connector(config)
         self.projector = nn.Linear(config.width, config.caption_channels)
         self.agglayer_norm = nn.LayerNorm(config.caption_channels, eps=1e-5) if config.norm else nn.Identity()
-        self.layers = list(range(1, config.vlm_layers + 1))         # those that are fused; fewer in ablations
+        self.layers = list(config.layers) or list(range(1, config.vlm_layers + 1))      # that are fused
         # (L, N, E): what LDAM's firings have left, multiplied into the c_i (--ldam-mode keep); None: nothing
         self.register_buffer("kept_noise", None, persistent=False)
 

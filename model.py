@@ -68,8 +68,6 @@ class Preset:
     stage_dtype: torch.dtype = torch.float32
     # longer captions are cut in stages I and II, as published; no other prompt is
     train_tokens: int = 128
-    # VLM layers that are fused, from 1; empty: all, as in the paper
-    layers: tuple[int, ...] = ()
     # prompts, pictures and words are those of nano/world.py
     shapes_world: bool = False
     # words that the queries start as; none: N(0, 1/sqrt(D)), as published
@@ -165,9 +163,8 @@ PRESETS = {preset.name: preset for preset in (
     Preset("l-1024", 1024, 256, INTERNVL3_2B, LIM_L, SANA15_16B, DC_AE))}
 # OpenUni itself, the paper's baseline: the VLM's last layer only, and no norm
 for pair in ("b-512", "l-512", "l-1024"):
-    PRESETS[f"openuni-{pair}"] = replace(
-        PRESETS[pair], name=f"openuni-{pair}", lim=replace(PRESETS[pair].lim, norm=False),
-        layers=(PRESETS[pair].vlm_layers,))
+    last_alone = replace(PRESETS[pair].lim, norm=False, layers=(PRESETS[pair].vlm_layers,))
+    PRESETS[f"openuni-{pair}"] = replace(PRESETS[pair], name=f"openuni-{pair}", lim=last_alone)
 
 
 # ----------------------------------------------------------------------------- files
@@ -317,6 +314,12 @@ class ParaUni(nn.Module):
                 published, _ = read_tensors(folder / part / "diffusion_pytorch_model.safetensors")
                 tensors |= {prefix + key: tensor for key, tensor in published.items()}
 
+        # what is fused: as asked, else as the stage had it, else as the preset has it
+        if metadata and layers is None:
+            layers, norm = tuple(map(int, metadata["layers"].split(","))), metadata["norm"] == "True"
+        lim = replace(preset.lim, layers=layers or preset.lim.layers, norm=norm and preset.lim.norm)
+        preset = replace(preset, lim=lim)
+
         # build it, all but the VLM drawn: torch's initialisers draw from the global generator, here from the
         # seed, and then it is put back
         with torch.random.fork_rng(devices=[]):
@@ -326,14 +329,6 @@ class ParaUni(nn.Module):
         if is_random:
             model.dit.init_weights(generator(seed, "dit"))
             model.vae.init_weights(generator(seed, "vae"))
-
-        # what is fused: as asked, else as the stage had it, else as the preset has it
-        if metadata and layers is None:
-            layers, norm = [int(i) for i in metadata["layers"].split(",") if i], metadata["norm"] == "True"
-        model.lim.layers = list(layers or preset.layers) or model.lim.layers
-        # the paper's ablation row, and OpenUni
-        if not norm:
-            model.lim.agglayer_norm = nn.Identity()
 
         # load: all must fit, and only what is meant to stays as it was drawn; what was new when the stage was
         # trained is still not in the published files
@@ -379,7 +374,7 @@ class ParaUni(nn.Module):
             tensors["lim.kept_noise"] = self.lim.kept_noise.cpu()
         metadata = {"stage": str(cfg.stage), "preset": self.preset.name,
                     "layers": ",".join(map(str, self.lim.layers)),
-                    "norm": str(not isinstance(self.lim.agglayer_norm, nn.Identity)),
+                    "norm": str(self.preset.lim.norm),
                     "fresh": json.dumps(self.fresh), "config": json.dumps(config_dict(cfg))}
         if write:
             with atomic(path) as temporary:

@@ -23,7 +23,7 @@ VLM, SANA, DC_AE = "InternVL3-2B-hf", "SANA1.5_1.6B_1024px_diffusers", "dc-ae-f3
 DIT_FILE = f"{SANA}/transformer/diffusion_pytorch_model.safetensors"
 OPENUNI_FILE = "openuni/openuni_l_internvl3_2b_sana_1_6b_1024_hf_blip3o60k.pth"
 LARGE = replace(TINY, name="l-1024", shapes_world=False)
-OPENUNI = replace(LARGE, name="openuni-l-1024", lim=replace(TINY.lim, norm=False), layers=(TINY.vlm_layers,))
+OPENUNI = replace(LARGE, name="openuni-l-1024", lim=replace(TINY.lim, norm=False, layers=(TINY.vlm_layers,)))
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_pinned_revisions_are_fetched(source: Path, monkeypatch: pytest.MonkeyPa
     (source / SANA / "text_encoder").mkdir()
     (source / SANA / "text_encoder" / "model.safetensors").write_text("not needed")
     convert.main(["l-1024", "--out", str(tmp_path / "new")])
-    assert ParaUni.from_preset("l-1024", tmp_path / "new").preset is LARGE
+    assert ParaUni.from_preset("l-1024", tmp_path / "new").preset == LARGE
     assert len(asked) == 3 and all(len(revision) == 40 for revision in asked.values())
     assert not (tmp_path / "downloads" / SANA / "text_encoder").exists()
 

@@ -271,4 +271,5 @@ def test_presets_have_the_published_sizes(name: str, vlm: int, dit: int, lim: in
     # OpenUni's queries and connector, and the LN of Eq. 4 on top
     assert 256 * preset.vlm_width + count(lambda: LIM(preset.lim)) == lim + 2 * 2304
     baseline = PRESETS[f"openuni-{name}"]
-    assert baseline.layers == (preset.vlm_layers,) and not baseline.lim.norm and baseline.dit == preset.dit
+    assert baseline.lim == replace(preset.lim, layers=(preset.vlm_layers,), norm=False)
+    assert baseline.dit == preset.dit

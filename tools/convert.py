@@ -232,7 +232,7 @@ def convert_openuni(preset: Preset, path: Path, target: Path) -> None:
     stage = 2 if any(name.startswith("dit.") for name in tensors) else 1
     check_fit(tensors, lambda: ParaUni(preset, nn.Identity(), None).trainable(stage), path)
     metadata = {"stage": str(stage), "preset": preset.name, "norm": str(preset.lim.norm),
-                "layers": ",".join(map(str, preset.layers)), "source": path.name}
+                "layers": ",".join(map(str, preset.lim.layers)), "source": path.name}
     # only now: a few bytes, repeated, could be a tensor of any size
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target / f"stage{stage}.safetensors", metadata)
