@@ -107,18 +107,16 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
         print(f"{sum(p.numel() for p in params.values()):,} parameters are trained")
 
     # where the run stands: at its beginning, or where a checkpoint left it
-    done, skipped, seconds, record = 0, 0, 0.0, {}
-    losses: list[float] = []                                # of the steps since the last line of the log
+    done, skipped, record = 0, 0, {}
     if state:
         load_checkpoint(state, params, ema, optimizer)
-        done, skipped, seconds = state["step"], state["skipped"], state["seconds"]
-        losses, record = state["losses"], state["record"]
+        done, skipped, record = state["step"], state["skipped"], state["record"]
 
     # this rank's items of every step
     mine = list(range(cfg.batch_size)[dist.rank::dist.world_size])
-    began = time.perf_counter() - seconds
     with catch_stop() as stop, tqdm(total=cfg.steps, initial=done, disable=not dist.lead, unit="step") as bar:
         for step in range(done, cfg.steps):
+            began = time.perf_counter()
             # set the learning rate
             lr = cosine_lr(step, cfg.steps, cfg.warmup, cfg.lr)
             set_lr(optimizer, lr)
@@ -143,27 +141,23 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
                 optimizer.step()
                 # the average of the weights forgets faster in the beginning
                 ema_update(ema, params, min(cfg.ema_decay, (step + 1) / (step + 10)))
-                losses.append(loss)
                 skipped = 0
 
             # log
             last = step + 1 == cfg.steps
             bar.update()
             if (step + 1) % cfg.log_every == 0 or last:
-                mean_loss = sum(losses) / len(losses) if losses else math.nan
-                record = {"step": step + 1, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm,
-                          "skipped": skipped, "time/step": (time.perf_counter() - began) / (step + 1)}
-                losses = []
-                bar.set_postfix_str(f"loss {record['loss']:.4f}")
+                record = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm,
+                          "skipped": skipped, "time/step": time.perf_counter() - began}
+                bar.set_postfix_str(f"loss {loss:.4f}")
                 write_log(cfg.run_dir, record, dist)
 
             # save
             stopped = mean_over_ranks(len(stop), dist) > 0
             gives_up = skipped >= cfg.max_skipped
             if last or stopped or gives_up or (step + 1) % cfg.save_every == 0:
-                save_checkpoint(cfg, dist, step + 1, params, ema, optimizer, {
-                    "step": step + 1, "skipped": skipped, "losses": losses, "record": record,
-                    "seconds": time.perf_counter() - began})
+                save_checkpoint(cfg, dist, step + 1, params, ema, optimizer,
+                                {"step": step + 1, "skipped": skipped, "record": record})
             if gives_up:
                 raise Refused(f"{skipped} steps in a row were skipped up to step {step + 1}: no finite "
                               "gradient; the weights before them are saved. Lower --lr, or look at the data")
@@ -172,7 +166,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
 
     # what is written is the average of the weights
     with swapped(params, ema):
-        write_stage(cfg, model, dist, {"seconds": round(time.perf_counter() - began), **record})
+        write_stage(cfg, model, dist, record)
     return record
 
 
