@@ -10,7 +10,7 @@ fast tokenizer leaves out.
     clip       openai/clip-vit-large-patch14  floats, bilinear       exp(logit_scale)·cos / 30  0.5 .. 1.2
     pickscore  yuvalkirstain/PickScore_v1     grey levels, bicubic   exp(logit_scale)·cos / 26  0.7 .. 0.95
     aesthetic  the CLIP above + LAION's head  grey levels, bicubic   head(unit embedding)       1 .. 10
-    package.module:function, path/file.py:function    untouched      the function's own
+    path/to/file.py:function              untouched                 the function's own
 
 The weights folder, for nano and for the published ones that tools/convert.py brings into it:
 
@@ -164,11 +164,11 @@ class Reward(nn.Module):
         # in fp32: in bf16 the pictures of a group would tie
         with torch.autocast(self.device.type, enabled=False):
             scores = self.score(images, list(prompts))                              # (B,)
-        found = getattr(scores, "shape", None), getattr(scores, "dtype", None)
-        if found != ((B,), torch.float32):
-            raise Refused(f"reward {self.name} returned a {type(scores).__name__} {found}, "
-                          f"expected a float32 tensor with one number per image, ({B},)")
-        return scores.to(self.device)                                               # (B,)
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=self.device)   # (B,)
+        if scores.shape != (B,):
+            raise Refused(f"reward {self.name} returned numbers of shape {tuple(scores.shape)}, expected one "
+                          f"for each image, ({B},)")
+        return scores
 
 
 # ----------------------------------------------------------------------------- by name
@@ -176,15 +176,15 @@ class Reward(nn.Module):
 def build_reward(name: str, device: str | torch.device, weights: str | Path | None = None) -> Reward:
     """The reward called name: f(images (B, 3, H, W) in [0, 1], prompts: list of B) -> (B,) fp32 on device.
 
-    name     "clip", "pickscore", "aesthetic", "package.module:function" or "path/to/file.py:function"
+    name     "clip", "pickscore", "aesthetic" or "path/to/file.py:function"
     weights  folder laid out as the head of this file says; None: nano's
     """
     folder = ROOT / "weights" / "nano" if weights is None else Path(weights)
     if ":" in name:
         score = load_function(name)
     elif name not in ("clip", "pickscore", "aesthetic") or not (folder / name).is_dir():
-        raise Refused(f"no reward at {folder / name}: expected package.module:function, file.py:function, or "
-                      "clip, pickscore or aesthetic, which `python tools/convert.py rewards` fetches")
+        raise Refused(f"no reward at {folder / name}: expected file.py:function, or clip, pickscore or "
+                      "aesthetic, which `python tools/convert.py rewards` fetches")
     # the divisors bring the logits near 1
     elif name == "clip":
         score = ClipScore(folder / "clip", 30.0, like_pil=False)
@@ -196,15 +196,12 @@ def build_reward(name: str, device: str | torch.device, weights: str | Path | No
 
 
 def load_function(name: str) -> ScoreFn:
-    """The function that package.module:function or path/to/file.py:function names. What lies beside the file,
-    or in the current folder, can be imported, but where a module of this project has its name."""
-    where, _, function = name.rpartition(":")
-    is_file = where.endswith(".py")
+    """The function that path/to/file.py:function names. What lies beside the file can be imported, but where
+    a module of this project has its name."""
+    file, _, function = name.rpartition(":")
     # of a link what it leads to
-    path = Path(where).resolve()
-    sys.path.append(str(path.parent if is_file else Path.cwd()))
-    if not is_file:
-        return getattr(importlib.import_module(where), function)
+    path = Path(file).resolve()
+    sys.path.append(str(path.parent))
     # a file may have any name, that of a library too
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
