@@ -5,7 +5,6 @@
     dpg          the same for long prompts: DPG-Bench, a model that answers questions (evaluation/dpg.py)
     rewards      what did training gain? the rewards of held-out prompts, before and after
     reconstruct  "Keep the image as it is.": what of a picture survives the way through the condition?
-    compare      pictures of two stage files side by side, same prompts and noise
     understand   does the vision-language model still see? questions about pictures (evaluation/understand.py)
     layers       what does each layer carry? (evaluation/layers.py)
     ablate       what is each part worth? (evaluation/ablate.py)
@@ -32,8 +31,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from common import Refused, derive_seed, knob, run
-from evaluation import (DrawConfig, HeldoutConfig, ScoreConfig, ablate, dpg, draw, finish, geneval,
-                        heldout_prompts, layers, load, mean_and_error, report, start, table, understand)
+from evaluation import (DrawConfig, ScoreConfig, ablate, dpg, draw, finish, geneval, heldout_prompts, layers,
+                        load, mean_and_error, report, start, table, understand)
 from grpo import open_rewards, score_heldout
 from model import weights_folder
 from nano import world
@@ -84,28 +83,6 @@ def rewards(argv: list[str] | None = None) -> dict:
     before, after = json.loads(json.dumps(scores), parse_constant=lambda name: None)
     result = {"baseline": baseline, "rewards": rows, "prompts": prompts, "before": before, "after": after}
     return finish(cfg, "rewards", result, f"before {baseline}\nafter  {cfg.stage_file}\n{table(rows)}")
-
-
-@dataclass(frozen=True)
-class CompareConfig(HeldoutConfig):
-    other: str = knob("runs/stage3/stage3.safetensors", "the other stage file")
-    limit: int = knob(8, "the first so many prompts; 0: all of them")
-    out: str = knob("runs/compare", "folder for compare.png")
-
-
-def compare(argv: list[str] | None = None) -> dict:
-    """Pictures of two stage files, a row each: same prompts, same noise (paper Figures 3 and 10)."""
-    cfg, dist = start(CompareConfig, argv, compare.__doc__)
-    rows, titles = [], []
-    for file in (cfg.stage_file, cfg.other):
-        model = load(cfg, dist.device, file)
-        prompts = heldout_prompts(cfg, model)
-        seeds = [derive_seed(cfg.seed, "picture", i) for i in range(len(prompts))]
-        rows.append(draw(cfg, model, prompts, seeds))                               # (B, 3, H, W)
-        titles.append(f"{Path(file).parent.name}\n{Path(file).stem}")
-    path = Path(cfg.out) / "compare.png"
-    save_sheet(path, torch.cat(rows), len(prompts), prompts * 2, titles)
-    return finish(cfg, "compare", {"prompts": prompts}, f"pictures {path}")
 
 
 @dataclass(frozen=True)
@@ -201,7 +178,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 COMMANDS = {"geneval": geneval.main, "dpg": dpg.main, "rewards": rewards, "reconstruct": reconstruct,
-            "compare": compare, "understand": understand.main, "layers": layers.main, "ablate": ablate.main,
+            "understand": understand.main, "layers": layers.main, "ablate": ablate.main,
             "report": report.main}
 
 

@@ -29,8 +29,8 @@ from sample import load, save_picture
 
 
 # ----------------------------------------------------------------------------- flags
-# of every command that asks a model; then, each with all that stand before, of those that draw pictures, that
-# draw held-out prompts, and that score these
+# of every command that asks a model; then, each with all that stand before, of those that draw pictures, and
+# that score those of held-out prompts
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -50,13 +50,9 @@ class DrawConfig(EvalConfig):
 
 
 @dataclass(frozen=True)
-class HeldoutConfig(DrawConfig):
+class ScoreConfig(DrawConfig):
     prompts: str = knob("", "file with one held-out prompt a line; empty: the nano world's")
     limit: int = knob(0, "the first so many prompts; 0: all of them")
-
-
-@dataclass(frozen=True)
-class ScoreConfig(HeldoutConfig):
     rewards: tuple[str, ...] = knob(("clip", "pickscore", "aesthetic"), "names, or file.py:function")
     reward_weights: str = knob("auto", "folder of the reward models; auto: nano's own, or weights/rewards")
 
@@ -69,7 +65,7 @@ def start(cls: type, argv: list[str] | None, doc: str) -> tuple[Any, Dist]:
     return resolve(cfg, dist.device), dist
 
 
-def heldout_prompts(cfg: HeldoutConfig, model: ParaUni) -> list[str]:
+def heldout_prompts(cfg: ScoreConfig, model: ParaUni) -> list[str]:
     """The first --limit prompts of --prompts, else of the nano world's."""
     if not (cfg.prompts or model.preset.shapes_world):
         raise Refused(f"preset {cfg.preset} has no held-out prompts of its own: name a file with --prompts")

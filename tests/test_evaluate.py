@@ -14,7 +14,7 @@ import evaluate
 import evaluation
 from common import Refused, derive_seed, generator
 from helpers import TINY, moved, tiny_model
-from model import PRESETS, ParaUni
+from model import PRESETS
 from nano import world
 from pictures import reward_table
 from test_geneval import Painter
@@ -128,20 +128,6 @@ def test_rewards_before_and_after(tmp_path: Path, two_files: list[str]) -> None:
         rewards(two_files[0], ("one",))
 
 
-def test_compare_draws_alike(tmp_path: Path, two_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    sheets = []
-    monkeypatch.setattr(evaluate, "save_sheet", lambda path, *args: sheets.append(args))
-    flags = ["compare", "--weights", "random", "--num-steps", "1", "--limit", "3", "--out", str(tmp_path)]
-    evaluate.main([*flags, "--stage-file", two_files[0], "--other", two_files[1]])
-    evaluate.main([*flags, "--stage-file", two_files[0], "--other", two_files[0], "--batch-size", "2"])
-    for (images, columns, captions, _), equal in zip(sheets, (False, True)):
-        assert images.shape == (6, 3, 32, 32) and columns == 3 and captions[:3] == captions[3:]
-        assert torch.allclose(images[:3], images[3:], atol=1e-5) == equal
-    assert [title.split("\n")[1] for title in sheets[0][3]] == ["a", "b"]
-    model = ParaUni.from_preset("nano", "random", two_files[0])
-    assert torch.allclose(sheets[0][0][:3], model.generate(sheets[0][2][:3], 1), atol=1e-5)
-
-
 def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
     rng = generator("pictures")
     a = torch.rand(3, 3, 33, 40, generator=rng)
@@ -194,7 +180,7 @@ def test_pictures_of_ones_own_are_cropped_and_kept(tmp_path: Path) -> None:
     evaluate.save_sheet(tmp_path / "sheet.png", torch.zeros(1, 3, 8, 8), 1, ["$^$"], ["$^$"])   # no formula
 
 
-@pytest.mark.parametrize("argv", [["--limit", "3", "geneval"], ["reconstruct"], ["compare", "--other", "x"],
+@pytest.mark.parametrize("argv", [["--limit", "3", "geneval"], ["reconstruct"], ["rewards"],
                                   ["reconstruct", "--images", "."]])
 def test_missing_data_is_refused(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No preset but nano has pictures and prompts of its own; an empty folder has none either."""
