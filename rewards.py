@@ -166,8 +166,8 @@ class Reward(nn.Module):
             scores = self.score(images, list(prompts))                              # (B,)
         scores = torch.as_tensor(scores, dtype=torch.float32, device=self.device)   # (B,)
         if scores.shape != (B,):
-            raise Refused(f"reward {self.name} returned numbers of shape {tuple(scores.shape)}, expected one "
-                          f"for each image, ({B},)")
+            raise Refused(f"reward {self.name} returned numbers of shape {tuple(scores.shape)}, "
+                          f"expected one number per image, ({B},)")
         return scores
 
 

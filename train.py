@@ -32,7 +32,6 @@ from model import PRESETS, ParaUni
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """The flags of stages 1 and 2; defaults are stage 1's."""
-    init: str = knob("none", "file of the stage before; auto: its stageN.safetensors in --weights; none")
     steps: int = knob(100_000, "optimizer steps")
     warmup: int = knob(1000, "steps of linear warm-up")
     micro_batch: int = knob(32, "pictures a forward pass, on one device")
@@ -48,7 +47,7 @@ class TrainConfig(RunConfig):
 
 
 # What the paper's stage 2 has other than its stage 1 (supplement, Table 1)
-STAGE_2 = {"init": "auto", "steps": 10_000, "warmup": 100, "lr": 1e-5}
+STAGE_2 = {"steps": 10_000, "warmup": 100, "lr": 1e-5}
 
 
 def draw_times(kind: str, generators: list[torch.Generator]) -> Tensor:
@@ -92,10 +91,14 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     if not (cfg.data or PRESETS[cfg.preset].shapes_world):
         raise Refused(f"preset {cfg.preset} needs --data, latents with captions: prepare.py makes them")
     state = open_run(cfg, dist)
-    # the model of the stage before, and what it is fed; what is fused is decided in stage 1
-    fused = {"layers": cfg.layers, "norm": cfg.norm} if cfg.stage == 1 else {}
-    model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh,
-                                stage=1, **fused)
+    # the model of the stage before, which stage 1 has only where it goes on from another stage 1, and what it
+    # is fed; what is fused is decided in stage 1
+    init, fused = cfg.init, {}
+    if cfg.stage == 1:
+        init = "none" if cfg.init == "auto" else cfg.init
+        fused = {"layers": cfg.layers, "norm": cfg.norm}
+    model = ParaUni.from_preset(cfg.preset, cfg.weights, init, cfg.seed, dist.device, cfg.fresh, stage=1,
+                                **fused)
     data = NanoLatents(model.vae, cfg.seed)
     if cfg.data:
         data = Latents(cfg.data, cfg.batch_size, cfg.seed, model)
