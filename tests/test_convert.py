@@ -171,7 +171,8 @@ def test_openuni_paints_with_its_own_weights_and_last_layer(source: Path, fine_t
     stored = state["transformer.proj_out.weight"].float() if fine_tuned else tiny.dit.proj_out.weight
     assert torch.equal(model.dit.proj_out.weight, stored)
     # a training from scratch reads it too; the file says so itself, to another preset of the pair too
-    assert ParaUni.from_preset("openuni-l-1024", out, "none").lim.layers == [TINY.vlm_layers]
+    afresh = ParaUni.from_preset("openuni-l-1024", out, "none").lim
+    assert afresh.layers == [TINY.vlm_layers] and isinstance(afresh.agglayer_norm, torch.nn.Identity)
     assert isinstance(ParaUni.from_preset("l-1024", out).lim.agglayer_norm, torch.nn.Identity)
     with torch.no_grad():
         last = model.read_queries(model.encode_prefix(["a red heart", None]))[-1]       # after the final norm

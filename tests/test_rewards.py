@@ -182,7 +182,7 @@ def brightness(images, prompts): return half(images).mean(dim=(1, 2, 3))
 def flip(images, prompts):
     prompts.clear()
     return images.mul_(-1).add_(1).mean(dim=(1, 2, 3))
-def plain(images, prompts): return [1.0] * len(images)
+def plain(images, prompts): return [1] * len(images)
 def wide(images, prompts): return images.mean(dim=(1, 2))
 def blind(images, prompts): return torch.full((len(images),), float("nan"))
 """
