@@ -185,10 +185,10 @@ def read_tensors(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 @torch.no_grad()
-def load_strict(own: Weights, tensors: Weights, drawn: tuple[str, ...], what: str) -> None:
-    """Copy the tensors of files into the model's, by name. Only names that begin as `drawn` says may be
-    missing: they stay as they were drawn."""
-    missing = [name for name in own if name not in tensors and not name.startswith(drawn)]
+def load_strict(own: Weights, tensors: Weights, fresh: tuple[str, ...], what: str) -> None:
+    """Copy a file's tensors into the model's, by name. Only names that begin as `fresh` says may be missing:
+    they stay as they were drawn."""
+    missing = [name for name in own if name not in tensors and not name.startswith(fresh)]
     misfit = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
     if missing or misfit:
         raise Refused(f"{what} does not fit this preset: {len(missing)} tensors are missing {missing[:3]}, "
@@ -305,19 +305,15 @@ class ParaUni(nn.Module):
             elif stage_file == "none":
                 warnings.warn(f"no stage file in {folder}: queries and LIM are untrained", stacklevel=2)
 
-        # what a stage has trained, then what is as published: the DiT, if it is not among that, and the VAE
-        tensors, metadata = {}, {}
+        # what a stage has trained, and what is fused: as asked, else as it had it, else as the preset says
+        trained, metadata, lim = {}, {}, preset.lim
         if stage_file != "none":
-            tensors, metadata = read_stage(Path(stage_file), preset, stage)
-        for part, prefix in (("transformer", "dit."), ("vae", "vae.")):
-            if not is_random and not any(key.startswith(prefix) for key in tensors):
-                published, _ = read_tensors(folder / part / "diffusion_pytorch_model.safetensors")
-                tensors |= {prefix + key: tensor for key, tensor in published.items()}
-
-        # what is fused: as asked, else as the stage had it, else as the preset has it
-        if metadata and layers is None:
-            layers, norm = tuple(map(int, metadata["layers"].split(","))), metadata["norm"] == "True"
-        lim = replace(preset.lim, layers=layers or preset.lim.layers, norm=norm and preset.lim.norm)
+            trained, metadata = read_stage(Path(stage_file), preset, stage)
+        if layers is not None:
+            lim = replace(lim, layers=layers or lim.layers, norm=norm and lim.norm)
+        elif metadata:
+            fused = tuple(int(i) for i in metadata["layers"].split(",") if i)
+            lim = replace(lim, layers=fused, norm=metadata["norm"] == "True")
         preset = replace(preset, lim=lim)
 
         # build it, all but the VLM drawn: torch's initialisers draw from the global generator, here from the
@@ -326,21 +322,31 @@ class ParaUni(nn.Module):
             torch.manual_seed(derive_seed(seed, "start") % 2 ** 32)
             model = cls(preset, *(random_vlm(preset) if is_random else read_vlm(preset, folder / "vlm")))
         model.init_trained(seed)
-        if is_random:
-            model.dit.init_weights(generator(seed, "dit"))
-            model.vae.init_weights(generator(seed, "vae"))
-
-        # load: all must fit, and only what is meant to stays as it was drawn; what was new when the stage was
-        # trained is still not in the published files
+        # what was new when the stage was trained is still not in the published files
         model.fresh = fresh + tuple(json.loads(metadata.get("fresh", "[]")))
-        drawn = model.fresh + ("dit.", "vae.") * is_random + ("queries", "lim.") * (stage_file == "none")
-        # LDAM's fields, where stage 3 ran with --ldam-mode keep
-        model.lim.kept_noise = tensors.pop("lim.kept_noise", None)
-        # the autoencoder stays as its file is, fp32 or bf16
-        if torch.bfloat16 in {tensor.dtype for key, tensor in tensors.items() if key.startswith("vae.")}:
-            model.vae.bfloat16()
-        own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("vlm.")}
-        load_strict(own, tensors, drawn, f"what is in {folder}, with --init or --stage-file {stage_file},")
+
+        # the autoencoder and, where no stage has trained it, the DiT: drawn or published
+        parts = {"vae": model.vae}
+        if metadata.get("stage") not in ("2", "3"):
+            parts["dit"] = model.dit
+        for part, module in parts.items():
+            if is_random:
+                module.init_weights(generator(seed, part))
+                continue
+            place = folder / ("transformer" if part == "dit" else part)
+            published, _ = read_tensors(place / "diffusion_pytorch_model.safetensors")
+            # the autoencoder stays as its file is, fp32 or bf16
+            if part == "vae" and torch.bfloat16 in {tensor.dtype for tensor in published.values()}:
+                module.bfloat16()
+            # the published files have the names of our modules
+            own = {f"{part}.{key}": tensor for key, tensor in module.state_dict().items()}
+            stored = {f"{part}.{key}": tensor for key, tensor in published.items()}
+            load_strict(own, stored, model.fresh, str(place))
+        if metadata:
+            # LDAM's fields, where stage 3 ran with --ldam-mode keep
+            model.lim.kept_noise = trained.pop("lim.kept_noise", None)
+            load_strict(model.trainable(int(metadata["stage"])), trained, model.fresh, str(stage_file))
+        # VLM and autoencoder have their own dtypes
         model.queries.data = model.queries.data.to(dtype)
         model.lim.to(dtype)
         model.dit.to(dtype)

@@ -180,7 +180,7 @@ def build_reward(name: str, device: str | torch.device, weights: str | Path | No
     weights  folder laid out as the head of this file says; None: nano's
     """
     folder = ROOT / "weights" / "nano" if weights is None else Path(weights)
-    if ":" in name:
+    if ".py:" in name:
         score = load_function(name)
     elif name not in ("clip", "pickscore", "aesthetic") or not (folder / name).is_dir():
         raise Refused(f"no reward at {folder / name}: expected file.py:function, or clip, pickscore or "
@@ -202,11 +202,13 @@ def load_function(name: str) -> ScoreFn:
     # of a link what it leads to
     path = Path(file).resolve()
     sys.path.append(str(path.parent))
-    # a file may have any name, that of a library too
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)
+    # run once for all its functions, under a name that no library has
+    module = f"reward {path}"
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, path)
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+    return getattr(sys.modules[module], function)
 
 
 # ----------------------------------------------------------------------------- weights

@@ -176,6 +176,8 @@ def test_own_tokenizer_ends_every_text_with_the_token_that_is_pooled() -> None:
 
 
 OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
 import torch
 from half import half
 def brightness(images, prompts): return half(images).mean(dim=(1, 2, 3))
@@ -183,6 +185,9 @@ def flip(images, prompts):
     prompts.clear()
     return images.mul_(-1).add_(1).mean(dim=(1, 2, 3))
 def plain(images, prompts): return [1] * len(images)
+@dataclass
+class Weight:
+    value: float = 1.0
 def wide(images, prompts): return images.mean(dim=(1, 2))
 def blind(images, prompts): return torch.full((len(images),), float("nan"))
 """
@@ -203,6 +208,8 @@ def test_a_function_finds_what_lies_beside_it(own: Path, tmp_path: Path) -> None
     (tmp_path / "other" / "link.py").symlink_to(own / "rewards.py")
     scores = build_reward(f"{tmp_path}/other/link.py:brightness", "cpu")(IMAGES, PROMPTS[:3])
     assert torch.equal(scores, (IMAGES / 2).mean(dim=(1, 2, 3)))
+    with pytest.raises(Refused, match="expected file.py:function"):
+        build_reward("rewards:brightness", "cpu")
 
 
 def test_no_reward_changes_what_another_one_sees(own: Path) -> None:
