@@ -113,7 +113,9 @@ class LIM(nn.Module):
         self.connector = Connector(config)
         self.projector = nn.Linear(config.width, config.caption_channels)
         self.agglayer_norm = nn.LayerNorm(config.caption_channels, eps=1e-5) if config.norm else nn.Identity()
-        self.layers = list(config.layers) or list(range(1, config.vlm_layers + 1))      # that are fused
+        every = list(range(1, config.vlm_layers + 1))
+        self.layers = list(config.layers) or every                  # those that are fused; fewer in ablations
+        assert set(self.layers) <= set(every), f"no such layers: {self.layers}"
         # (L, N, E): what LDAM's firings have left, multiplied into the c_i (--ldam-mode keep); None: nothing
         self.register_buffer("kept_noise", None, persistent=False)
 

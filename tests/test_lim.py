@@ -1,5 +1,6 @@
 """LIM against plain loops, hand formulas and an independent encoder (paper Eq. 4 to 6)."""
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,8 +80,7 @@ def test_the_start_is_siglips() -> None:
 
 def test_perturb_is_the_mean_of_the_perturbed_layers() -> None:
     """c_i (1 + noise_i) for layers 2 and 4 of 2, 3, 4; three pictures of each of two prompts."""
-    lim, c_layers = LIM(SMALL), draw(5, 2, 4, 10)
-    lim.layers = [2, 3, 4]
+    lim, c_layers = LIM(replace(SMALL, layers=(2, 3, 4))), draw(5, 2, 4, 10)
     noise = draw(2, 6, 4, 10, seed=2)
     c = c_layers.repeat_interleave(3, 1)                                                # (L, B G, N, E)
     want = (c[1] * (1 + noise[0]) + c[2] + c[3] * (1 + noise[1])) / 3
@@ -100,3 +100,9 @@ def test_kept_noise_multiplies_each_layer_for_all_prompts() -> None:
     lim.kept_noise = kept
     torch.testing.assert_close(lim(q), plain * kept[:, None])
     assert "kept_noise" not in lim.state_dict()
+
+
+@pytest.mark.parametrize("layer", [0, 6])
+def test_a_layer_that_is_not_there_is_an_error(layer: int) -> None:
+    with pytest.raises(AssertionError, match="no such layers"):
+        LIM(replace(SMALL, layers=(layer,)))
