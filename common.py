@@ -265,7 +265,7 @@ class RunConfig:
     stage: int = knob(1, "1 align, 2 fine-tune, 3 reinforce (--stage 3 --help)", choices=(1, 2, 3))
     preset: str = knob("nano", "size of everything; see PRESETS in model.py")
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
-    init: str = knob("auto", "file of the stage before; auto: its stageN.safetensors in --weights; none")
+    init: str = knob("auto", "file of the stage before; auto: that in --weights, for stage 1 none; none")
     fresh: tuple[str, ...] = knob((), "prefixes of parameters that --init and --weights may lack")
     run_dir: str = knob("auto", "folder for log, checkpoints, pictures and weights; auto: runs/stageN")
     resume: str = knob("", "go on from a checkpoint: auto (the newest in --run-dir), a run folder or a file")

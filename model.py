@@ -12,7 +12,6 @@ gradient, and only the queries are back-propagated through.
 
 Letters: B prompts, L VLM layers, N queries, S prompt tokens, D VLM width, E condition width, C H W latent.
 """
-import copy
 import json
 import warnings
 from dataclasses import dataclass, field, replace
@@ -74,6 +73,9 @@ class Preset:
     query_words: str = ""
     # stage -> flags that differ from the paper's
     recipes: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.lim.vlm_layers == self.vlm_layers, "LIM and VLM have one number of layers"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -228,12 +230,13 @@ def random_vlm(preset: Preset) -> tuple[nn.Module, PreTrainedTokenizerFast]:
 
 def read_vlm(preset: Preset, folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """VLM and tokenizer of a folder. transformers says what did not fit and goes on; here all must fit."""
-    vlm, report = preset.vlm_class.from_pretrained(
-        folder, config=copy.deepcopy(preset.vlm), dtype=preset.vlm_dtype, local_files_only=True,
-        output_loading_info=True, ignore_mismatched_sizes=True)
+    vlm, report = preset.vlm_class.from_pretrained(folder, dtype=preset.vlm_dtype, local_files_only=True,
+                                                   output_loading_info=True)
     wrong = [f"{key} {sorted(map(str, names))[:2]}" for key, names in report.items() if names]
-    if wrong:
-        raise Refused(f"{folder} is not of preset {preset.name}: {', '.join(wrong)}")
+    text = vlm.config.get_text_config()
+    if wrong or (text.hidden_size, text.num_hidden_layers) != (preset.vlm_width, preset.vlm_layers):
+        raise Refused(f"{folder} is not of preset {preset.name}: width {text.hidden_size}, "
+                      f"{text.num_hidden_layers} layers, {', '.join(wrong)}")
     return vlm, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

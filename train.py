@@ -91,8 +91,8 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     if not (cfg.data or PRESETS[cfg.preset].shapes_world):
         raise Refused(f"preset {cfg.preset} needs --data, latents with captions: prepare.py makes them")
     state = open_run(cfg, dist)
-    # the model of the stage before, which stage 1 has only where it goes on from another stage 1, and what it
-    # is fed; what is fused is decided in stage 1
+    # the model of stage 1, with which stage 2 begins, and stage 1 where it is told to go on from another one;
+    # what is fused is decided there; and what it is fed
     init, fused = cfg.init, {}
     if cfg.stage == 1:
         init = "none" if cfg.init == "auto" else cfg.init
