@@ -61,7 +61,7 @@ class Preset:
     vae: DCAEConfig
     vlm_class: type = InternVLForConditionalGeneration
     dit_class: type = DiT               # another has the members that dit.py's head names
-    # of the frozen weights in memory, whatever their file says
+    # of the VLM in memory, whatever its file says
     vlm_dtype: torch.dtype = torch.bfloat16
     # of the files that stages write
     stage_dtype: torch.dtype = torch.float32
@@ -369,7 +369,8 @@ class ParaUni(nn.Module):
 
     def trainable(self, stage: int) -> Weights:
         """Name -> parameter of what a stage trains: queries and LIM in stage 1, the DiT too in 2 and 3. Its
-        file holds these and no more: who trains fewer leaves the others out in common.make_trainable."""
+        file holds these, and what LDAM has left (kept_noise). Who trains fewer leaves the others out in
+        common.make_trainable."""
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
 

@@ -4,9 +4,9 @@
     stage 2  fine-tune   the DiT joins                                     (the same loss, better pictures)
     stage 3  reinforce   queries + LIM + DiT against rewards, with LDAM    (grpo.py)
 
-The VLM and the autoencoder are never trained. Each stage starts from the file of the stage before (--init),
-strictly. Stages 1 and 2 are the loop below; the numbers are those of the paper's supplement, Table 1, where a
-preset's recipe (model.py) does not scale them to nano.
+The VLM and the autoencoder are never trained. Stage 1 begins with fresh queries and LIM, stages 2 and 3 with
+the file of the stage before (--init), strictly. Stages 1 and 2 are the loop below; the numbers are those of
+the paper's supplement, Table 1, where a preset's recipe (model.py) does not scale them to nano.
 
 Letters: B items of a batch, N queries, E condition width, C h w latent.
 """
