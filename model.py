@@ -319,8 +319,8 @@ class ParaUni(nn.Module):
             lim = replace(lim, layers=fused, norm=metadata["norm"] == "True")
         preset = replace(preset, lim=lim)
 
-        # build it, all but the VLM drawn: torch's initialisers draw from the global generator, here from the
-        # seed, and then it is put back
+        # build it: torch's initialisers draw from the global generator, here from the seed, and then it is
+        # put back
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "start") % 2 ** 32)
             model = cls(preset, *(random_vlm(preset) if is_random else read_vlm(preset, folder / "vlm")))

@@ -203,12 +203,12 @@ def load_function(name: str) -> ScoreFn:
     path = Path(file).resolve()
     sys.path.append(str(path.parent))
     # run once for all its functions, under a name that no library has
-    module = f"reward {path}"
-    if module not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module, path)
-        sys.modules[module] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[module])
-    return getattr(sys.modules[module], function)
+    module_name = f"reward {path}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module_name])
+    return getattr(sys.modules[module_name], function)
 
 
 # ----------------------------------------------------------------------------- weights

@@ -91,8 +91,8 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     if not (cfg.data or PRESETS[cfg.preset].shapes_world):
         raise Refused(f"preset {cfg.preset} needs --data, latents with captions: prepare.py makes them")
     state = open_run(cfg, dist)
-    # the model of stage 1, with which stage 2 begins, and stage 1 where it is told to go on from another one;
-    # what is fused is decided there; and what it is fed
+    # stage 2 begins with the model of stage 1; stage 1 with fresh queries and LIM, or with the stage 1 file
+    # that --init names; which layers are fused is decided in stage 1
     init, fused = cfg.init, {}
     if cfg.stage == 1:
         init = "none" if cfg.init == "auto" else cfg.init

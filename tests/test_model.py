@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from common import Refused, derive_seed
 from dit import DiT
-from helpers import TINY, moved, tiny_model
+from helpers import TINY, TINY_VISION, moved, tiny_model
 from lim import LIM
-from model import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ParaUni, read_tensors
+from model import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ParaUni, internvl, read_tensors
 from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
@@ -196,6 +196,10 @@ def test_a_folder_gives_its_parts_and_its_newest_stage(model: ParaUni, broken: P
     assert torch.equal(ParaUni.from_preset("nano", str(broken)).queries, newer.queries)
 
 
+SHALLOW = internvl(width=32, layers=3, heads=2, kv_heads=1, mlp_width=64, vocab_size=96, context=256,
+                   image_token_id=5, vision=TINY_VISION)
+
+
 def edit(path: Path, change: Callable[[dict], object], **metadata: str) -> None:
     """Rewrite a safetensors file with other tensors, or other metadata."""
     tensors, old = read_tensors(path)
@@ -215,7 +219,9 @@ def edit(path: Path, change: Callable[[dict], object], **metadata: str) -> None:
     ("vlm", lambda path: path.rename(path.with_name("elsewhere")), "change --weights"),
     ("vlm/model.safetensors", lambda path: edit(path, lambda t: t.update(extra=torch.zeros(1))), "extra"),
     ("vlm/model.safetensors", lambda path: edit(path, lambda t: t.pop("language_model.lm_head.weight")),
-     "lm_head.weight")])
+     "lm_head.weight"),
+    # all fits but its depth
+    ("vlm", lambda path: TINY.vlm_class(SHALLOW).save_pretrained(path), "width 32, 3 layers, $")])
 def test_foreign_and_damaged_files_are_refused(broken: Path, file: str, harm: Callable, words: str) -> None:
     harm(broken / file)
     with pytest.raises(Refused, match=words) as refused:
@@ -263,7 +269,9 @@ def count(build: Callable[[], nn.Module]) -> int:
 def test_presets_have_the_published_sizes(name: str, vlm: int, dit: int, lim: int, latent: tuple) -> None:
     preset = PRESETS[name]
     assert (preset.latent_shape, preset.num_queries, preset.train_tokens) == (latent, 256, 128)
-    assert preset.lim.vlm_layers == preset.vlm_layers and preset.lim.width == preset.vlm_width
+    assert preset.lim.width == preset.vlm_width
+    with pytest.raises(AssertionError, match="number of layers"):
+        replace(preset, lim=replace(preset.lim, vlm_layers=29))
     assert preset.lim.caption_channels == preset.dit.caption_channels and preset.stage_dtype.itemsize == 4
     if name != "l-512":
         assert count(lambda: preset.vlm_class(preset.vlm)) == vlm

@@ -206,8 +206,10 @@ def test_a_function_finds_what_lies_beside_it(own: Path, tmp_path: Path) -> None
     # a link to a file in another folder
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "link.py").symlink_to(own / "rewards.py")
-    scores = build_reward(f"{tmp_path}/other/link.py:brightness", "cpu")(IMAGES, PROMPTS[:3])
-    assert torch.equal(scores, (IMAGES / 2).mean(dim=(1, 2, 3)))
+    linked = build_reward(f"{tmp_path}/other/link.py:brightness", "cpu")
+    assert torch.equal(linked(IMAGES, PROMPTS[:3]), (IMAGES / 2).mean(dim=(1, 2, 3)))
+    # run once for all its functions
+    assert linked.score.__globals__ is build_reward(f"{own}/rewards.py:plain", "cpu").score.__globals__
     with pytest.raises(Refused, match="expected file.py:function"):
         build_reward("rewards:brightness", "cpu")
 
