@@ -1,6 +1,6 @@
 """What every script shares: flags, seeds, processes, files, runs; of the model, the names of its parts alone.
 
-A first reading may skip it. A run: open_run, make_trainable, load_checkpoint, save_checkpoint, write_stage.
+A first reading may skip it. A run: open_run, make_trainable, load_checkpoint, save_checkpoint.
 """
 import argparse
 import hashlib
@@ -23,8 +23,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 ROOT = Path(__file__).resolve().parent
 Weights = dict[str, Tensor]                                 # by name: parameters, or averages of them
@@ -147,57 +145,16 @@ def mean_over_ranks(value: float, dist: Dist) -> float:
 
 
 def average_gradients(params: Iterable[nn.Parameter], dist: Dist) -> None:
-    """Replace every .grad by its mean over ranks, once a step. What FSDP has split is averaged already."""
+    """Replace every .grad by its mean over ranks, once a step."""
     for p in params if dist.world_size > 1 else ():
-        if p.grad is not None and not isinstance(p.grad, DTensor):
+        if p.grad is not None:
             torch.distributed.all_reduce(p.grad)
             p.grad /= dist.world_size
 
 
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients down to a joint norm of at most max_norm; returns the norm before."""
-    params = [p for p in params if p.grad is not None]
-    # torch does not mix tensors that FSDP has split with whole ones: a norm of each kind, then, on the CPU,
-    # one of both
-    kinds = [[p for p in params if isinstance(p, DTensor) == is_split] for is_split in (False, True)]
-    norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds if kind]
-    norms = [norm.full_tensor().cpu() if isinstance(norm, DTensor) else norm.cpu() for norm in norms]
-    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for kind in kinds:
-        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
-    return norm.item()
-
-
-def shard(model: nn.Module) -> None:
-    """Split the weights of `lim` and `dit` over all ranks (FSDP2), block by block; with them their gradients,
-    optimizer state and EMA. Blocks are gathered when they run; the frozen parts stay whole on every rank."""
-    for block in model.dit.transformer_blocks:
-        fully_shard(block.attn2)
-        register_fsdp_forward_method(block.attn2, "kv")     # runs outside of its block, and so gathers alone
-    for module in (*model.lim.connector.layers, model.lim, *model.dit.transformer_blocks, model.dit):
-        # True also for the outermost: else its weights would stay gathered, and stale after an optimizer step
-        fully_shard(module, reshard_after_forward=True)
-    register_fsdp_forward_method(model.dit, "cross_kv")
-
-
-def whole(tree: Any) -> Any:
-    """The same nested dicts and lists with split tensors put together, one after another, on the lead's CPU.
-    All ranks must call it; what the others get is empty, or a machine would hold a copy for each of them."""
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [whole(value) for value in tree]
-    if not isinstance(tree, DTensor):
-        return tree
-    tensor = tree.detach().full_tensor()
-    return tensor.cpu() if torch.distributed.get_rank() == 0 else tensor.new_empty(0)
-
-
-def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor split as `like` is; one that is split already stays so."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return nn.utils.clip_grad_norm_(params, max_norm).item()
 
 
 # ----------------------------------------------------------------------------- files
@@ -276,8 +233,7 @@ class RunConfig:
     clip_norm: float = knob(1.0, "gradient norm above which gradients are scaled down")
     ema_decay: float = knob(0.999, "of the weights that are written at the end")
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
-    compile: bool = knob(None, "torch.compile LIM and DiT; default: on CUDA, but for --fsdp and nano")
-    fsdp: bool = knob(False, "split LIM and DiT, gradients and optimizer state over the devices (FSDP2)")
+    compile: bool = knob(None, "torch.compile LIM and DiT; default: on CUDA, but for nano")
     gradient_checkpointing: bool = knob(False, "compute activations again in backward: less memory")
     max_skipped: int = knob(10, "updates in a row without a finite gradient, after which the run stops")
     save_every: int = knob(200, "steps (stage 3: epochs) between checkpoints")
@@ -297,7 +253,7 @@ def resolve(cfg: Any, device: torch.device, small: bool = False) -> Any:
     if getattr(cfg, "run_dir", None) == "auto":
         decided["run_dir"] = f"runs/stage{cfg.stage}"
     if getattr(cfg, "compile", False) is None:
-        decided["compile"] = is_cuda and not cfg.fsdp and not small
+        decided["compile"] = is_cuda and not small
     # On a CPU the fused kernel's bf16 gradient takes twice as long as plain products and a softmax in bf16,
     # and several times as long where heads and sequences are short.
     kernels = torch.backends.cuda
@@ -355,9 +311,9 @@ def find_checkpoint(resume: str, run_dir: str) -> Path | None:
 
 def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: Weights, ema: Weights,
                     optimizer: torch.optim.Optimizer, rest: dict) -> None:
-    """All that a run needs to go on, as one file in one rename. All ranks must call it, the lead writes. The
-    newest `keep` stay, and none of a later number, which would be another future."""
-    state = whole({"trained": params, "ema": ema, "optimizer": optimizer.state_dict(), **rest})
+    """All that a run needs to go on, as one file in one rename. The newest `keep` stay, and none of a later
+    number, which would be another future."""
+    state = {"trained": params, "ema": ema, "optimizer": optimizer.state_dict(), **rest}
     if dist.lead:
         newest = Path(cfg.run_dir) / "checkpoints" / f"{number:08}.pt"
         # a kill left half of one: at full size that is tens of gigabytes
@@ -373,21 +329,15 @@ def save_checkpoint(cfg: RunConfig, dist: Dist, number: int, params: Weights, em
 
 @torch.no_grad()
 def copy_weights(source: Weights, target: Weights) -> None:
-    """Those that `source` has, split as `target` is."""
+    """Those that `source` has."""
     for name, tensor in source.items():
-        target[name].copy_(split_like(tensor, target[name]))
+        target[name].copy_(tensor)
 
 
 def load_checkpoint(state: dict, params: Weights, ema: Weights, optimizer: torch.optim.Optimizer) -> None:
-    """Put back what save_checkpoint was given, split as the model is now."""
+    """Put back what save_checkpoint was given."""
     copy_weights(state["trained"], params)
     copy_weights(state["ema"], ema)
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, entry in state["optimizer"]["state"].items():
-        for key, value in entry.items():
-            # moments, not the count of steps
-            if value.ndim:
-                entry[key] = split_like(value, order[i])
     optimizer.load_state_dict(state["optimizer"])
 
 
@@ -431,9 +381,6 @@ def make_trainable(cfg: RunConfig, model: nn.Module) -> Weights:
         p.requires_grad_(True)
     model.lim.connector.gradient_checkpointing = cfg.gradient_checkpointing
     model.dit.gradient_checkpointing = cfg.gradient_checkpointing
-    # over one device there is nothing to split
-    if cfg.fsdp and torch.distributed.is_initialized():
-        shard(model)
     if cfg.compile:
         compile_parts(model.device, model.lim, model.dit)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -464,9 +411,7 @@ def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> tor
     params = list(params)
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    # torch's loop over all tensors at once does not mix split ones and whole ones
-    is_split = any(isinstance(p, DTensor) for p in params)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=False if is_split else None)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -505,14 +450,3 @@ def swapped(params: Weights, ema: Weights) -> Iterator[None]:
     swap()
     yield
     swap()
-
-
-def write_stage(cfg: RunConfig, model: nn.Module, dist: Dist, made: dict) -> None:
-    """Write what a stage has trained as RUN_DIR/stageN.safetensors, in the preset's stage_dtype and in one
-    rename, and how it was made beside it as stageN.json. All ranks must call it."""
-    path = Path(cfg.run_dir) / f"stage{cfg.stage}.safetensors"
-    model.save_stage(path, cfg, write=dist.lead)
-    if dist.lead:
-        write_json(path.with_suffix(".json"), {"command": shlex.join(["python", *sys.argv]), "seed": cfg.seed,
-                                               "devices": dist.world_size, **finite(made), **environment()})
-        print(f"weights {path}")

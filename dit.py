@@ -293,8 +293,7 @@ class DiT(nn.Module):
         b G ... b G + G - 1; usually G = 1. Computed in the dtype of the weights, or of autocast."""
         assert (c is None) != (kv is None), "the condition comes as c or as kv"
         if kv is None:
-            # the class's own method: under FSDP the instance's gathers the weights, and lets them go again
-            kv = type(self).cross_kv(self, c, c_mask)
+            kv = self.cross_kv(c, c_mask)
         B, C, H, W = x.shape
         p = self.config.patch_size
         grid = H // p, W // p

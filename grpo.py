@@ -50,7 +50,7 @@ from tqdm import tqdm
 from common import (Dist, Refused, RunConfig, Weights, adamw, average_gradients, catch_stop, clip_gradients,
                     copy_weights, cosine_lr, derive_seed, ema_update, gather, generator, knob,
                     load_checkpoint, make_trainable, mean_over_ranks, open_run, precision, read_log,
-                    save_checkpoint, set_lr, swapped, write_log, write_stage)
+                    save_checkpoint, set_lr, swapped, write_log)
 from data import draw_prompt, nano_prompts, read_prompts
 from dit import DiT, euler_grid, guided_velocity, randn, sde_step
 from ldam import LDAM, perturbed_layers
@@ -557,7 +557,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     # the weights file and the pictures are of the average of the weights; a run that was stopped has its
     # checkpoints alone
     with swapped(params, ema):
-        write_stage(cfg, model, dist, record)
+        model.save_stage(cfg, dist, record)
         after = draw_examples(cfg, model, heldout)                                      # (8, 3, H, W)
     if dist.lead:
         show(cfg, heldout, before, after, goals, evals)
@@ -611,8 +611,7 @@ def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str]
 
 @torch.no_grad()
 def draw_examples(cfg: GRPOConfig, model: ParaUni, prompts: list[str]) -> Tensor:
-    """Pictures of at most eight prompts, always from one noise, (8, 3, H, W) on the CPU. All ranks draw, as
-    the weights may be split."""
+    """Pictures of at most eight prompts, always from one noise, (8, 3, H, W) on the CPU."""
     with precision(model.device, cfg.dtype):
         images = model.generate(prompts[:8], cfg.eval_steps, cfg.eval_guidance_scale, seed=cfg.seed)
     return images.cpu()

@@ -13,6 +13,8 @@ gradient, and only the queries are back-propagated through.
 Letters: B prompts, L VLM layers, N queries, S prompt tokens, D VLM width, E condition width, C H W latent.
 """
 import json
+import shlex
+import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +31,8 @@ from transformers import (AutoTokenizer, DynamicCache, InternVLConfig, InternVLF
                           Qwen2Tokenizer)
 from transformers.utils import logging
 
-from common import ROOT, Refused, Weights, atomic, config_dict, derive_seed, generator, whole
+from common import (ROOT, Dist, Refused, Weights, atomic, config_dict, derive_seed, environment, finite,
+                    generator, write_json)
 from dit import DiT, DiTConfig, randn, sample_ode
 from lim import LIM, LIMConfig
 from vae import DCAE, DCAEConfig
@@ -374,11 +377,12 @@ class ParaUni(nn.Module):
         prefixes = ("queries", "lim.") if stage == 1 else ("queries", "lim.", "dit.")
         return {name: p for name, p in self.named_parameters() if name.startswith(prefixes)}
 
-    def save_stage(self, path: Path, cfg: Any, write: bool = True) -> None:
-        """What a stage trained, as one safetensors file that says which stage of which preset it is, and how
-        it was made. All ranks must call it; the one that has `write` writes."""
-        # FSDP may have split them
-        tensors = {name: whole(p).detach().to("cpu", self.preset.stage_dtype)
+    def save_stage(self, cfg: Any, dist: Dist, made: dict) -> None:
+        """Write what a stage has trained as RUN_DIR/stageN.safetensors, in one rename, and how it was made
+        (`made`: the last line of its log) beside it as stageN.json."""
+        if not dist.lead:
+            return
+        tensors = {name: p.detach().to("cpu", self.preset.stage_dtype)
                    for name, p in self.trainable(cfg.stage).items()}
         if self.lim.kept_noise is not None:
             tensors["lim.kept_noise"] = self.lim.kept_noise.cpu()
@@ -386,9 +390,12 @@ class ParaUni(nn.Module):
                     "layers": ",".join(map(str, self.lim.layers)),
                     "norm": str(self.preset.lim.norm),
                     "fresh": json.dumps(self.fresh), "config": json.dumps(config_dict(cfg))}
-        if write:
-            with atomic(path) as temporary:
-                save_file(tensors, temporary, metadata)
+        path = Path(cfg.run_dir) / f"stage{cfg.stage}.safetensors"
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata)
+        write_json(path.with_suffix(".json"), {"command": shlex.join(["python", *sys.argv]), "seed": cfg.seed,
+                                               "devices": dist.world_size, **finite(made), **environment()})
+        print(f"weights {path}")
 
     # -------------------------------------------------------------- prompt -> condition
 

@@ -23,7 +23,7 @@ import grpo
 from common import (Dist, Refused, RunConfig, adamw, average_gradients, catch_stop, clip_gradients, cosine_lr,
                     ema_update, generator, knob, load_checkpoint, make_trainable, mean_over_ranks, open_run,
                     parse_config, precision, resolve, run, save_checkpoint, set_lr, setup_dist, swapped,
-                    write_log, write_stage)
+                    write_log)
 from data import Latents, NanoLatents
 from dit import flow_matching_loss, randn
 from model import PRESETS, ParaUni
@@ -169,7 +169,7 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
 
     # what is written is the average of the weights
     with swapped(params, ema):
-        write_stage(cfg, model, dist, record)
+        model.save_stage(cfg, dist, record)
     return record
 
 

@@ -71,6 +71,11 @@ def moved(model: ParaUni, amount: float, seed: int = 1) -> ParaUni:
     return model
 
 
+def save_stage(model: ParaUni, folder: Path, stage: int = 1) -> Path:
+    model.save_stage(TrainConfig(stage=stage, run_dir=str(folder)), ALONE, {})
+    return folder / f"stage{stage}.safetensors"
+
+
 def save_stages(model: ParaUni, folder: Path) -> Path:
     """A folder for --weights: all parts, the files of stages 1 and 2, and rewards.py."""
     model.vlm.save_pretrained(folder / "vlm")
@@ -81,7 +86,7 @@ def save_stages(model: ParaUni, folder: Path) -> Path:
         save_file(module.state_dict(), folder / part / "diffusion_pytorch_model.safetensors")
         (folder / part / "config.json").write_text(json.dumps(published_config(module.config)))
     for stage in (1, 2):
-        model.save_stage(folder / f"stage{stage}.safetensors", TrainConfig(stage=stage))
+        save_stage(model, folder, stage)
     (folder / "rewards.py").write_text(REWARDS)
     return folder
 

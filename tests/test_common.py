@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard, distribute_tensor
 
 import common
 import data
@@ -43,7 +42,7 @@ def test_what_auto_means_on_each_device() -> None:
         cfg = resolve(RunConfig(**flags), torch.device(device), small)
         return cfg.dtype, cfg.compile
     assert decided("cuda") == ("bf16", True)
-    assert decided("cuda", small=True) == decided("cuda", fsdp=True) == ("bf16", False)
+    assert decided("cuda", small=True) == ("bf16", False)
     assert decided("cuda", dtype="fp32", compile=False) == decided("cpu") == ("fp32", False)
 
 
@@ -150,14 +149,6 @@ def test_clipping_scales_by_the_joint_norm() -> None:
     params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert clip_gradients(params, 9.0) == 5 and clip_gradients(params, 1.0) == 5
     torch.testing.assert_close(params[0].grad, torch.tensor([0.6, 0.0]))
-
-
-def test_only_the_lead_holds_what_is_put_together() -> None:
-    torch.distributed.init_process_group("fake", rank=1, world_size=2)
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    held = common.whole([distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)])
-    torch.distributed.destroy_process_group()
-    assert held[0].numel() == 0
 
 
 @pytest.mark.parametrize("module", [common, data, ldam], ids=lambda module: module.__name__)

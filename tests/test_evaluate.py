@@ -13,12 +13,11 @@ from torch import Tensor
 import evaluate
 import evaluation
 from common import Refused, derive_seed, generator
-from helpers import TINY, moved, tiny_model
+from helpers import TINY, moved, save_stage, tiny_model
 from model import PRESETS
 from nano import world
 from pictures import reward_table
 from test_geneval import Painter
-from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 PROMPTS = world.benchmark_prompts()
@@ -97,10 +96,8 @@ def test_the_table_at_the_end_of_a_phase_against_hand_numbers() -> None:
 @pytest.fixture(scope="module")
 def two_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Stage files of two models that draw different pictures."""
-    paths = [tmp_path_factory.mktemp("files") / f"{name}.safetensors" for name in ("a", "b")]
-    for seed, path in enumerate(paths):
-        moved(tiny_model(), 0.3, seed).save_stage(path, TrainConfig(stage=3))
-    return list(map(str, paths))
+    return [str(save_stage(moved(tiny_model(), 0.3, seed), tmp_path_factory.mktemp("file"), 3))
+            for seed in range(2)]
 
 
 def test_rewards_before_and_after(tmp_path: Path, two_files: list[str]) -> None:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from common import Refused, derive_seed
 from evaluation import T95, claim, layers, t_quantile
-from helpers import TINY, save_stages, tiny_model
+from helpers import TINY, save_stage, save_stages, tiny_model
 from ldam import REGIONS, REWARD_REGIONS
 from model import ParaUni
 from rewards import build_reward
-from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 PROMPTS = ["a red heart", "a blue star", "two moons", "a ring above a square"]
@@ -41,7 +40,7 @@ def test_a_verdict_is_the_t_test_at_95_percent() -> None:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_stages(tiny_model(0), tmp_path_factory.mktemp("parts"))
-    tiny_model(1).save_stage(folder / "last.safetensors", TrainConfig())
+    save_stage(tiny_model(1), folder / "last")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     return folder
 
@@ -64,8 +63,8 @@ def run(parts: Path, out: Path, *more: str) -> dict:
 
 
 def test_figures_are_what_plain_code_computes(parts: Path, tmp_path: Path, drawn: Mock) -> None:
-    result = run(parts, tmp_path, "--seed", "3", "--last-file", str(parts / "last.safetensors"))
-    model, last = tiny_model(0), ParaUni.from_preset("nano", parts, parts / "last.safetensors")
+    result = run(parts, tmp_path, "--seed", "3", "--last-file", str(parts / "last/stage1.safetensors"))
+    model, last = tiny_model(0), ParaUni.from_preset("nano", parts, parts / "last/stage1.safetensors")
     seeds = [derive_seed(3, "analyse", i) for i in range(len(PROMPTS))]
 
     def red(which: list[int]) -> np.ndarray:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from common import Refused, derive_seed
 from dit import DiT
-from helpers import TINY, TINY_VISION, moved, tiny_model
+from helpers import TINY, TINY_VISION, moved, save_stage, tiny_model
 from lim import LIM
 from model import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ParaUni, internvl, read_tensors
-from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 L, N, D, E = TINY.vlm_layers, TINY.num_queries, TINY.vlm_width, TINY.lim.caption_channels
@@ -174,9 +173,9 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("kept", [None, torch.rand(L, N, E)], ids=["plain", "kept noise"])
 def test_trained_weights_return(stage: int, kept: Tensor | None, tiny_weights: Path, tmp_path: Path) -> None:
-    source, path = moved(tiny_model(), 0.1), tmp_path / "x.safetensors"
+    source = moved(tiny_model(), 0.1)
     source.lim.kept_noise = kept
-    source.save_stage(path, TrainConfig(stage=stage))
+    path = save_stage(source, tmp_path, stage)
     before = ParaUni.from_preset("nano", tiny_weights, "none").state_dict()
     after = ParaUni.from_preset("nano", tiny_weights, path, stage=stage)
     trained = source.trainable(stage)
@@ -192,7 +191,7 @@ def test_a_folder_gives_its_parts_and_its_newest_stage(model: ParaUni, broken: P
         got = getattr(plain, part).state_dict()
         assert all(torch.equal(got[name], p) for name, p in getattr(model, part).state_dict().items())
     newer = moved(tiny_model(), 0.1)
-    newer.save_stage(broken / "stage3.safetensors", TrainConfig(stage=3))
+    save_stage(newer, broken, 3)
     assert torch.equal(ParaUni.from_preset("nano", str(broken)).queries, newer.queries)
 
 
@@ -230,12 +229,12 @@ def test_foreign_and_damaged_files_are_refused(broken: Path, file: str, harm: Ca
 
 
 def test_fresh_lets_some_parameters_start_afresh_and_only_those(broken: Path, tmp_path: Path) -> None:
-    path, own, fresh = broken / "stage1.safetensors", tmp_path / "own.safetensors", ("lim.projector.",)
+    path, fresh = broken / "stage1.safetensors", ("lim.projector.",)
     edit(path, lambda t: t.pop("lim.projector.bias"))
     with pytest.raises(Refused, match="lim.projector.bias"):
         ParaUni.from_preset("nano", broken, path)
     # what was trained with the flag says so, and is read without it
-    ParaUni.from_preset("nano", broken, path, fresh=fresh).save_stage(own, TrainConfig(fresh=fresh))
+    own = save_stage(ParaUni.from_preset("nano", broken, path, fresh=fresh), tmp_path)
     edit(own, lambda t: t.pop("lim.projector.bias"))
     ParaUni.from_preset("nano", broken, own)
     for harm in (lambda t: t.pop("queries"), lambda t: t.update({"lim.projector.bias": torch.zeros(2)})):

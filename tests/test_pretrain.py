@@ -12,8 +12,8 @@ import torch
 from numpy.random import default_rng
 from torch import Tensor, nn
 
-from common import Refused, RunConfig, adamw, cosine_lr
-from helpers import NANO_WEIGHTS, assert_equal
+from common import Refused, adamw, cosine_lr
+from helpers import NANO_WEIGHTS, assert_equal, save_stage
 from model import ParaUni, read_tensors
 from nano import check, pretrain, world
 from nano.world import Prompt
@@ -231,8 +231,8 @@ def test_what_stage_0_writes_is_what_the_model_loads(tmp_path: Path, small: None
 
 
 def test_stage_files_are_bf16_and_all_weights_small(tmp_path: Path) -> None:
-    ParaUni.from_preset("nano").save_stage(tmp_path / "again", RunConfig(stage=3))
-    files = [read_tensors(path)[0] for path in (NANO_WEIGHTS / "stage3.safetensors", tmp_path / "again")]
+    again = save_stage(ParaUni.from_preset("nano"), tmp_path, 3)
+    files = [read_tensors(path)[0] for path in (NANO_WEIGHTS / "stage3.safetensors", again)]
     assert {tensor.dtype for file in files for tensor in file.values()} == {torch.bfloat16}
     assert_equal(*files)
     assert sum(path.stat().st_size for path in NANO_WEIGHTS.rglob("*")) <= 25e6

@@ -7,9 +7,8 @@ from PIL import Image
 
 import sample
 from common import Refused
-from helpers import moved, tiny_model
+from helpers import moved, save_stage, tiny_model
 from model import ParaUni
-from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 RANDOM = ["--weights", "random", "--num-steps", "1"]
@@ -47,11 +46,10 @@ def test_stage_file_and_guidance_reach_the_picture(tmp_path: Path, tiny_weights:
     def picture(*flags: str) -> bytes:
         flags = ["--weights", str(tiny_weights), "--num-steps", "2", "--out", str(tmp_path), *flags]
         return pixels(sample.main(["a ring", *flags])[0]).tobytes()
-    moved(tiny_model(), 0.3).save_stage(tmp_path / "other.safetensors", TrainConfig(stage=2))
-    other = ["--stage-file", str(tmp_path / "other.safetensors")]
+    other = ["--stage-file", str(save_stage(moved(tiny_model(), 0.3), tmp_path, 2))]
     assert picture() == picture("--stage-file", str(tiny_weights / "stage2.safetensors"))
     assert len({picture(), picture(*other), picture(*other, "--guidance-scale", "1")}) == 3
-    moved(tiny_model(), float("nan")).save_stage(tmp_path / "other.safetensors", TrainConfig(stage=2))
+    save_stage(moved(tiny_model(), float("nan")), tmp_path, 2)
     with pytest.raises(Refused, match="NaN"):
         picture(*other)
 

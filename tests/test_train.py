@@ -320,7 +320,7 @@ def test_the_other_ways_of_an_update(run: Callable, tmp_path: Path, monkeypatch:
     (tmp_path / "train.txt").write_text("\n".join(prompts))
     (tmp_path / "eval.txt").write_text("two green stars\na moon\n")
     flags = ("--steps", "4,2", "--inner-updates", "2", "--anchor", "recompute", "--sde-window", "1",
-             "--num-steps", "4", "--no-ldam", "--fsdp", "--dtype", "bf16", "--kl-coef", "0.01,0",
+             "--num-steps", "4", "--no-ldam", "--dtype", "bf16", "--kl-coef", "0.01,0",
              "--prompts", f"{tmp_path}/train.txt", "--eval-prompts", f"{tmp_path}/eval.txt")
     rolled, scored, rollout, score_groups = [], [], grpo.rollout, grpo.score_groups
     with monkeypatch.context() as patch:
