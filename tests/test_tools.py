@@ -107,10 +107,10 @@ def test_what_fits_is_what_the_sums_say() -> None:
     moments = [[(1e9, 0.0), (8e9, 4e9)], [(5e9, 0.0), (2e9, 1e9)]]      # without and with checkpointing
     p = plan.Plan(2, 10 ** 9, 10 ** 9, 1e12, 512, 2e9, 20e9, moments, 1)
     assert replace(p, rewards_bytes=7e9).memory(1) == 2e9 + 7e9 + 20e9 + 8e9 + 1.5e9
-    assert p.memory(3, True, shards=4) == 2e9 + 20e9 / 4 + 5e9 + 1.5e9  # what does not grow is larger
+    assert p.memory(3, True) == 2e9 + 20e9 + 5e9 + 1.5e9                # what does not grow is larger
     assert (p.largest(24e9), p.largest(40e9), p.largest(40e9, True)) == (0, 3, 15)
     assert replace(p, group_size=24).largest(60e9) == 8                 # 8 divides a group, the next is 12
-    assert (plan.fits(p, 24, 8), plan.fits(p, 24, 1), plan.fits(p, 40, 8)) == ("3 `--fsdp`", "no", "3")
+    assert [plan.fits(p, limit) for limit in (24, 29, 40)] == ["no", "4 `--gradient-checkpointing`", "3"]
 
 
 @pytest.mark.parametrize("is_peer", [False, True])

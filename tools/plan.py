@@ -154,15 +154,15 @@ class Plan:
     def activations(self, m: int, checkpointing: bool = False) -> float:
         return max(one + more * (m - 1) for one, more in self.alive[checkpointing])
 
-    def memory(self, m: int, checkpointing: bool = False, shards: int = 1) -> float:
-        """Bytes on each device with m pictures a micro-batch; shards: devices that split what is trained."""
-        weights = self.frozen_bytes + self.rewards_bytes + self.trained_bytes / shards
+    def memory(self, m: int, checkpointing: bool = False) -> float:
+        """Bytes on a device with m pictures a micro-batch."""
+        weights = self.frozen_bytes + self.rewards_bytes + self.trained_bytes
         return weights + self.activations(m, checkpointing) + RESERVE
 
-    def largest(self, limit: float, checkpointing: bool = False, shards: int = 1) -> int:
+    def largest(self, limit: float, checkpointing: bool = False) -> int:
         """The largest micro-batch that fits into so many bytes, 0 if none does."""
         whole = [m for m in range(1, MOST + 1) if m % self.group_size == 0 or self.group_size % m == 0]
-        return max([m for m in whole if self.memory(m, checkpointing, shards) <= limit], default=0)
+        return max([m for m in whole if self.memory(m, checkpointing) <= limit], default=0)
 
 
 def recipe(preset: Preset, stage: int) -> TrainConfig | GRPOConfig:
@@ -221,16 +221,12 @@ def gb(*sizes: float) -> str:
     return " / ".join(f"{size / GB:.1f}" for size in sizes)
 
 
-def fits(p: Plan, limit_gb: int, devices: int) -> str:
-    """The gentlest way to fit, and its largest micro-batch."""
-    ways = [("", False, 1),
-            (" `--gradient-checkpointing`", True, 1),
-            (" `--fsdp`", False, devices),
-            (" `--fsdp --gradient-checkpointing`", True, devices)]
-    for flags, checkpointing, shards in ways:
-        if m := p.largest(limit_gb * GB, checkpointing, shards):
-            return f"{m}{flags}"
-    return "no"
+def fits(p: Plan, limit_gb: int) -> str:
+    """The largest micro-batch that fits, without checkpointing if any does."""
+    if m := p.largest(limit_gb * GB):
+        return f"{m}"
+    m = p.largest(limit_gb * GB, checkpointing=True)
+    return f"{m} `--gradient-checkpointing`" if m else "no"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -253,12 +249,11 @@ def main(argv: list[str] | None = None) -> None:
                            "what is trained, with its states": gb(p.trained_bytes),
                            "activations of 1 / 8 images": gb(p.activations(1), p.activations(8)),
                            "the same, checkpointing": gb(p.activations(1, True), p.activations(8, True)),
-                           "total of 1": gb(p.memory(1)),
-                           f"total of 1, --fsdp on {cfg.devices}": gb(p.memory(1, shards=cfg.devices))})
+                           "total of 1": gb(p.memory(1))})
             fit.append({f"largest micro-batch, {cfg.devices} devices": label,
-                        "24 GB": fits(p, 24, cfg.devices),
-                        "40 GB": fits(p, 40, cfg.devices),
-                        "80 GB": fits(p, 80, cfg.devices)})
+                        "24 GB": fits(p, 24),
+                        "40 GB": fits(p, 40),
+                        "80 GB": fits(p, 80)})
     print(table(costs), table(memory), table(fit), sep="\n\n")
 
 
