@@ -39,12 +39,6 @@ def test_every_row_is_flags_that_train_takes(name: str, tiny_weights: Path, tmp_
     assert last.ldam_use_reward == (name != "no-reward")
 
 
-@pytest.mark.parametrize("flags", [("--seeds", "1"), ("--rows", "al")])
-def test_flags_that_cannot_end_in_a_table_are_refused(flags: tuple, tmp_path: Path) -> None:
-    with pytest.raises(Refused):
-        ablate.main([*flags, "--out", str(tmp_path)])
-
-
 def test_a_run_is_trained_once(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate, "build_reward",
                         lambda name, device, weights: lambda images, prompts: images.mean((1, 2, 3)))

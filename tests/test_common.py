@@ -13,7 +13,7 @@ from torch import nn
 import common
 import data
 import ldam
-from common import (Refused, RunConfig, adamw, clip_gradients, derive_seed, find_checkpoint,
+from common import (Refused, RunConfig, adamw, derive_seed, find_checkpoint,
                     fingerprint, generator, knob, open_run, parse_config, read_log, resolve, save_checkpoint)
 from helpers import ALONE
 from train import TrainConfig
@@ -142,13 +142,6 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(cfg: RunConfig) ->
     assert len(read_log(log)) == 3
     open_run(replace(cfg, resume="auto"), ALONE)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-def test_clipping_scales_by_the_joint_norm() -> None:
-    params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
-    assert clip_gradients(params, 9.0) == 5 and clip_gradients(params, 1.0) == 5
-    torch.testing.assert_close(params[0].grad, torch.tensor([0.6, 0.0]))
 
 
 @pytest.mark.parametrize("module", [common, data, ldam], ids=lambda module: module.__name__)

@@ -81,16 +81,15 @@ def test_a_stopped_evaluation_goes_on_under_the_same_settings(tmp_path: Path, pa
 
 def test_paired_difference_against_hand_numbers() -> None:
     # differences 1 0 2 1
-    row, = evaluate.paired({"clip": [1.0, 2.0, 9.0, 3.0, 4.0]}, {"clip": [2.0, 2.0, float("nan"), 5.0, 5.0]})
+    scores = {"clip": [1.0, 2.0, 9.0, 3.0, 4.0]}, {"clip": [2.0, 2.0, float("nan"), 5.0, 5.0]}
+    row, = evaluate.paired(*scores)
     half = 1.96 * (2 / 3) ** 0.5 / 2
     assert row == {"measure": "clip", "before": 2.5, "before s.e.": pytest.approx((5 / 3) ** 0.5 / 2),
                    "after": 3.5, "after s.e.": pytest.approx(3 ** 0.5 / 2), "change": 1,
                    "95 % from": pytest.approx(1 - half), "to": pytest.approx(1 + half), "n": 4}
-
-
-def test_the_table_at_the_end_of_a_phase_against_hand_numbers() -> None:
-    text = reward_table({"clip": [1.0, 2.0, 9.0, 3.0, 4.0]}, {"clip": [2.0, 2.0, float("nan"), 5.0, 5.0]})
-    assert text.split("\n")[1].split() == ["clip", "2.5000", "3.5000", "+1.0000", "0.4082", "4"]
+    # the table at the end of a phase
+    line = reward_table(*scores).split("\n")[1]
+    assert line.split() == ["clip", "2.5000", "3.5000", "+1.0000", "0.4082", "4"]
 
 
 @pytest.fixture(scope="module")

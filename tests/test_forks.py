@@ -3,11 +3,9 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -28,33 +26,17 @@ SMALL = {"train.py": "--batch-size 4 --save-every 1", "sample.py": "--num-steps 
          "3": "--group-size 2 --num-steps 3 --num-eval 2 --eval-steps 2 --rewards clip --kl-coef 0.3"}
 
 
-def run(script: str, *argv: str) -> None:
-    """One of our scripts, on a small scale."""
-    small = SMALL["3" if "3" in argv else script].split()
-    steps = ["--steps", "2"] if script == "train.py" else []
-    import_module(script.removesuffix(".py")).main([*small, *argv, *steps])
-
-
-def run_rank(rank: int, port: int, script: str, *argv: str) -> None:
-    """What torchrun starts twice."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    run(script, *argv)
-
-
-def run_command(command: str) -> None:
+def run(command: str) -> None:
+    """One of the page's commands on a small scale; with several processes as it stands, alone in this one."""
     words = shlex.split(command)
     start = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    if "--nproc-per-node" not in words:
-        return run(*words[start:])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [get_context("fork").Process(target=run_rank, args=(i, port, *words[start:])) for i in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    script, argv = words[start], words[start + 1:]
+    small = SMALL["3" if "3" in argv else script].split() + argv + ["--steps", "2"] * (script == "train.py")
+    if "--nproc-per-node" in words:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:start]]
+        subprocess.run([*torchrun, script, *small], check=True)
+    else:
+        import_module(script.removesuffix(".py")).main(small)
 
 
 def test_the_page_shows_the_patches_and_counts_their_lines() -> None:
@@ -145,17 +127,16 @@ def check_tensorboard() -> None:
 def check_fsdp() -> None:
     """Two ranks, each with its half, take the steps of one; resumed in the middle, they end the same."""
     for stage in (2, 3):
-        run("train.py", "--stage", str(stage), "--run-dir", f"runs/one{stage}")
+        run(f"python train.py --stage {stage} --run-dir runs/one{stage}")
         start = ParaUni.from_preset("nano", stage_file=f"weights/nano/stage{stage - 1}.safetensors")
         one, split = (torch.load(f"runs/{name}{stage}/checkpoints/00000002.pt") for name in ("one", "split"))
-        for kind in ("trained", "ema"):
-            # the bias of a softmax's keys has no gradient but rounding errors, which Adam scales up
-            names = [name for name in start.trainable(stage) if not name.endswith("k_proj.bias")]
-            a, b, before = (torch.cat([tensors[name].detach().double().flatten() for name in names])
-                            for tensors in (one[kind], split[kind], start.trainable(stage)))
-            assert (a - b).norm() <= 1e-6 * a.norm() and (a - before).norm() > 20 * (a - b).norm()
-    run_command("torchrun --nproc-per-node 2 train.py --stage 2 --fsdp --gradient-checkpointing "
-                "--run-dir runs/on --resume runs/split2/checkpoints/00000001.pt")
+        # the bias of a softmax's keys has no gradient but rounding errors, which Adam scales up
+        names = [name for name in one["ema"] if not name.endswith("k_proj.bias")]
+        a, b, before = (torch.cat([tensors[name].detach().double().flatten() for name in names])
+                        for tensors in (one["ema"], split["ema"], start.trainable(stage)))
+        assert (a - b).norm() <= 1e-6 * a.norm() and (a - before).norm() > 20 * (a - b).norm()
+    run("torchrun --nproc-per-node 2 train.py --stage 2 --fsdp --gradient-checkpointing --run-dir runs/on "
+        "--resume runs/split2/checkpoints/00000001.pt")
     whole, resumed = (load_file(f"runs/{name}/stage2.safetensors") for name in ("split2", "on"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
@@ -163,5 +144,5 @@ def check_fsdp() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for command in FORKS[sys.argv[1]][1].splitlines():
-        run_command(command)
+        run(command)
     globals()[f"check_{sys.argv[1]}"]()

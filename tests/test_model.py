@@ -195,10 +195,6 @@ def test_a_folder_gives_its_parts_and_its_newest_stage(model: ParaUni, broken: P
     assert torch.equal(ParaUni.from_preset("nano", str(broken)).queries, newer.queries)
 
 
-SHALLOW = internvl(width=32, layers=3, heads=2, kv_heads=1, mlp_width=64, vocab_size=96, context=256,
-                   image_token_id=5, vision=TINY_VISION)
-
-
 def edit(path: Path, change: Callable[[dict], object], **metadata: str) -> None:
     """Rewrite a safetensors file with other tensors, or other metadata."""
     tensors, old = read_tensors(path)
@@ -220,7 +216,8 @@ def edit(path: Path, change: Callable[[dict], object], **metadata: str) -> None:
     ("vlm/model.safetensors", lambda path: edit(path, lambda t: t.pop("language_model.lm_head.weight")),
      "lm_head.weight"),
     # all fits but its depth
-    ("vlm", lambda path: TINY.vlm_class(SHALLOW).save_pretrained(path), "width 32, 3 layers, $")])
+    ("vlm", lambda path: TINY.vlm_class(
+        internvl(32, 3, 2, 1, 64, 96, vision=TINY_VISION)).save_pretrained(path), "width 32, 3 layers, $")])
 def test_foreign_and_damaged_files_are_refused(broken: Path, file: str, harm: Callable, words: str) -> None:
     harm(broken / file)
     with pytest.raises(Refused, match=words) as refused:

@@ -144,12 +144,6 @@ def test_rows_are_true() -> None:
                 assert answer.removesuffix("<|im_end|>\n") == brute_answer(question[0], scene)
 
 
-def test_the_word_before_an_answer_is_answered_with_it() -> None:
-    ids, labels = pretrain.encode_rows(TOKENIZER, [[("is red heart?", "no ."), ("star", "")]])
-    assert TOKENIZER.decode(ids[0]) == "is red heart ? no . star"
-    assert labels[0].tolist() == [-100] * 3 + TOKENIZER.convert_tokens_to_ids(["no", "."]) + [-100] * 2
-
-
 def test_a_plan_is_read_off_the_words_that_queries_start_as() -> None:
     row = pretrain.plan(world.parse_prompt("a photo of a red heart below a blue star"))
     ids, labels = pretrain.encode_rows(TOKENIZER, [row])

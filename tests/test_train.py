@@ -253,8 +253,9 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
 
     # the last checkpoint makes the stage's file, as the reference has it
     code = (common.ROOT / "docs" / "reference.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(code.replace("00000250", "00000016").replace("runs/stage3", str(folder)), {})
-    assert_equal(*(load_file(folder / f"{name}.safetensors") for name in ("stage3", "early")))
+    exec(code.replace("00000250", "00000016").replace("runs/stage3", str(folder))
+         .replace("runs/early", str(folder / "early")), {})
+    assert_equal(*(load_file(place / "stage3.safetensors") for place in (folder, folder / "early")))
 
 
 def test_what_fires_in_the_last_epoch_of_a_phase_is_not_used(run: Callable, whole: Path) -> None:
