@@ -5,7 +5,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -27,16 +29,22 @@ SMALL = {"train.py": "--batch-size 4 --save-every 1", "sample.py": "--num-steps 
 
 
 def run(command: str) -> None:
-    """One of the page's commands on a small scale; with several processes as it stands, alone in this one."""
+    """One of the page's commands on a small scale."""
     words = shlex.split(command)
     start = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, argv = words[start], words[start + 1:]
     small = SMALL["3" if "3" in argv else script].split() + argv + ["--steps", "2"] * (script == "train.py")
     if "--nproc-per-node" in words:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:start]]
-        subprocess.run([*torchrun, script, *small], check=True)
+        port = str(20_000 + time.monotonic_ns() % 10_000)
+        with get_context("fork").Pool(2) as pool:
+            pool.starmap(run_rank, [("0", port, small), ("1", port, small)], chunksize=1)
     else:
         import_module(script.removesuffix(".py")).main(small)
+
+
+def run_rank(rank: str, port: str, argv: list[str]) -> None:
+    os.environ.update(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    import_module("train").main(argv)
 
 
 def test_the_page_shows_the_patches_and_counts_their_lines() -> None:

@@ -284,9 +284,3 @@ def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_pat
     write_tar(corpus[0], pairs(*range(5)) | {"0.png": b"no"} | pairs(7))
     with pytest.raises(Refused, match="another --out"):
         run(tmp_path / "out", corpus[0], per_shard=6)
-
-
-def test_waiting_for_workers_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "PATIENCE", 1e-6)          # no process starts so soon
-    with pytest.raises(RuntimeError, match="timed out"):
-        run(tmp_path / "out", write_tar(tmp_path / "a.tar", pairs(0)), workers=1)

@@ -62,7 +62,6 @@ def test_every_command_names_a_script_and_flags_that_it_has(page: str, words: li
     if script == "evaluate.py":
         assert words[place + 1] in COMMANDS
         modules += [name for name in SCRIPTS if name == f"evaluation.{words[place + 1]}"]
-    # a fork may add its own
     added = {f"--{name}" for name in re.findall(r"^\+ +(\w+): .* = knob\(", PAGES[page], re.M)}
     assert flags <= added.union(*map(flags_of, modules))
 

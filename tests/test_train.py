@@ -228,7 +228,7 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
     # fires at the first decline of the reward, and acts in the epoch after it
     flags = ("--steps", "8", "--ldam-mode", mode, "--ldam-spike", "1e-9", "--ldam-patience", "1",
              "--ldam-gamma0", "1e6", "--ldam-gamma-max", "0.5")
-    folder = run(3, "whole", *flags, "--save-every", "1", "--keep", "99")
+    folder = run(3, "stage3", *flags, "--save-every", "1", "--keep", "99")
     lines = log_of(folder)[1:]
     fired = [line["epoch"] for line in lines if line["ldam/fired"]]
     assert {line["phase"] for line in lines if line["ldam/fired"]} == {"bright", "red"} and fired[0] < 8
@@ -253,9 +253,8 @@ def test_with_ldam_firing_the_first_ratio_is_1_and_runs_go_on(mode: str, run: Ca
 
     # the last checkpoint makes the stage's file, as the reference has it
     code = (common.ROOT / "docs" / "reference.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(code.replace("00000250", "00000016").replace("runs/stage3", str(folder))
-         .replace("runs/early", str(folder / "early")), {})
-    assert_equal(*(load_file(place / "stage3.safetensors") for place in (folder, folder / "early")))
+    exec(code.replace("00000250", "00000016").replace("runs/", f"{folder.parent}/"), {})
+    assert_equal(*(load_file(folder.parent / name / "stage3.safetensors") for name in ("stage3", "early")))
 
 
 def test_what_fires_in_the_last_epoch_of_a_phase_is_not_used(run: Callable, whole: Path) -> None:
