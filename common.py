@@ -259,6 +259,7 @@ def resolve(cfg: Any, device: torch.device, small: bool = False) -> Any:
     kernels = torch.backends.cuda
     kernels.enable_flash_sdp(is_cuda or decided["dtype"] == "fp32")
     kernels.allow_fp16_bf16_reduction_math_sdp(not is_cuda)
+    # cuDNN's own stay off, as in every figure of docs/speed.md
     kernels.enable_cudnn_sdp(False)
     return replace(cfg, **decided)
 
@@ -286,7 +287,8 @@ def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
         raise Refused(f"{cfg.run_dir} already holds a run: go on with --resume auto, or change --run-dir")
     # what a killed run logged after its checkpoint goes, a line that was cut among it; stage 3, which saves
     # first and then logs, writes the checkpoint's own line again
-    lines = [line for line in lines if state and json.loads(line)[unit] < done + (unit == "step")]
+    last = done - 1 if unit == "epoch" else done
+    lines = [line for line in lines if state and json.loads(line)[unit] <= last]
     with atomic(log) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines))
     write_json(Path(cfg.run_dir) / "config.json", config_dict(cfg))
@@ -300,8 +302,10 @@ CHECKPOINT = "[0-9]" * 8 + ".pt"
 
 def find_checkpoint(resume: str, run_dir: str) -> Path | None:
     """What --resume means: "" nothing, "auto" the newest in the run's folder if there is one, else a path."""
-    if Path(resume).is_file() or not resume:
-        return Path(resume) if resume else None
+    if not resume:
+        return None
+    if Path(resume).is_file():
+        return Path(resume)
     folder = Path(run_dir if resume == "auto" else resume) / "checkpoints"
     newest = max(folder.glob(CHECKPOINT), default=None)
     if newest is None and resume != "auto":
@@ -440,7 +444,7 @@ def ema_update(ema: Weights, params: Weights, decay: float) -> None:
 
 @contextmanager
 def swapped(params: Weights, ema: Weights) -> Iterator[None]:
-    """The EMA's values in the model, and the model's in the EMA, for as long as the block lasts."""
+    """The EMA's values in the model, and the model's in the EMA, until the block ends."""
     @torch.no_grad()
     def swap() -> None:
         for name, p in params.items():

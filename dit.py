@@ -14,7 +14,7 @@ Letters B batch (images), G images per condition, N condition tokens, E conditio
 Swap    Another DiT takes this one's place if it is made of a config and has three members: cross_kv(c), what
         it makes of a condition once for many calls, a list of tuples of tensors with a row for each condition
         ([(c,)] will do); forward(x, t, c=None, kv=None), the velocity under c or under kv = cross_kv(c);
-        init_weights(generator).
+        init_weights(generator). To be compiled on a GPU, it has its blocks in an nn.ModuleList.
 """
 import math
 from collections import OrderedDict

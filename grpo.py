@@ -20,8 +20,8 @@ drawn from (seed, epoch, group, member), LDAM's from these and the layer, a shar
 group), epochs counted over all phases: no draw depends on the number of devices, and a resumed run repeats
 an unbroken one bit for bit (on a GPU, as far as torch's kernels repeat themselves).
 What makes it cheap. The VLM reads prompts once an epoch, without gradient; only the queries run again: for
-the rollout, its reference and, with gradient, the update. There a prompt's c and c_i become leaves, on which
-LDAM's noise and the DiT build; their gradients, summed over pictures and steps, go once through LIM and VLM.
+the rollout, its reference and, with gradient, the update. There the gradients of all pictures and steps are
+summed in the conditions that they share, and go through LIM and VLM once (accumulate_gradient).
 
 Differs from Flow-GRPO: the last step, which is not trained there either, is taken without noise, so rewards
 see clean pictures; an epoch has one update, not one for each half of its pictures. As in its formulas, but
@@ -129,21 +129,21 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """Flow-GRPO's objective, to be minimised: mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
 
-    log_prob, old_log_prob, advantages  (B,) fp32; log-probabilities are means over C H W,
+    log_prob, old_log_prob, advantages  (b,) fp32; log-probabilities are means over C H W,
                                         so clip_range is per element
     """
     # how much likelier is the step now than when it was drawn? 1 in an epoch's first update, by default its
     # only one: nothing is clipped then, and the gradient is that of -A log_prob
-    ratio = torch.exp(log_prob - old_log_prob)                                          # (B,)
+    ratio = torch.exp(log_prob - old_log_prob)                                          # (b,)
     # beyond the clip range there is nothing more to gain, but there is to lose: hence the maximum
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)                               # (B,)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)                               # (b,)
     return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
 
 def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     """KL of two Gaussians of the same std, in nats per element: (mean - mean_ref)^2 / (2 std^2).
 
-    mean, mean_ref (B, C, H, W); std (B,) > 0. Returns (B,), with gradient to mean.
+    mean, mean_ref (b, C, H, W); std (b,) > 0. Returns (b,), with gradient to mean.
     """
     return (mean - mean_ref).square().mean((1, 2, 3)) / (2 * std.square())
 
@@ -151,10 +151,10 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- conditions, with LDAM's noise
 
 class Perturbation(NamedTuple):
-    """LDAM has fired: noise for some layers of every picture. Its way into the condition: encode_conditions
-    hands on the c_i of these layers, chunk_kv adds 1/n sum_i c_i noise_i to their mean c (LIM.perturb)."""
+    """LDAM's noise for some layers of every picture. Its way into the condition: encode_conditions hands on
+    the c_i of these layers, chunk_kv adds 1/n sum_i c_i noise_i to c, the mean of all n (LIM.perturb)."""
     gamma: float
-    layers: list[int]
+    layers: list[int]           # none at rest
     keys: list[tuple]           # of each picture: (seed, the perturbed epoch, group, member)
                                 # keep: one, (seed, the epoch in which LDAM fired)
 
@@ -169,15 +169,14 @@ class Perturbation(NamedTuple):
         return noise
 
 
-def encode_conditions(model: ParaUni, prefix: Prefix, perturbation: Perturbation | None,
+def encode_conditions(model: ParaUni, prefix: Prefix, perturbation: Perturbation,
                       cfg: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Conditions of a prefix of P prompts and, last, the unconditional one: c (P, N, E), c_uncond (1, N, E),
     and the c_i (S, P, N, E) that LDAM perturbs. fp32, as the update sums all pictures' gradients in them."""
     with precision(model.device, cfg.dtype):
         c_layers = model.condition_layers(prefix).float()                               # (L, P + 1, N, E)
     c = model.lim.fuse(c_layers)                                                        # (P + 1, N, E)
-    layers = perturbation.layers if perturbation else []
-    perturbed = c_layers[[i - 1 for i in layers], :-1]                                  # (S, P, N, E)
+    perturbed = c_layers[[i - 1 for i in perturbation.layers], :-1]                     # (S, P, N, E)
     return c[:-1], c[-1:], perturbed
 
 
@@ -201,9 +200,7 @@ def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -
     kept = model.lim.kept_noise
     if kept is None:
         shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
-        kept = torch.ones(shape)                                                        # (L, N, E)
-    # a checkpoint gave it back on the CPU
-    kept = kept.to(model.device)
+        kept = torch.ones(shape, device=model.device)                                   # (L, N, E)
     for layer, noise in zip(perturbation.layers, perturbation.noise(slice(None), model)):
         kept[layer - 1] *= 1 + noise[0]
     model.lim.kept_noise = reference.lim.kept_noise = kept
@@ -238,9 +235,8 @@ def trained_steps(num_steps: int, window: int, epoch: int) -> list[int]:
     return list(range(start, start + window))
 
 
-def chunks(P: int, B: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
+def chunks(B: int, group_size: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
     """(groups, pictures) of each forward pass: whole groups, or equal parts of one too large for it."""
-    group_size = B // P
     # as many groups as fit; 0 where not even one does, and then a part of it
     size = micro_batch // group_size * group_size or micro_batch
     for first in range(0, B, size):
@@ -253,18 +249,16 @@ class Rollout(NamedTuple):
     times: list[float]          # K + 1, from 1 (noise) to 0
     trained: list[int]          # the stochastic steps
     latents: Tensor             # (K + 1, B, C, H, W)   the first is noise, the last one clean
-    log_prob: Tensor            # (K, B)                under the policy that drew them
+    log_prob: Tensor            # (K, B)                of the trained steps, under the policy that drew them
     mean_ref: Tensor            # (K, B, C, H, W)       the reference's mean of each trained step
     kl_coef: float              # weight of the KL to the reference, in this phase
 
 
 @torch.no_grad()
 def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tuple],
-            perturbation: Perturbation | None, trained: list[int], kl_coef: float,
-            cfg: GRPOConfig) -> Rollout:
+            perturbation: Perturbation, trained: list[int], kl_coef: float, cfg: GRPOConfig) -> Rollout:
     """Sample the pictures of a prefix of P prompts, each from its key, (seed, epoch, group, member)."""
-    # the prefix ends with the unconditional prompt
-    P, B, K = len(prefix.mask) - 1, len(keys), cfg.num_steps
+    B, K = len(keys), cfg.num_steps
     shape, device = policy.preset.latent_shape, policy.device
     # more steps near the noise, where content is decided
     times = euler_grid(K, cfg.shift)[0].tolist()
@@ -276,8 +270,8 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
     conditions = encode_conditions(policy, prefix, perturbation, cfg)
     if kl_coef > 0:
         conditions_ref = encode_conditions(reference, prefix, perturbation, cfg)
-    for groups, pictures in chunks(P, B, cfg.micro_batch):
-        noise = perturbation.noise(pictures, policy) if perturbation else []
+    for groups, pictures in chunks(B, cfg.group_size, cfg.micro_batch):
+        noise = perturbation.noise(pictures, policy)                                    # S x (b, N, E)
         kv = chunk_kv(policy, conditions, groups, noise, cfg.guidance_scale, cfg)
         # LDAM's noise is in both: the KL measures the weights alone
         if kl_coef > 0:
@@ -344,17 +338,17 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
 
 
 def accumulate_gradient(policy: ParaUni, prefix: Prefix, rolled: Rollout, advantages: Tensor,
-                        perturbation: Perturbation | None, cfg: GRPOConfig, first: bool) -> dict[str, Tensor]:
+                        perturbation: Perturbation, cfg: GRPOConfig, first: bool) -> dict[str, Tensor]:
     """Add the gradient of the objective over this rank's pictures to .grad; returns what to log."""
-    P, B = len(prefix.mask) - 1, len(advantages)
+    B = len(advantages)
     # encoded once, with gradient; LDAM's noise and the DiT build on leaves, which sum the gradients of all
     # pictures and steps
     roots = encode_conditions(policy, prefix, perturbation, cfg)
     leaves = tuple(c.detach().requires_grad_(c.requires_grad) for c in roots)
 
     metrics: dict[str, list[Tensor]] = {}
-    for groups, pictures in chunks(P, B, cfg.micro_batch):
-        noise = perturbation.noise(pictures, policy) if perturbation else []
+    for groups, pictures in chunks(B, cfg.group_size, cfg.micro_batch):
+        noise = perturbation.noise(pictures, policy)                                    # S x (b, N, E)
         for k in rolled.trained:
             # anew for each step, whose backward frees it
             kv = chunk_kv(policy, leaves, groups, noise, cfg.guidance_scale, cfg)
@@ -396,25 +390,23 @@ def check_ratio(deviation: float, cfg: GRPOConfig, warn: bool) -> None:
 
 # ----------------------------------------------------------------------------- the loop
 
-def new_phase(cfg: GRPOConfig, params: Weights, params_ref: Weights,
-              ) -> tuple[torch.optim.Optimizer, LDAM, None]:
-    """What a reward begins with: an optimizer, LDAM, no gamma. Momentum, declines and the last firing of the
-    reward before say nothing about this one."""
+def new_phase(cfg: GRPOConfig, params: Weights, params_ref: Weights) -> tuple[torch.optim.Optimizer, LDAM]:
+    """What a reward begins with, as momentum and declines of the reward before say nothing about this one."""
     # what earlier rewards have taught is not pulled back
     if cfg.kl_reference == "phase":
         copy_weights(params, params_ref)
     ldam = LDAM(cfg.ldam_gamma0, spike=cfg.ldam_spike, patience=cfg.ldam_patience,
                 use_grad_norm=cfg.ldam_use_grad_norm, use_reward=cfg.ldam_use_reward,
                 gamma_max=cfg.ldam_gamma_max)
-    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam, None
+    return adamw(params.values(), cfg.lr, cfg.weight_decay), ldam
 
 
 def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
     check_flags(cfg, dist.world_size)
     state = open_run(cfg, dist)
-    # stage II's weights (--init): the model that learns, and a copy to which the KL refers, split and
-    # compiled alike, but frozen; what nobody trains is shared
+    # stage II's weights (--init): the model that learns, and a copy to which the KL refers, compiled
+    # alike, but frozen; what nobody trains is shared
     model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)
     reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
     params, params_ref = make_trainable(cfg, model), make_trainable(cfg, reference)
@@ -428,21 +420,22 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     goals = list(scorers)                                           # a reward each phase
 
     # where the run stands: at its beginning, or where a checkpoint left it
-    done, skipped, record = 0, 0, {"epoch": 0, "phase": goals[0]}
+    done, skipped, gamma, record = 0, 0, None, {"epoch": 0, "phase": goals[0]}
     # held-out scores before the first phase, and after each
     evals: list[dict[str, list[float]]] = state["evals"] if state else []
     digest = derive_seed(*prompts, *heldout)
     if state:
         if state["prompts"] != digest:
             raise Refused("the prompt files are not those that this run began with: put them back")
-        # what this phase made in its first epoch gets its state back; a reference that is stage II's was read
-        # again above; there is no random state: every draw follows from the seed and its epoch
-        optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
+        # the phase's optimizer and LDAM get their state back; a reference that is stage II's was read again
+        # above; there is no random state: every draw follows from the seed and its epoch
+        optimizer, ldam = new_phase(cfg, params, params_ref)
         load_checkpoint(state, params, ema, optimizer)
         ldam.load_state_dict(state["ldam"])
         copy_weights(state["reference"], params_ref)
-        model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"]
-        done, skipped, record, gamma = state["epoch"], state["skipped"], state["record"], state["gamma"]
+        if state["kept_noise"] is not None:
+            model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"].to(dist.device)
+        done, skipped, gamma, record = state["epoch"], state["skipped"], state["gamma"], state["record"]
     before = state["before"] if state else draw_examples(cfg, model, heldout)           # (8, 3, H, W)
 
     # steps of each phase, the last number for all left; of every epoch its phase, and its first step there
@@ -468,7 +461,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 
             # the next reward begins, from the weights that the last one left
             if step == 0:
-                optimizer, ldam, gamma = new_phase(cfg, params, params_ref)
+                optimizer, ldam = new_phase(cfg, params, params_ref)
             phase_ends = step + cfg.inner_updates == lengths[phase]
             clock = [time.perf_counter()]
 
@@ -476,9 +469,10 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             texts = [draw_prompt(prompts, cfg.num_groups, cfg.seed, epoch, group) for group in mine]    # P
             keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
             # where LDAM acts, if it fires: the layers that answer to this reward, of those that are fused
-            firing = goals[:phase + 1] if cfg.ldam_layers == "all" else [goal]
-            layers = [i for i in perturbed_layers(firing, model.preset.vlm_layers) if i in model.lim.layers]
-            perturbation = None if gamma is None else Perturbation(gamma, layers, keys)
+            answering = perturbed_layers(goals[:phase + 1] if cfg.ldam_layers == "all" else [goal],
+                                         model.preset.vlm_layers)
+            layers = [i for i in answering if i in model.lim.layers]
+            perturbation = Perturbation(gamma or 0.0, [] if gamma is None else layers, keys)
             # prompts, and last the unconditional one: their keys and values, without gradient
             prefix = model.encode_prefix([*texts, None])
 
@@ -523,13 +517,16 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             gamma, ldam_log = None, {"fired": 0}
             if cfg.ldam and math.isfinite(grad_norms[0]) and math.isfinite(means[goal]):
                 gamma, ldam_log = ldam.update(grad_norms[0], means[goal]), ldam.last
+            # the next reward begins without
+            if phase_ends:
+                gamma = None
             # the other reading: not for an epoch but for good
-            if gamma is not None and cfg.ldam_mode == "keep" and not phase_ends:
+            if gamma is not None and cfg.ldam_mode == "keep":
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))
                 gamma = None
 
             # 7. EMA, save
-            # skipped counts updates in a row: so many, and this epoch made no step for the average to follow
+            # the average follows where at least one of the epoch's updates was made
             if skipped < cfg.inner_updates:
                 ema_update(ema, params, cfg.ema_decay)
             record = {"epoch": epoch + 1, "phase": goal, **metrics, "grad_norm": grad_norms[0], "lr": lr,
@@ -581,13 +578,12 @@ def score_groups(model: ParaUni, scorers: dict[str, Reward], latents: Tensor, pr
     """Every reward of the pictures of latents (B, C, H, W) of P prompts; name -> (P of all ranks, G)."""
     with precision(model.device, cfg.dtype):
         images = model.decode(latents)                                                  # (B, 3, H, W)
-    group_size = len(images) // len(prompts)
     rewards = {}
     for name, scorer in scorers.items():
         # a group is compared as a whole, so it fails as a whole
-        own = [score(name, scorer, group, [prompt] * group_size)
-               for group, prompt in zip(images.split(group_size), prompts)]             # P x (G,)
-        rewards[name] = gather(torch.stack(own), dist)                                  # (P, G)
+        own = [score(name, scorer, group, [prompt] * cfg.group_size)
+               for group, prompt in zip(images.split(cfg.group_size), prompts)]         # P x (G,)
+        rewards[name] = gather(torch.stack(own), dist)                                  # (P of all ranks, G)
     return rewards
 
 
@@ -595,8 +591,8 @@ def score_groups(model: ParaUni, scorers: dict[str, Reward], latents: Tensor, pr
 def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str], cfg: GRPOConfig,
                   dist: Dist) -> dict[str, list[float]]:
     """Every reward of one picture of each held-out prompt, always from the same noise, by the ODE."""
-    scores, total = torch.zeros(0, len(scorers), device=model.device), len(prompts)
-    while (first := len(scores)) < total:
+    rows, total = [], len(prompts)
+    for first in range(0, total, cfg.micro_batch * dist.world_size):
         # each rank takes a chunk; the last ones may repeat a picture, so that all make the same calls
         size = min(cfg.micro_batch, math.ceil((total - first) / dist.world_size))
         items = [min(first + dist.rank * size + j, total - 1) for j in range(size)]
@@ -605,8 +601,9 @@ def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str]
         with precision(model.device, cfg.dtype):
             images = model.generate(texts, cfg.eval_steps, cfg.eval_guidance_scale, seeds)
         columns = [score(name, scorer, images, texts) for name, scorer in scorers.items()]
-        scores = torch.cat([scores, gather(torch.stack(columns, 1), dist)])             # (so far, rewards)
-    return {name: scores[:total, j].tolist() for j, name in enumerate(scorers)}
+        rows.append(gather(torch.stack(columns, 1), dist))                              # (chunk, rewards)
+    scores = torch.cat(rows)[:total]                                                    # (prompts, rewards)
+    return {name: scores[:, j].tolist() for j, name in enumerate(scorers)}
 
 
 @torch.no_grad()

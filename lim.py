@@ -19,7 +19,7 @@ Reading of the paper
 Parameter names are those of OpenUni's checkpoints (connector.*, projector.*; ParaUni adds agglayer_norm.*).
 
 Letters: L VLM layers, B prompts, N queries, D VLM width, E caption width of the DiT, R = L B rows, h heads of
-width d, S perturbed layers, G pictures of a prompt.
+width d, n fused layers, S perturbed ones, G pictures of a prompt.
 """
 import math
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ class LIM(nn.Module):
         c_layers = c.unflatten(0, q.shape[:2])                                          # (L, B, N, E)
         if self.kept_noise is None:
             return c_layers
-        return c_layers * self.kept_noise[:, None].to(c_layers.device)
+        return c_layers * self.kept_noise[:, None]
 
     def fuse(self, c_layers: Tensor, layers: list[int] | None = None) -> Tensor:
         """The condition c = mean over layers of c_i (paper Eq. 5), (B, N, E).

@@ -302,13 +302,14 @@ class ParaUni(nn.Module):
         # transformers would look on the hub for a folder that is not there
         if not is_random and not (folder / "vlm").is_dir():
             raise Refused(f"no {folder / 'vlm'}: change --weights; tools/convert.py writes published weights")
-        if stage_file == "auto":
-            highest = max(folder.glob("stage[123].safetensors"), default="none")
-            stage_file = folder / f"stage{stage}.safetensors" if stage else highest
-            if is_random:
-                stage_file = "none"
+        if stage_file == "auto" and is_random:
+            stage_file = "none"
+        elif stage_file == "auto" and stage:
+            stage_file = folder / f"stage{stage}.safetensors"
+        elif stage_file == "auto":
+            stage_file = max(folder.glob("stage[123].safetensors"), default="none")
             # enough to be asked about pictures; what it draws is noise
-            elif stage_file == "none":
+            if stage_file == "none":
                 warnings.warn(f"no stage file in {folder}: queries and LIM are untrained", stacklevel=2)
 
         # what a stage has trained, and what is fused: as asked, else as it had it, else as the preset says
@@ -326,7 +327,8 @@ class ParaUni(nn.Module):
         # put back
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "start") % 2 ** 32)
-            model = cls(preset, *(random_vlm(preset) if is_random else read_vlm(preset, folder / "vlm")))
+            vlm, tokenizer = random_vlm(preset) if is_random else read_vlm(preset, folder / "vlm")
+            model = cls(preset, vlm, tokenizer)
         model.init_trained(seed)
         # what was new when the stage was trained is still not in the published files
         model.fresh = fresh + tuple(json.loads(metadata.get("fresh", "[]")))

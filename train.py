@@ -1,7 +1,7 @@
 """Train ParaUni: `torchrun train.py --stage N` (or `python train.py --stage N` on one device).
 
     stage 1  align       queries + LIM learn to condition the frozen DiT   (Eq. 2, pictures with captions)
-    stage 2  fine-tune   the DiT joins                                     (the same loss, better pictures)
+    stage 2  fine-tune   the DiT joins                                     (the same loss, better data)
     stage 3  reinforce   queries + LIM + DiT against rewards, with LDAM    (grpo.py)
 
 The VLM and the autoencoder are never trained. Stage 1 begins with fresh queries and LIM, stages 2 and 3 with
@@ -102,7 +102,6 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     data = NanoLatents(model.vae, cfg.seed)
     if cfg.data:
         data = Latents(cfg.data, cfg.batch_size, cfg.seed, model)
-    # what this stage trains; everything else is frozen
     params = make_trainable(cfg, model)
     ema = {name: p.detach().clone() for name, p in params.items()}
     optimizer = adamw(params.values(), cfg.lr, cfg.weight_decay)

@@ -29,8 +29,7 @@ from sample import load, save_picture
 
 
 # ----------------------------------------------------------------------------- flags
-# of every command that asks a model; then, each with all that stand before, of those that draw pictures, and
-# that score those of held-out prompts
+# of every command that asks a model; DrawConfig adds how pictures are drawn, ScoreConfig rewards of them
 
 @dataclass(frozen=True)
 class EvalConfig:

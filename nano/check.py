@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import knob, parse_config, run
 from evaluation import table
-from grpo import GRPOConfig, rollout, trained_steps
-from model import PRESETS, ParaUni, weights_folder
+from grpo import GRPOConfig, Perturbation, rollout, trained_steps
+from model import PRESETS, ParaUni
 from nano import world
 from nano.pretrain import rng_of, through
 from nano.world import Prompt, Scene
@@ -37,7 +37,6 @@ CANDIDATES = 16     # scenes of a prompt, of which the best quarter has the pref
 @dataclass(frozen=True)
 class CheckConfig:
     stage_file: str = knob("auto", "a stageN.safetensors; auto: nano's own of stage 2")
-    reward_weights: str = knob("auto", "folder of the reward models; auto: nano's own")
     pictures: int = knob(32, "held-out prompts a task, with two pictures each")
     seed: int = knob(0, "all randomness is derived from it")
 
@@ -50,7 +49,7 @@ def draw(model: ParaUni, prompts: list[Prompt], cfg: GRPOConfig) -> Tensor:
         texts = [prompt.text for prompt in prompts[i:i + 64]]
         keys = [(cfg.seed, "check", i + j) for j in range(len(texts))]
         prefix = model.encode_prefix([*texts, None])
-        rolled = rollout(model, model, prefix, keys, None, steps, 0.0, cfg)
+        rolled = rollout(model, model, prefix, keys, Perturbation(0.0, [], keys), steps, 0.0, cfg)
         images.append(model.decode(rolled.latents[-1]))                                 # (b, 3, H, W)
     return torch.cat(images)                                                            # (B, 3, H, W)
 
@@ -74,10 +73,9 @@ def main(argv: list[str] | None = None) -> dict:
     cfg = parse_config(CheckConfig, argv, description=__doc__.splitlines()[0])
     stage = 2 if cfg.stage_file == "auto" else None
     model = ParaUni.from_preset("nano", stage_file=cfg.stage_file, stage=stage)
-    folder = weights_folder("nano", cfg.reward_weights)
-    scorers = {name: build_reward(name, "cpu", weights=folder) for name in REWARDS}
-    # as stage III samples; the reference is not asked
-    sampling = GRPOConfig(**PRESETS["nano"].recipes[3], seed=cfg.seed)
+    scorers = {name: build_reward(name, "cpu") for name in REWARDS}
+    # as stage III samples, one picture a prompt; the reference is not asked
+    sampling = GRPOConfig(**PRESETS["nano"].recipes[3] | {"group_size": 1}, seed=cfg.seed)
 
     # a picture of each prompt, and one of the prompt with one point changed
     rng = rng_of("check", cfg.seed % 2 ** 32)

@@ -21,7 +21,7 @@ CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=4, num_steps=4, micro_ba
 # of different lengths: one is padded
 PROMPTS = ["a red heart", "two blue stars above a green ring"]
 KEYS = [(0, 5, group, member) for group in range(2) for member in range(4)]
-FIRED = Perturbation(0.5, [2, 3], KEYS)
+FIRED, AT_REST = Perturbation(0.5, [2, 3], KEYS), Perturbation(0.0, [], KEYS)
 ADVANTAGES = torch.tensor([1.0, -0.5, -0.8, 0.3, 0.2, 1.1, -1.3, 0.4])
 
 
@@ -30,7 +30,7 @@ def policy() -> ParaUni:
     return tiny_model()
 
 
-def roll(model: ParaUni, cfg: GRPOConfig, perturbation: Perturbation | None = None,
+def roll(model: ParaUni, cfg: GRPOConfig, perturbation: Perturbation = AT_REST,
          reference: ParaUni | None = None) -> tuple[Prefix, Rollout]:
     prefix = model.encode_prefix([*PROMPTS, None])
     trained = trained_steps(cfg.num_steps, cfg.sde_window, 1)
@@ -79,9 +79,9 @@ def test_pictures_of_a_prompt_share_their_first_latent_where_asked(policy: ParaU
 
 
 @pytest.mark.parametrize("micro_batch, guidance, fired, window", [
-    (1, 1.0, FIRED, 0), (2, 4.5, FIRED, 1), (4, 4.5, None, 0), (7, 4.5, FIRED, 2), (8, 1.0, None, 0)])
-def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float,
-                              fired: Perturbation | None, window: int) -> None:
+    (1, 1.0, FIRED, 0), (2, 4.5, FIRED, 1), (4, 4.5, AT_REST, 0), (7, 4.5, FIRED, 2), (8, 1.0, AT_REST, 0)])
+def test_the_first_ratio_is_1(policy: ParaUni, micro_batch: int, guidance: float, fired: Perturbation,
+                              window: int) -> None:
     """Of the steps of the window, and no other is stochastic."""
     cfg = replace(CFG, micro_batch=micro_batch, guidance_scale=guidance, sde_window=window)
     prefix, rolled = roll(policy, cfg, fired)
@@ -95,7 +95,7 @@ def test_recomputed_anchors_make_the_first_ratio_exactly_1(policy: ParaUni) -> N
     cfg = replace(CFG, anchor="recompute")
     prefix, rolled = roll(policy, cfg)
     before = rolled.log_prob.clone()
-    figures = accumulate_gradient(moved(policy, 0.05), prefix, rolled, ADVANTAGES, None, cfg, first=True)
+    figures = accumulate_gradient(moved(policy, 0.05), prefix, rolled, ADVANTAGES, AT_REST, cfg, first=True)
     assert figures["ratio_dev"].max() == 0 and (rolled.log_prob != before)[:-1].all()
 
 
@@ -112,7 +112,7 @@ def test_rollout_and_gradient_are_those_of_naive_loops(policy: ParaUni, guidance
     torch.testing.assert_close(rolled.latents, latents, rtol=0, atol=1e-5 * latents.abs().max().item())
     torch.testing.assert_close(rolled.log_prob[:3], log_prob, rtol=1e-5, atol=1e-5)
 
-    accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, cfg, first=True)
+    accumulate_gradient(policy, prefix, rolled, ADVANTAGES, AT_REST, cfg, first=True)
     naive.accumulate_gradient(peer, peer_reference, texts, rolled.latents, rolled.log_prob, ADVANTAGES, cfg)
     assert_same_gradients(gradients(policy), gradients(peer))
 
@@ -133,12 +133,13 @@ def naive_steps(peer: ParaUni, b: int, noise: list[Tensor], rolled: Rollout, cfg
     return steps
 
 
-@pytest.mark.parametrize("guidance, fired, micro_batch", [(1.0, None, 16), (3.0, FIRED, 4), (1.0, FIRED, 2)])
-def test_the_gradient_is_that_of_the_objective(policy: ParaUni, guidance: float,
-                                               fired: Perturbation | None, micro_batch: int) -> None:
+@pytest.mark.parametrize("guidance, fired, micro_batch", [
+    (1.0, AT_REST, 16), (3.0, FIRED, 4), (1.0, FIRED, 2)])
+def test_the_gradient_is_that_of_the_objective(policy: ParaUni, guidance: float, fired: Perturbation,
+                                               micro_batch: int) -> None:
     """All pictures and steps as one graph, LDAM's noise and both sides of the clip included."""
     cfg = replace(CFG, guidance_scale=guidance, micro_batch=micro_batch, kl_coef=(0.5,), clip_range=2e-4,
-                  step_weights="noise" if fired else "equal")
+                  step_weights="noise" if fired.layers else "equal")
     reference = moved(tiny_model(), 0.02, seed=2)
     prefix, rolled = roll(policy, cfg, fired, reference)
     moved(policy, 0.004)
@@ -146,7 +147,7 @@ def test_the_gradient_is_that_of_the_objective(policy: ParaUni, guidance: float,
     figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, fired, cfg, first=True)
     assert 0 < figures["clip_frac"].mean() < 1
 
-    noise = fired.noise(slice(None), policy) if fired else []
+    noise = fired.noise(slice(None), policy)
     total, kls = torch.zeros(()), []
     for b, advantage in enumerate(ADVANTAGES):
         with torch.no_grad():
@@ -157,7 +158,7 @@ def test_the_gradient_is_that_of_the_objective(policy: ParaUni, guidance: float,
             bounded = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
             kl = kl_divergence(step, ref).mean()
             gain = torch.minimum(ratio * advantage, bounded * advantage) - cfg.kl_coef[0] * kl
-            total = total - gain * (step.stddev.mean() / cfg.noise_level if fired else 1.0)
+            total = total - gain * (step.stddev.mean() / cfg.noise_level if fired.layers else 1.0)
             kls.append(kl.item())
     (total / 24).backward()
     assert figures["kl"].mean().item() == pytest.approx(sum(kls) / 24, rel=1e-4)
@@ -182,7 +183,7 @@ def test_gradient_checkpointing_changes_no_bit_in_any_precision(policy: ParaUni,
     for again in (False, True):
         policy.lim.connector.gradient_checkpointing = policy.dit.gradient_checkpointing = again
         policy.zero_grad(set_to_none=True)
-        accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, cfg, first=True)
+        accumulate_gradient(policy, prefix, rolled, ADVANTAGES, AT_REST, cfg, first=True)
         found.append(gradients(policy))
     assert all(torch.equal(grad, found[1][name]) and grad.any() for name, grad in found[0].items())
 
@@ -190,7 +191,7 @@ def test_gradient_checkpointing_changes_no_bit_in_any_precision(policy: ParaUni,
     policy.queries.requires_grad_(False)
     policy.lim.requires_grad_(False)
     policy.zero_grad(set_to_none=True)
-    accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, cfg, first=True)
+    accumulate_gradient(policy, prefix, rolled, ADVANTAGES, AT_REST, cfg, first=True)
     assert all(torch.equal(p.grad, found[0][f"dit.{name}"]) for name, p in policy.dit.named_parameters())
 
 
@@ -229,7 +230,7 @@ def test_kept_noise_multiplies_stays_and_moves_the_reference_too(policy: ParaUni
     torch.testing.assert_close(policy.lim.kept_noise, want)
     prefix, rolled = roll(policy, CFG, reference=reference)
     assert (rolled.latents[-1] - plain.latents[-1]).abs().max() > 1e-3
-    figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, None, CFG, first=True)
+    figures = accumulate_gradient(policy, prefix, rolled, ADVANTAGES, AT_REST, CFG, first=True)
     assert figures["ratio_dev"].max() <= 1e-6 and figures["kl"].max() <= 1e-9
 
 

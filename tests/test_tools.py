@@ -25,7 +25,7 @@ CFG = GRPOConfig(dtype="fp32", num_groups=2, group_size=3, num_steps=3, micro_ba
 def epoch(model: ParaUni, cfg: GRPOConfig, gamma: float | None) -> Meter:
     """Of rollout and update of an epoch of stage III; with gamma, one in which LDAM has fired."""
     keys = [(group, member) for group in range(2) for member in range(cfg.group_size)]
-    perturbation = None if gamma is None else Perturbation(gamma, [2, 3], keys)
+    perturbation = Perturbation(gamma or 0.0, [2, 3] if gamma else [], keys)
     with Meter() as meter:
         prefix = model.encode_prefix([*PROMPTS, None])
         rolled = rollout(model, model, prefix, keys, perturbation, trained_steps(cfg.num_steps, 0, 0),

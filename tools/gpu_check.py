@@ -3,9 +3,9 @@ does not get through by then is named in the table, and `--parts` asks for it al
 
     exact           DiT, LIM and DC-AE: bf16 against fp32, compiled against eager
     nano            a few steps of each stage; stage III's first ratio, eager and compiled, LDAM having fired
-    b-512, l-1024   one step of each stage at the micro-batch that plan.py says (without reward models), eager
+    b-512, l-1024   steps of each stage at the micro-batch that plan.py says (without reward models), eager
                     and compiled: seconds, share of the matmul peak, memory beside the plan's, what LDAM adds
-    dit ...         DiT of 1.6B at full depth, 16 rows, forward and training, beside diffusers
+    dit ...         DiT of 1.6B at full depth, forward of 16 rows and training of 4, beside diffusers
     sample, decode  20 steps with decoding, DC-AE at 512 and 1024 px, beside diffusers
 
 Each part is a process with its own time limit: whatever happens to one, the others run. Weights are random,
@@ -49,7 +49,7 @@ from tools import bench, plan
 from tools.bench import DEVICE, GB, synchronize
 from vae import DCAE
 
-# part -> seconds that it may take, all within the eight minutes; the first ones matter most
+# part -> seconds that it may take, while the eight minutes last; the first ones matter most
 LIMITS = {"exact": 90, "nano": 90, "b-512": 240, "dit compiled": 120, "dit": 90, "dit-train compiled": 180,
           "dit-train": 90, "l-1024": 300, "sample": 150, "decode": 150}
 TOY_PARTS = ("exact", "nano", "b-512", "dit")

@@ -121,7 +121,7 @@ def rolled_out(model: ParaUni, cfg: GRPOConfig) -> Iterator[None]:
     x = torch.zeros(cfg.num_groups * cfg.group_size, *model.preset.latent_shape)        # (B, C, h, w)
     prefix = model.encode_prefix(["prompt"] * cfg.num_groups + [None])
     yield
-    conditions = encode_conditions(model, prefix, None, cfg)
+    conditions = encode_conditions(model, prefix, Perturbation(0.0, [], []), cfg)
     yield
     kv = chunk_kv(model, conditions, slice(1), [], cfg.guidance_scale, cfg)
     yield
