@@ -85,13 +85,6 @@ class ResBlock(nn.Module):
         return self.norm(self.conv2(silu(self.conv1(x))), skip=x)               # (B, C, H, W)
 
 
-def multiscale_projection(C: int, d: int, kernel: int) -> nn.Sequential:
-    """One more scale of q, k, v: a depthwise convolution, then a mix within each group of d channels."""
-    return nn.Sequential(OrderedDict(
-        proj_in=nn.Conv2d(C, C, kernel, padding=kernel // 2, groups=C, bias=False),
-        proj_out=nn.Conv2d(C, C, 1, groups=C // d, bias=False)))
-
-
 class LinearAttention(nn.Module):
     """Multi-scale ReLU linear attention: cost grows with N, not N^2, and there is no softmax and no scale."""
 
@@ -101,7 +94,10 @@ class LinearAttention(nn.Module):
         self.to_q = nn.Linear(C, C, bias=False)
         self.to_k = nn.Linear(C, C, bias=False)
         self.to_v = nn.Linear(C, C, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(multiscale_projection(3 * C, d, kernel) for kernel in kernels)
+        # one more scale of q, k, v: a depthwise convolution, then a mix within each group of d channels
+        self.to_qkv_multiscale = nn.ModuleList(nn.Sequential(OrderedDict(
+            proj_in=nn.Conv2d(3 * C, 3 * C, kernel, padding=kernel // 2, groups=3 * C, bias=False),
+            proj_out=nn.Conv2d(3 * C, 3 * C, 1, groups=3 * C // d, bias=False))) for kernel in kernels)
         self.to_out = nn.Linear(C * (1 + len(kernels)), C, bias=False)
         self.norm_out = RMSNorm(C)
 

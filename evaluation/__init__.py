@@ -36,7 +36,6 @@ class EvalConfig:
     preset: str = knob("nano", "size of everything", choices=PRESETS)
     weights: str = knob("auto", "auto: weights/PRESET, which tools/convert.py writes; random; or a folder")
     stage_file: str = knob("auto", "a stageN.safetensors; auto: the highest N in --weights; none")
-    out: str = knob("runs/evaluate", "folder for tables and pictures")
     seed: int = knob(0, "all randomness is derived from it")
     batch_size: int = knob(64, "pictures at a time")
     dtype: str = knob("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))

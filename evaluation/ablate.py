@@ -1,8 +1,7 @@
 """What does each part of the method add? `python evaluate.py ablate`: many nano models, trained, in 13 rows.
 
 Rows about layers train stages 1 and 2 from stage 0, rows about LDAM train stage 3 from one stage 2; those of
-the paper's Table 3 are among them. The supplement's Figures 1-3 are supplement.png: LDAM at nano thresholds
-(red) against none (blue).
+the paper's Table 3 are among them.
 
 A run is a row with one seed, in a folder of its own: settings.json holds the flags of its train.py runs,
 row.json what came out. What has its row.json is not trained again; what was interrupted goes on from its
@@ -16,7 +15,6 @@ import itertools
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +24,7 @@ import train
 from common import Refused, derive_seed, generator, knob, parse_config, resolve, setup_dist, write_json
 from dit import flow_matching_loss, randn
 from evaluation import DrawConfig, claim, finish, mean_and_error, read_json, same_settings, table
-from evaluation.layers import draw_all, draw_curves, stage3_log, without_region
+from evaluation.layers import draw_all, stage3_log, without_region
 from ldam import REGIONS
 from model import PRESETS, ParaUni, weights_folder
 from nano import world
@@ -35,7 +33,6 @@ from rewards import build_reward
 
 REWARDS = ("clip", "pickscore", "aesthetic")
 MEASURES = ("judge", *REWARDS, "loss")                  # only the loss is better small
-SUPPLEMENT = {"pickscore": 1, "aesthetic": 2, "clip": 3}                # reward -> number of its figure
 # Where the paper asks for a jump of 100, the largest in nano's default runs is 3.9.
 AT_NANO = "--ldam-spike=2.5"
 # What a model is scored by: a picture of each prompt of the nano benchmark, and pictures for the held-out
@@ -211,30 +208,17 @@ def summarise(cfg: AblateConfig) -> dict:
         if not (run / "row.json").is_file():
             continue
         scores = runs.setdefault(name, {})[seed] = read_json(run / "row.json")["scores"]
-        # of a stage 3 also its log, and the mean of each reward in training, in its own phase
         if ROWS[name].family == "ldam":
-            scores["log"] = stage3_log(run / "stage3")
-            for reward in SUPPLEMENT:
-                own = [record[f"reward/{reward}"] for record in scores["log"] if record["phase"] == reward]
-                scores[f"{reward} in training"] = fmean(value for value in own if value is not None)
+            scores["firings"] = sum(record["ldam/fired"] for record in stage3_log(run / "stage3"))
     rows = [table_row(name, runs) for name in runs]
     plot_rows(runs, Path(cfg.out) / "ablate.png")
 
     # what the paper says, each measure by itself
-    compared = [(*pair, measure) for pair in COMPARED for measure in MEASURES]
-    compared += [(f"With LDAM {reward} is higher on average (supplement Figure {number})", "ldam-epoch",
-                  "no-ldam", f"{reward} in training") for reward, number in SUPPLEMENT.items()]
     claims = []
-    for text, better, worse, measure in compared:
+    for (text, better, worse), measure in itertools.product(COMPARED, MEASURES):
         values = advantage(runs, better, worse, measure)
         if len(values) > 1:
             claims.append(claim(text, measure, values, "seeds"))
-
-    # the curves with LDAM and without
-    if {"ldam-epoch", "no-ldam"} <= runs.keys():
-        pair = {"LDAM": runs["ldam-epoch"][0]["log"], "no LDAM": runs["no-ldam"][0]["log"]}
-        keys = [f"reward/{reward}" for reward in SUPPLEMENT]
-        draw_curves(pair, keys, Path(cfg.out) / "supplement.png")
     tables = [table(part) for part in (rows, claims) if part]
     text = "\n\n".join([*tables, f"Nano thresholds: {AT_NANO}.", PAPER_NOTE])
     return finish(cfg, "ablate", {"ablate": rows, "claims": claims}, text)
@@ -250,13 +234,8 @@ def table_row(name: str, runs: dict) -> dict:
     difference = advantage(runs, name, reference, "judge") if name != reference else []
     row["judge against"] = ROWS[reference].title
     row["judge difference"], row["difference s.e."] = mean_and_error(difference)
-    logs = [scores["log"] for scores in runs[name].values() if "log" in scores]
-    row["firings"] = sum(record["ldam/fired"] for log in logs for record in log) if logs else None
-    # of the gradient norm, between successive epochs of a phase
-    pairs = [pair for log in logs for pair in zip(log, log[1:])]
-    jumps = [after["grad_norm"] / before["grad_norm"] for before, after in pairs
-             if before["phase"] == after["phase"] and before["grad_norm"] and after["grad_norm"]]
-    row["largest jump"] = max(jumps, default=None)
+    fired = [scores["firings"] for scores in runs[name].values() if "firings" in scores]
+    row["firings"] = sum(fired) if fired else None
     row["paper"] = ROWS[name].paper
     return row
 

@@ -153,8 +153,7 @@ class UnderstandConfig(EvalConfig):
     benchmark: str = knob("nano", "whose questions, and whose metric", choices=BENCHMARKS)
     questions: str = knob("", "the benchmark's question file")
     images: str = knob("", "folder of its pictures; not needed where they are in the question file")
-    count: int = knob(2000, "questions about the nano world, each about a picture of its own")
-    limit: int = knob(0, "the first so many questions; 0: all of them")
+    limit: int = knob(0, "the first so many questions; 0: all of them, of nano's 2000")
     reference: str = knob("", "also ask the untouched vlm/ of a weights folder; auto: that of --weights")
     batch_size: int = knob(250, "questions at a time")
     out: str = knob("runs/understand", "folder for table and answers; what was cut short there goes on")
@@ -167,10 +166,10 @@ def main(argv: list[str] | None = None) -> dict:
     if cfg.benchmark == "nano":
         if not PRESETS[cfg.preset].shapes_world:
             raise Refused(f"preset {cfg.preset} needs --benchmark and --questions: it has none of its own")
-        images, pairs = world.question_set(cfg.count, cfg.seed % 2 ** 32)           # (count, 3, H, W)
+        images, pairs = world.question_set(cfg.limit or 2000, cfg.seed % 2 ** 32)   # (limit, 3, H, W)
         # the first two words of a question are its kind
         questions = [Question(str(i), " ".join(text.split()[:2]), images[i], text, answer)
-                     for i, (text, answer) in enumerate(pairs[:cfg.limit or None])]
+                     for i, (text, answer) in enumerate(pairs)]
     else:
         # a stranger's file may be wrong in any way
         try:

@@ -763,7 +763,6 @@ PARTS = {"vae": (train_vae, 900, "vae"),
 @dataclass(frozen=True)
 class PretrainConfig:
     parts: tuple[str, ...] = knob((), f"what to train, of {', '.join(PARTS)}; none named: all", words=True)
-    scale: float = knob(1.0, "multiplies every number of steps, for a quick look")
     out: str = knob("runs/parts", "folder for the weights, which train.py --weights then names")
 
 
@@ -778,7 +777,6 @@ def main(argv: list[str] | None = None) -> None:
     # in whatever order they are named
     for part in [part for part in PARTS if part in (cfg.parts or PARTS)]:
         train_part, steps, place = PARTS[part]
-        steps = max(1, round(steps * cfg.scale))
         start = time.time()
         torch.manual_seed(SEED)
         scores = train_part(Path(cfg.out), steps)

@@ -120,7 +120,7 @@ def first_row(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 
 @pytest.mark.parametrize("name, damage, sentence", [
-    (DIT_FILE, lambda path: (Path.unlink(path), path.write_bytes(b"half of it")), "is missing or truncated"),
+    (DIT_FILE, lambda path: (Path.unlink(path), path.write_bytes(b"half of it")), "missing, truncated"),
     (DIT_FILE, lambda path: (shard(path), min(path.parent.glob("*-00001-of-*")).unlink()), "missing"),
     (DIT_FILE, lambda path: [shutil.copy(path, path.with_stem(f"{path.stem}-{n}")) for n in "12"], "repeats"),
     (DIT_FILE, rename("to_q", "query"), "6 missing .*6 unknown"),

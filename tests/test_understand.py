@@ -145,7 +145,7 @@ def test_nano_s_questions_are_marked_by_kind(tmp_path: Path, monkeypatch: pytest
     seer = Seer()
     monkeypatch.setattr(understand, "load", lambda *args: seer)
     seer.answer = lambda images, asked: [next(answers) for _ in asked]
-    result = evaluate.main(["understand", "--seed=-1", "--count=9", "--limit=7", "--out", str(tmp_path)])
+    result = evaluate.main(["understand", "--seed=-1", "--limit=7", "--out", str(tmp_path)])
     assert result["rows"][-1] == {"name": "all", "value": pytest.approx(6 / 7),
                                   "s.e.": pytest.approx(1 / 7), "n": 7}
     kinds = {" ".join(text.split()[:2]) for text, _ in pairs}

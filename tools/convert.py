@@ -26,14 +26,13 @@ import huggingface_hub
 import open_clip
 import torch
 from open_clip.model import CLIP
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, InternVLConfig
 
 from common import ROOT, Refused, run, write_json
 from dit import DiT, DiTConfig
-from model import PRESETS, ParaUni, Preset
+from model import PRESETS, ParaUni, Preset, read_tensors
 from rewards import AestheticHead
 from vae import DCAE, DCAEConfig
 
@@ -86,14 +85,11 @@ def fetch(repository: str, files: tuple[str, ...], source: Path | None) -> Path:
 
 # ----------------------------------------------------------------------------- reading, with nothing trusted
 
-def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+def read_shards(folder: Path, stem: str) -> dict[str, Tensor]:
     """All tensors of a folder, mapped into memory and not read yet: of its shards, else of its only file."""
     tensors = {}
     for path in sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]:
-        try:
-            part = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise Refused(f"{path} is missing or truncated ({error}): fetch it again") from error
+        part, _ = read_tensors(path)
         # of two revisions, or precisions, the last one's numbers would be mixed in
         if tensors.keys() & part.keys():
             raise Refused(f"{path} repeats tensors of the shards before it: delete those of another download")
@@ -154,7 +150,7 @@ def convert_vlm(preset: Preset, source: Path, target: Path) -> None:
                       f"not {preset.vlm.image_token_id}")
 
     # transformers reads the names of its older versions too, and saves one file under one set of names
-    tensors = read_tensors(source, "model")
+    tensors = read_shards(source, "model")
     vlm, report = preset.vlm_class.from_pretrained(
         source, config=copy.deepcopy(preset.vlm), dtype=next(iter(tensors.values())).dtype,
         local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -206,7 +202,7 @@ def check_config(path: Path, config: DiTConfig | DCAEConfig) -> None:
 def convert_diffusers(config: DiTConfig | DCAEConfig, kind: type, source: Path, target: Path) -> None:
     """transformer/ or vae/. Their names are ours; shards are put together."""
     check_config(source / "config.json", config)
-    tensors = read_tensors(source, "diffusion_pytorch_model")
+    tensors = read_shards(source, "diffusion_pytorch_model")
     check_fit(tensors, lambda: kind(config).state_dict(), source)
     target.mkdir()
     shutil.copy(source / "config.json", target)
@@ -295,7 +291,7 @@ def open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def convert_clip(name: str, source: Path, target: Path) -> None:
     """A CLIPModel of transformers as open_clip's model of that name."""
     model_cfg = open_clip.get_model_config(name)
-    tensors = open_clip_tensors(read_tensors(source, "model"))
+    tensors = open_clip_tensors(read_shards(source, "model"))
     check_fit(tensors, lambda: CLIP(**model_cfg).state_dict(), source)
     write_json(target / "open_clip_config.json", {"model_cfg": model_cfg})
     save_file(tensors, target / "model.safetensors")
