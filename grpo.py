@@ -200,7 +200,9 @@ def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -
     kept = model.lim.kept_noise
     if kept is None:
         shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
-        kept = torch.ones(shape, device=model.device)                                   # (L, N, E)
+        kept = torch.ones(shape)                                                        # (L, N, E)
+    # a checkpoint gives it back on the CPU
+    kept = kept.to(model.device)
     for layer, noise in zip(perturbation.layers, perturbation.noise(slice(None), model)):
         kept[layer - 1] *= 1 + noise[0]
     model.lim.kept_noise = reference.lim.kept_noise = kept
@@ -405,12 +407,11 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     """Stage III from a stage II model. Returns the held-out means at the end, {} if it was stopped before."""
     check_flags(cfg, dist.world_size)
     state = open_run(cfg, dist)
-    # stage II's weights (--init): the model that learns, and a copy to which the KL refers, compiled
-    # alike, but frozen; what nobody trains is shared
+    # stage II's weights (--init): the model that learns, and a copy to which the KL refers, made ready alike,
+    # but in no optimizer; what nobody trains is shared
     model = ParaUni.from_preset(cfg.preset, cfg.weights, cfg.init, cfg.seed, dist.device, cfg.fresh, stage=2)
     reference = copy.deepcopy(model, {id(model.vlm): model.vlm, id(model.vae): model.vae})
     params, params_ref = make_trainable(cfg, model), make_trainable(cfg, reference)
-    reference.requires_grad_(False)
     ema = {name: p.detach().clone() for name, p in params.items()}
 
     # prompts and rewards, all of them tried before the first epoch
@@ -433,8 +434,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
         load_checkpoint(state, params, ema, optimizer)
         ldam.load_state_dict(state["ldam"])
         copy_weights(state["reference"], params_ref)
-        if state["kept_noise"] is not None:
-            model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"].to(dist.device)
+        model.lim.kept_noise = reference.lim.kept_noise = state["kept_noise"]
         done, skipped, gamma, record = state["epoch"], state["skipped"], state["gamma"], state["record"]
     before = state["before"] if state else draw_examples(cfg, model, heldout)           # (8, 3, H, W)
 
@@ -469,9 +469,8 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             texts = [draw_prompt(prompts, cfg.num_groups, cfg.seed, epoch, group) for group in mine]    # P
             keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
             # where LDAM acts, if it fires: the layers that answer to this reward, of those that are fused
-            answering = perturbed_layers(goals[:phase + 1] if cfg.ldam_layers == "all" else [goal],
-                                         model.preset.vlm_layers)
-            layers = [i for i in answering if i in model.lim.layers]
+            acting = goals[:phase + 1] if cfg.ldam_layers == "all" else [goal]
+            layers = [i for i in perturbed_layers(acting, model.preset.vlm_layers) if i in model.lim.layers]
             perturbation = Perturbation(gamma or 0.0, [] if gamma is None else layers, keys)
             # prompts, and last the unconditional one: their keys and values, without gradient
             prefix = model.encode_prefix([*texts, None])
@@ -518,8 +517,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             if cfg.ldam and math.isfinite(grad_norms[0]) and math.isfinite(means[goal]):
                 gamma, ldam_log = ldam.update(grad_norms[0], means[goal]), ldam.last
             # the next reward begins without
-            if phase_ends:
-                gamma = None
+            gamma = None if phase_ends else gamma
             # the other reading: not for an epoch but for good
             if gamma is not None and cfg.ldam_mode == "keep":
                 keep_noise(model, reference, Perturbation(gamma, layers, [(cfg.seed, epoch)]))

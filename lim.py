@@ -131,7 +131,7 @@ class LIM(nn.Module):
         c_layers = c.unflatten(0, q.shape[:2])                                          # (L, B, N, E)
         if self.kept_noise is None:
             return c_layers
-        return c_layers * self.kept_noise[:, None]
+        return c_layers * self.kept_noise[:, None].to(c_layers.device)
 
     def fuse(self, c_layers: Tensor, layers: list[int] | None = None) -> Tensor:
         """The condition c = mean over layers of c_i (paper Eq. 5), (B, N, E).
