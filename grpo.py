@@ -424,6 +424,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
     done, skipped, gamma, record = 0, 0, None, {"epoch": 0, "phase": goals[0]}
     # held-out scores before the first phase, and after each
     evals: list[dict[str, list[float]]] = state["evals"] if state else []
+    # a number that tells whether a prompt has changed
     digest = derive_seed(*prompts, *heldout)
     if state:
         if state["prompts"] != digest:

@@ -94,7 +94,7 @@ class Preset:
         return self.vlm.get_text_config().num_hidden_layers                             # L
 
     @property
-    def max_tokens(self) -> int:
+    def context_tokens(self) -> int:
         return self.vlm.get_text_config().max_position_embeddings - self.num_queries
 
 
@@ -404,21 +404,21 @@ class ParaUni(nn.Module):
     def tokenize(self, texts: list[str], max_tokens: int | None = None,
                  padding_side: str = "right") -> tuple[Tensor, Tensor]:
         """Padded token ids and mask, (B, S) int64 each. `max_tokens` keeps the first so many."""
-        rows, unknown = [], self.tokenizer.unk_token_id
+        rows, unk_id = [], self.tokenizer.unk_token_id
         vocab_size = self.preset.vlm.get_text_config().vocab_size
         for text in texts:
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             row = found.input_ids[:max_tokens]
             # a word that the model does not know would be read as any other: better no picture
             words = [text[first:last] for token, (first, last) in zip(row, found.offset_mapping)
-                     if token == unknown]
+                     if token == unk_id]
             if words:
                 raise Refused(f"unknown words {words} in {text!r}: a prompt is such as "
                               '"a red heart left of a blue star"')
             # trap: InternVL3's last mark, <video>, has no embedding; in a caption it would end a training
             row = [token for token in row if token < vocab_size]
-            if len(row) > self.preset.max_tokens:
-                raise Refused(f"{len(row)} tokens, at most {self.preset.max_tokens} fit: {text[:80]!r}")
+            if len(row) > self.preset.context_tokens:
+                raise Refused(f"{len(row)} tokens, at most {self.preset.context_tokens} fit: {text[:80]!r}")
             rows.append(torch.tensor([row, [1] * len(row)]).T)                          # (S, 2) ids, mask
         # queries follow at the right, so padding in between is masked
         both = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=padding_side)     # (B, S, 2)
