@@ -41,22 +41,31 @@ def main(argv: list[str] | None = None) -> dict:
     folders = [Path(folder) for folder in cfg.folders]
     if not folders or not all(folder.is_dir() for folder in folders):
         raise Refused(f"expected folders, such as runs/stage3, got {' '.join(cfg.folders) or 'none'}")
-    logs = {folder: read_log(folder / "metrics.jsonl")
-            for folder in folders if (folder / "metrics.jsonl").is_file()}
-    parts = [embed("curves", charts(logs))]
+    runs = [folder for folder in folders
+            if is_own(folder / "metrics.jsonl") and is_own(folder / "config.json")]
+    logs = {folder: read_log(folder / "metrics.jsonl") for folder in runs}
+    parts = [embed("curves", charts(logs))] if logs else []
     for folder in folders:
         parts.append(f"<h2>{html.escape(str(folder))}</h2>")
-        for path in sorted(folder.glob("*.json")):
-            lists = [value for value in read_json(path).values() if isinstance(value, list)]
-            parts += [preformatted(rows) for rows in lists if rows and isinstance(rows[0], dict)]
-        parts += [embed(path.name, path.read_bytes()) for path in sorted(folder.glob("*.png"))]
+        for path in filter(is_own, sorted(folder.glob("*.json"))):
+            found = read_json(path)
+            lists = found.values() if isinstance(found, dict) else []
+            parts += [preformatted(rows) for rows in lists
+                      if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+        for path in filter(is_own, sorted(folder.glob("*.png"))):
+            parts.append(embed(path.name, path.read_bytes()))
     if logs:
-        parts += ["<h2>Flags</h2>", preformatted(flags(list(logs)))]
+        parts += ["<h2>Flags</h2>", preformatted(flags(runs))]
     with atomic(cfg.out) as temporary:
         # a file's name need not be text
         temporary.write_text(PAGE % "\n".join(parts), encoding="utf-8", errors="replace")
     print(f"written to {cfg.out}")
     return {"path": cfg.out}
+
+
+def is_own(path: Path) -> bool:
+    """A file of the folder itself: a link may lead to anything, and the page is made to be given away."""
+    return path.is_file() and not path.is_symlink()
 
 
 def embed(name: str, png: bytes) -> str:
@@ -71,9 +80,9 @@ def preformatted(rows: list[dict]) -> str:
 def charts(logs: dict[Path, list[dict]]) -> bytes:
     """A chart for each number in the logs that changes, all runs in it."""
     records = list(itertools.chain(*logs.values()))
-    values = {name: {record.get(name) for record in records} - {None} for name in set().union(*records)}
-    names = [name for start in CHARTS for name in sorted(values)
-             if name.startswith(start) and len(values[name]) > 1]
+    known = sorted(set().union(*records))
+    names = [name for start in CHARTS for name in known
+             if name.startswith(start) and len({record.get(name) for record in records} - {None}) > 1]
     figure, axes = panels(3, 4.2, 2.6, rows=max(1, math.ceil(len(names) / 3)))
     for axis, name in zip(axes, names):
         for (folder, log), color in zip(logs.items(), itertools.cycle(COLORS)):

@@ -64,6 +64,7 @@ def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
         for n in (21, 22):
             file.write(json.dumps({"epoch": n, "phase": EVIL, f"reward/{EVIL}": n}) + "\n")
     Image.new("RGB", (40, 30)).save(run / "<b onclick=x>\udcff.png")
+    (run / "link.png").symlink_to(run / "before_after.png")
     page = make(tmp_path, run)
     tags = tags_of(page)
     assert not {"script", "iframe", "object", "b", "link"} & {tag for tag, _ in tags}
@@ -72,4 +73,4 @@ def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
     for _, attributes in tags:
         assert not any(name.startswith("on") for name in attributes)
         assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
-    assert "@import" not in page and "url(" not in page
+    assert "@import" not in page and "url(" not in page and "link.png" not in page
