@@ -12,7 +12,7 @@
 
 Most print a table and write it, with its settings, as JSON into --out. Of geneval, dpg, understand, layers
 and ablate, what was cut short goes on with the same command; `torchrun --nproc-per-node N` shares the
-work of geneval, dpg and rewards between N processes.
+work of geneval and dpg between N processes.
 
 Letters: B pictures, H W pixels, E embedding.
 """

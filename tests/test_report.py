@@ -59,7 +59,7 @@ def test_runs_are_shown_with_curves_pictures_tables_and_flags(tmp_path: Path) ->
 
 
 def test_nothing_in_the_page_can_act_or_be_fetched(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", prompts=EVIL, **{EVIL: EVIL})
+    run = make_run(tmp_path / "$\\frac$", prompts=EVIL, **{EVIL: EVIL})
     with open(run / "metrics.jsonl", "a") as file:
         for n in (21, 22):
             file.write(json.dumps({"epoch": n, "phase": EVIL, f"reward/{EVIL}": n}) + "\n")
