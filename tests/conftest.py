@@ -33,8 +33,3 @@ def tiny_preset() -> Iterator[None]:
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for --weights with the tiny model, its stages 1 and 2 and two rewards, which is only read."""
     return save_stages(tiny_model(), tmp_path_factory.mktemp("weights"))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # of diffusers
-    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
