@@ -30,6 +30,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,7 @@ class Place(NamedTuple):
     offset: int = 0
     size: int | None = None
     root: str = ""
+    changed: float = 0.0        # when the file, or the tar, was last written
 
 
 class Sample(NamedTuple):
@@ -92,6 +94,13 @@ class LeftOut(NamedTuple):
     name: str
     kind: str           # bad, filtered, or other: what is neither picture nor caption
     reason: str
+
+
+def own_file(name: str, root: str) -> Place:
+    # one that is missing has no time
+    with suppress(OSError, ValueError):
+        return Place(name, name, root=root, changed=os.path.getmtime(name))
+    return Place(name, name, root=root)
 
 
 def read_source(source: Path, keys: tuple[str, ...] = CAPTION_KEYS) -> Iterator[Sample | LeftOut]:
@@ -111,6 +120,7 @@ def read_tar(path: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
     places: list[Place] = []
     end = 0
     try:
+        changed = os.path.getmtime(path)
         # "r:" is a plain tar, which cannot inflate
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -122,7 +132,7 @@ def read_tar(path: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     yield LeftOut(name, "bad", "its path leaves the tar")
                 elif member.isfile() and not member.issparse():
-                    places.append(Place(name, str(path), member.offset_data, member.size))
+                    places.append(Place(name, str(path), member.offset_data, member.size, changed=changed))
                 elif not member.isdir():
                     yield LeftOut(name, "bad", "a link or special file")
             # zeros end a tar; anything else is a header that is damaged, or another tar that was joined to it
@@ -146,7 +156,7 @@ def read_folder(folder: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOu
             if os.path.islink(f"{path}/{name}"):
                 yield LeftOut(f"{path}/{name}", "bad", "a linked folder: name its target in --data")
         names = [f"{path}/{name}" for name in sorted(files)]
-        yield from pair((Place(name, name, root=root) for name in names), keys)
+        yield from pair((own_file(name, root) for name in names), keys)
     for error in errors:
         yield LeftOut(error.filename, "bad", str(error))
 
@@ -185,11 +195,9 @@ def read_list(path: Path, keys: tuple[str, ...]) -> Iterator[Sample | LeftOut]:
             image, annotation = fields.get("image"), fields.get("annotation")
             caption = caption_in(fields, keys)
             if isinstance(annotation, str):
-                name = str(path.parent / annotation)
-                caption = Place(name, name, root=root)
+                caption = own_file(str(path.parent / annotation), root)
             if isinstance(image, str) and caption:
-                name = str(path.parent / image)
-                yield Sample(Place(name, name, root=root), caption)
+                yield Sample(own_file(str(path.parent / image), root), caption)
             else:
                 reason = "no JSON, no image, or no annotation or caption"
                 yield LeftOut(f"{path}: {json.dumps(entry):.200}", "bad", reason)
@@ -257,10 +265,10 @@ def read_sample(sample: Sample | LeftOut, S: int, seed: int,
     except Exception as error:
         return LeftOut(sample.picture.name, "bad", str(error) or type(error).__name__)
 
-    # the filters of OpenUni
+    # the filters of OpenUni, for nano's pictures its own size
     width, height = picture.size
     side = min(width, height)
-    if side <= 80 or not 0.1 < width / height < 10:
+    if side <= min(80, S - 1) or not 0.1 < width / height < 10:
         reason = f"{width} x {height} pixels: too small, or too narrow"
         return LeftOut(sample.picture.name, "filtered", reason)
 

@@ -84,7 +84,7 @@ def test_a_tar_with_everything_in_it(tmp_path: Path) -> None:
         "UPPER.v1.PNG": good, "UPPER.v1.TXT": b"\xef\xbb\xbfa\xe2\x80\xa8b", "UPPER.v1.json": b"{}",
         "two.jpg": good, "two.png": good, "two.txt": text, "latin.png": good, "latin.txt": b"gr\xfcn",
         "blank.png": good, "blank.txt": b" \n", "nokey.png": good, "nokey.json": b'{"url": "x"}',
-        "deep.png": good, "deep.json": b"[" * 100_000, "small.png": picture(80, 200), "small.txt": text,
+        "deep.png": good, "deep.json": b"[" * 100_000, "small.png": picture(31, 200), "small.txt": text,
         "thin.png": picture(900, 90), "thin.txt": text, "cut.png": good[:-100], "cut.txt": text,
         "../up.png": good, "../up.txt": text, "/root.png": good, "b.pkl": pickle.dumps(print),
         "._good.png": b"x", "long.txt": b"x" * 2 ** 21, "long.png": good, "alone.png": good})
@@ -182,7 +182,7 @@ def test_too_many_bad_samples_and_none_at_all_stop_it(tmp_path: Path) -> None:
         run(tmp_path / "out", path, max_bad=0.05)
     assert "00005.png" in (tmp_path / "out" / "left-out.jsonl").read_text()
     assert len(read(tmp_path / "out", path, max_bad=0.15)[0]) == 8
-    write_files(tmp_path / "small", {"a.png": picture(70, 70), "a.txt": b"x"})
+    write_files(tmp_path / "small", {"a.png": picture(31, 70), "a.txt": b"x"})
     for source, words in (("small", "0 samples"), ("{000..219}.tar", "matches nothing"), ("", "lies in")):
         with pytest.raises(Refused, match=words):
             run(tmp_path / "none", tmp_path / source, max_bad=0)
@@ -270,10 +270,9 @@ def test_a_killed_run_goes_on(corpus: list[Path], tmp_path: Path, monkeypatch: p
 
 def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_path: Path) -> None:
     run(tmp_path / "out", *corpus, per_shard=6)
-    with pytest.raises(Refused, match="another --out"):
-        run(tmp_path / "out", *corpus, per_shard=6, seed=1)
-    with pytest.raises(Refused, match="another --out"):
-        run(tmp_path / "out", *corpus, per_shard=6, caption_keys=".txt,caption,new")
+    for other in ({"seed": 1}, {"caption_keys": ".txt,caption,new"}):
+        with pytest.raises(Refused, match="another --out"):
+            run(tmp_path / "out", *corpus, per_shard=6, **other)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Refused, match="another --out"):
         patch.setattr(prepare, "stamp_of", lambda vae, preset: {"vae": "another"})
         run(tmp_path / "out", *corpus, per_shard=6)
@@ -284,3 +283,8 @@ def test_a_folder_of_other_latents_is_not_mixed_with(corpus: list[Path], tmp_pat
     write_tar(corpus[0], pairs(*range(5)) | {"0.png": b"no"} | pairs(7))
     with pytest.raises(Refused, match="another --out"):
         run(tmp_path / "out", corpus[0], per_shard=6)
+    # a caption that was corrected in its place
+    run(tmp_path / "new", corpus[3])
+    (corpus[3] / "00045.txt").write_text("caption 54")
+    with pytest.raises(Refused, match="another --out"):
+        run(tmp_path / "new", corpus[3])
