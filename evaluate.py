@@ -34,7 +34,7 @@ from common import Refused, derive_seed, knob, run
 from evaluation import (DrawConfig, ScoreConfig, ablate, dpg, draw, finish, geneval, heldout_prompts, layers,
                         load, mean_and_error, report, start, table, understand)
 from grpo import open_rewards, score_heldout
-from model import weights_folder
+from model import read_tensors, weights_folder
 from nano import world
 from pictures import read_picture, save_sheet
 from rewards import embed_images, load_clip
@@ -61,14 +61,19 @@ def paired(before: dict[str, list[float]], after: dict[str, list[float]]) -> lis
 @dataclass(frozen=True)
 class RewardsConfig(ScoreConfig):
     stage_file: str = knob("runs/stage3/stage3.safetensors", "the weights after training")
-    baseline: str = knob("", "the weights before; empty: stage2.safetensors in --weights")
+    baseline: str = knob("", "the weights before; empty: the --init of --stage-file's run")
     out: str = knob("runs/rewards", "folder for the table")
 
 
 def rewards(argv: list[str] | None = None) -> dict:
     """Rewards of held-out prompts before and after training, from the same noise, one picture a prompt."""
     cfg, dist = start(RewardsConfig, argv, rewards.__doc__)
-    baseline = cfg.baseline or str(weights_folder(cfg.preset, cfg.weights) / "stage2.safetensors")
+    baseline = cfg.baseline
+    if not baseline:
+        _, metadata = read_tensors(Path(cfg.stage_file))
+        baseline = json.loads(metadata.get("config", "{}")).get("init", "auto")
+    if baseline == "auto":
+        baseline = str(weights_folder(cfg.preset, cfg.weights) / "stage2.safetensors")
     as_in_training = SimpleNamespace(seed=cfg.seed, micro_batch=cfg.batch_size, dtype=cfg.dtype,
                                      eval_steps=cfg.num_steps, eval_guidance_scale=cfg.guidance_scale)
     scores = []

@@ -71,8 +71,8 @@ def moved(model: ParaUni, amount: float, seed: int = 1) -> ParaUni:
     return model
 
 
-def save_stage(model: ParaUni, folder: Path, stage: int = 1) -> Path:
-    model.save_stage(TrainConfig(stage=stage, run_dir=str(folder)), ALONE, {})
+def save_stage(model: ParaUni, folder: Path, stage: int = 1, init: str = "auto") -> Path:
+    model.save_stage(TrainConfig(stage=stage, run_dir=str(folder), init=init), ALONE, {})
     return folder / f"stage{stage}.safetensors"
 
 

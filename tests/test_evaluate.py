@@ -94,9 +94,12 @@ def test_paired_difference_against_hand_numbers() -> None:
 
 @pytest.fixture(scope="module")
 def two_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Stage files of two models that draw different pictures."""
-    return [str(save_stage(moved(tiny_model(), 0.3, seed), tmp_path_factory.mktemp("file"), 3))
-            for seed in range(2)]
+    """Stage files of two models that draw different pictures; the second one's run began with the first."""
+    files: list[str] = []
+    for seed in range(2):
+        folder = tmp_path_factory.mktemp("file")
+        files.append(str(save_stage(moved(tiny_model(), 0.3, seed), folder, 3, init="".join(files))))
+    return files
 
 
 def test_rewards_before_and_after(tmp_path: Path, two_files: list[str]) -> None:
@@ -109,7 +112,7 @@ def test_rewards_before_and_after(tmp_path: Path, two_files: list[str]) -> None:
 
     def rewards(after: str, names: tuple[str, ...] = ("light", "holes")) -> dict:
         return evaluate.main(["rewards", "--weights", "random", "--num-steps", "1", "--out", str(tmp_path),
-                              "--baseline", two_files[0], "--stage-file", after,
+                              "--baseline", two_files[0] * (after == two_files[0]), "--stage-file", after,
                               "--prompts", f"{tmp_path}/p.txt", "--limit", "3",
                               "--rewards", ",".join(f"{tmp_path}/own.py:{name}" for name in names)])
     same, other = rewards(two_files[0]), rewards(two_files[1])
@@ -176,8 +179,8 @@ def test_pictures_of_ones_own_are_cropped_and_kept(tmp_path: Path) -> None:
     evaluate.save_sheet(tmp_path / "sheet.png", torch.zeros(1, 3, 8, 8), 1, ["$^$"], ["$^$"])   # no formula
 
 
-@pytest.mark.parametrize("argv", [["--limit", "3", "geneval"], ["reconstruct"], ["rewards"],
-                                  ["reconstruct", "--images", "."]])
+@pytest.mark.parametrize("argv", [["--limit", "3", "geneval"], ["reconstruct"],
+                                  ["rewards", "--baseline", "none"], ["reconstruct", "--images", "."]])
 def test_missing_data_is_refused(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No preset but nano has pictures and prompts of its own; an empty folder has none either."""
     monkeypatch.chdir(tmp_path)
