@@ -122,7 +122,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     mean = rewards.mean(1, keepdim=True)                                                # (P, 1)
     std = rewards.std(1, correction=0, keepdim=True)                                    # (P, 1)
     # what rounding makes of equal rewards is no spread
-    has_spread = std > 1e-6 * (1 + mean.abs())                                          # False for NaN too
+    has_spread = std > 1e-6 * rewards.abs().amax(1, keepdim=True)                       # False for NaN too
     return torch.where(has_spread, (rewards - mean) / std, 0.0)                         # (P, G)
 
 
@@ -515,7 +515,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
 
             # 6. LDAM looks at gradient norm and reward; where it fires, the next epoch is perturbed
             gamma, ldam_log = None, {"fired": 0}
-            if cfg.ldam and math.isfinite(grad_norms[0]) and math.isfinite(means[goal]):
+            if cfg.ldam and layers and math.isfinite(grad_norms[0]) and math.isfinite(means[goal]):
                 gamma, ldam_log = ldam.update(grad_norms[0], means[goal]), ldam.last
             # the next reward begins without
             gamma = None if phase_ends else gamma

@@ -115,7 +115,7 @@ class LIM(nn.Module):
         self.agglayer_norm = nn.LayerNorm(config.caption_channels, eps=1e-5) if config.norm else nn.Identity()
         every = list(range(1, config.vlm_layers + 1))
         self.layers = list(config.layers) or every                  # those that are fused; fewer in ablations
-        assert set(self.layers) <= set(every), f"no such layers: {self.layers}"
+        assert len(set(self.layers) & set(every)) == len(self.layers), f"no such layers: {self.layers}"
         # (L, N, E): what LDAM's firings have left, multiplied into the c_i (--ldam-mode keep); None: nothing
         self.register_buffer("kept_noise", None, persistent=False)
 

@@ -300,8 +300,9 @@ class ParaUni(nn.Module):
             raise Refused(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         preset, folder, is_random = PRESETS[name], weights_folder(name, str(weights)), weights == "random"
         # transformers would look on the hub for a folder that is not there
-        if not is_random and not (folder / "vlm").is_dir():
-            raise Refused(f"no {folder / 'vlm'}: change --weights; tools/convert.py writes published weights")
+        config = folder / "vlm" / "config.json"
+        if not is_random and not config.is_file():
+            raise Refused(f"no {config}: change --weights; tools/convert.py writes published weights")
         if stage_file == "auto" and is_random:
             stage_file = "none"
         elif stage_file == "auto" and stage:
@@ -368,6 +369,7 @@ class ParaUni(nn.Module):
         # a small VLM answers only to words that it knows (prompt tuning, arXiv 2104.08691)
         if self.preset.query_words:
             ids, _ = self.tokenize([self.preset.query_words])                           # (1, N)
+            assert ids.shape[1] == len(queries), f"query_words: {ids.shape[1]} tokens, {len(queries)} queries"
             queries = self.vlm.get_input_embeddings()(ids[0])                           # (N, D)
         self.queries.data.copy_(queries)
         self.lim.init_weights(rng)

@@ -55,8 +55,9 @@ def test_a_group_without_spread_has_advantages_of_exactly_0() -> None:
     rewards = torch.full((3, 7), 0.1)
     rewards[1, 0] = torch.nextafter(rewards[1, 0], torch.tensor(9e9))
     rewards[2, 0] += 0.01
-    a = group_advantages(rewards)
-    assert (a[:2] == 0).all() and (a[2] != 0).any()
+    for scale in (1.0, 2.0 ** -30):
+        a = group_advantages(rewards * scale)
+        assert (a[:2] == 0).all() and (a[2] != 0).any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

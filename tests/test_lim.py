@@ -102,7 +102,7 @@ def test_kept_noise_multiplies_each_layer_for_all_prompts() -> None:
     assert "kept_noise" not in lim.state_dict()
 
 
-@pytest.mark.parametrize("layer", [0, 6])
-def test_a_layer_that_is_not_there_is_an_error(layer: int) -> None:
+@pytest.mark.parametrize("layers", [(0,), (6,), (2, 2)])
+def test_a_layer_that_is_not_there_or_named_twice_is_an_error(layers: tuple[int, ...]) -> None:
     with pytest.raises(AssertionError, match="no such layers"):
-        LIM(replace(SMALL, layers=(layer,)))
+        LIM(replace(SMALL, layers=layers))
