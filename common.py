@@ -51,23 +51,21 @@ def parse_config(cls: type, argv: list[str] | None = None, recipe: dict | None =
                  description: str = "") -> Any:
     """Build the dataclass `cls` of knobs: its defaults < recipe < flags as typed."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    defaults = {knob_field.name: knob_field.default for knob_field in fields(cls)} | (recipe or {})
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for knob_field in fields(cls):
-        flag, meta = "--" + knob_field.name.replace("_", "-"), knob_field.metadata
-        text = f"{meta['help']} (default: {defaults[knob_field.name]})".replace("%", "%%")
+        flag, kind, meta = "--" + knob_field.name.replace("_", "-"), knob_field.type, knob_field.metadata
+        shared = {"default": knob_field.default, "help": meta["help"].replace("%", "%%")}
         if meta["words"]:
-            parser.add_argument(knob_field.name, nargs="*", help=text)
-        elif knob_field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(knob_field.name, nargs="*", **shared)
+        elif kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
         else:
-            kind = knob_field.type
             if kind not in (int, float, str):
                 item, _ = get_args(kind)
                 kind = lambda text, item=item: tuple(map(item, filter(None, text.split(","))))  # noqa: E731
-            parser.add_argument(flag, type=kind, choices=meta["choices"], help=text)
-    flags = vars(parser.parse_intermixed_args(argv))
-    return cls(**(defaults | flags))
+            parser.add_argument(flag, type=kind, choices=meta["choices"], **shared)
+    parser.set_defaults(**(recipe or {}))
+    return cls(**vars(parser.parse_intermixed_args(argv)))
 
 
 def config_dict(cfg: Any) -> dict:
