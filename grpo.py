@@ -113,7 +113,7 @@ class GRPOConfig(RunConfig):
     eval_guidance_scale: float = knob(4.5, "guidance")
 
 
-# ----------------------------------------------------------------------------- advantages, clipped loss, KL
+# ----------------------------------------------------------------------------- advantages, clipped loss
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """(r - mean) / std within each group, population std (Flow-GRPO), (P, G) fp32: the group's mean stands in
@@ -138,14 +138,6 @@ def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_r
     # beyond the clip range there is nothing more to gain, but there is to lose: hence the maximum
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)                               # (b,)
     return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
-
-
-def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
-    """KL of two Gaussians of the same std, in nats per element: (mean - mean_ref)^2 / (2 std^2).
-
-    mean, mean_ref (b, C, H, W); std (b,) > 0. Returns (b,), with gradient to mean.
-    """
-    return (mean - mean_ref).square().mean((1, 2, 3)) / (2 * std.square())
 
 
 # ----------------------------------------------------------------------------- conditions, with LDAM's noise
@@ -320,10 +312,11 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
     old_log_prob = rolled.log_prob[k, pictures]                                         # (b,)
     loss = grpo_loss(log_prob, old_log_prob, advantages, cfg.clip_range)
 
-    # the rein: not too far from the reference
+    # the rein: not too far from the reference; KL of two Gaussians of the same std, in nats per element
     kl = torch.zeros_like(log_prob)                                                     # (b,)
     if rolled.kl_coef > 0:
-        kl = gaussian_kl(mean, rolled.mean_ref[k, pictures], std)                       # (b,)
+        distance = (mean - rolled.mean_ref[k, pictures]).square().mean((1, 2, 3))       # (b,)
+        kl = distance / (2 * std.square())                                              # (b,)
         loss = loss + rolled.kl_coef * kl.mean()
     # the gradient grows as 1 / std, and late steps would drown early ones, which decide what is where; the
     # first step, whose std is noise_level (see sde_step), keeps its weight; a step has a single std
