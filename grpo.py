@@ -128,10 +128,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """Flow-GRPO's objective, to be minimised: mean of max(-A ratio, -A clip(ratio, 1 +- clip_range)).
-
-    log_prob, old_log_prob, advantages  (b,) fp32; log-probabilities are means over C H W,
-                                        so clip_range is per element
-    """
+    Log-probabilities, means over C H W, and advantages are (b,) fp32."""
     # how much likelier is the step now than when it was drawn? 1 in an epoch's first update, by default its
     # only one: nothing is clipped then, and the gradient is that of -A log_prob
     ratio = torch.exp(log_prob - old_log_prob)                                          # (b,)
@@ -296,12 +293,8 @@ def rollout(policy: ParaUni, reference: ParaUni, prefix: Prefix, keys: list[tupl
 
 def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int, advantages: Tensor,
                    cfg: GRPOConfig, first: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of step k of a chunk of pictures, a mean over them, and what to log of each picture, (b,).
-
-    kv          the chunk's conditions as keys and values, with gradient
-    advantages  (b,)
-    first       True in the first update on these pictures
-    """
+    """Loss of step k of a chunk of pictures, a mean over them, and what to log of each picture, (b,), as are
+    the advantages. kv: the chunk's conditions; first: it is the first update on these pictures."""
     # how likely is the step from x to x_next, which was taken, under the weights of now?
     x, x_next = rolled.latents[k, pictures], rolled.latents[k + 1, pictures]            # (b, C, H, W) each
     t, t_next = rolled.times[k], rolled.times[k + 1]
@@ -325,8 +318,7 @@ def grpo_objective(dit: DiT, kv: list, rolled: Rollout, pictures: slice, k: int,
 
     # to be logged; later updates are meant to deviate, the first one is not
     deviation = (torch.exp(log_prob - old_log_prob) - 1).abs()                          # (b,)
-    is_outside = (deviation > cfg.clip_range).float()                                   # (b,)
-    metrics = {"kl": kl, "clip_frac": is_outside}
+    metrics = {"kl": kl, "clip_frac": (deviation > cfg.clip_range).float()}
     if first:
         metrics["ratio_dev"] = deviation
     return loss, metrics
