@@ -61,8 +61,7 @@ from rewards import Reward, build_reward
 
 @dataclass(frozen=True)
 class GRPOConfig(RunConfig):
-    """The flags of stage III. Where the paper has no number, groups, sampling, objective are Flow-GRPO's.
-    A preset's recipe (model.py) stands above these defaults: nano's changes most of them."""
+    """The flags of stage III. Where the paper has no number, groups, sampling, objective are Flow-GRPO's."""
     stage: int = knob(3, "1 align, 2 fine-tune, 3 reinforce", choices=(1, 2, 3))
     steps: tuple[int, ...] = knob((2000,), "optimizer steps: one number a phase, the last for all left")
     micro_batch: int = knob(8, "pictures a forward pass, on one device (the paper's 9 does not divide 24)")
@@ -590,7 +589,6 @@ def score_heldout(model: ParaUni, scorers: dict[str, Reward], prompts: list[str]
     return {name: scores[:, j].tolist() for j, name in enumerate(scorers)}
 
 
-@torch.no_grad()
 def draw_examples(cfg: GRPOConfig, model: ParaUni, prompts: list[str]) -> Tensor:
     """Pictures of at most eight prompts, always from one noise, (8, 3, H, W) on the CPU."""
     with precision(model.device, cfg.dtype):
