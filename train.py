@@ -50,15 +50,6 @@ class TrainConfig(RunConfig):
 STAGE_2 = {"steps": 10_000, "warmup": 100, "lr": 1e-5}
 
 
-def draw_times(kind: str, generators: list[torch.Generator]) -> Tensor:
-    """One t in (0, 1] an item, (B,)."""
-    if kind == "uniform":
-        # k / 1000 with k in 1..1000, as published
-        return torch.cat([torch.randint(1, 1001, (1,), generator=g) for g in generators]) / 1000
-    # more often near the noise, where a picture's content is decided
-    return torch.sigmoid(torch.cat([torch.randn(1, generator=g) for g in generators]) + 1.0)
-
-
 def batch_loss(cfg: TrainConfig, model: ParaUni, data: NanoLatents | Latents, step: int,
                items: list[int]) -> Tensor:
     """The mean flow-matching loss (Eq. 2) of some items of a step."""
@@ -70,7 +61,12 @@ def batch_loss(cfg: TrainConfig, model: ParaUni, data: NanoLatents | Latents, st
     # sometimes no caption, so that guidance has something to compare with
     prompts = [None if torch.rand((), generator=g) < cfg.caption_dropout else caption
                for g, caption in zip(generators, batch.captions)]
-    t = draw_times(cfg.times, generators).to(x0.device)                                 # (B,)
+    if cfg.times == "uniform":
+        # k / 1000 with k in 1..1000, as published
+        t = torch.cat([torch.randint(1, 1001, (1,), generator=g) for g in generators]) / 1000       # (B,)
+    else:
+        # more often near the noise, where a picture's content is decided
+        t = torch.sigmoid(torch.cat([torch.randn(1, generator=g) for g in generators]) + 1.0)       # (B,)
     noise = randn(x0.shape, generators, x0.device)                                      # (B, C, h, w)
 
     # a prompt that comes twice is read once
@@ -79,7 +75,7 @@ def batch_loss(cfg: TrainConfig, model: ParaUni, data: NanoLatents | Latents, st
     with precision(x0.device, cfg.dtype):
         c = model.lim.fuse(model.condition_layers(prefix))                              # (distinct, N, E)
         c = c[torch.tensor([distinct.index(prompt) for prompt in prompts], device=c.device)]    # (B, N, E)
-        return flow_matching_loss(model.dit, x0, c, t, noise)
+        return flow_matching_loss(model.dit, x0, c, t.to(x0.device), noise)
 
 
 def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
