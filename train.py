@@ -87,14 +87,11 @@ def train(cfg: TrainConfig, dist: Dist) -> dict[str, float]:
     if not (cfg.data or PRESETS[cfg.preset].shapes_world):
         raise Refused(f"preset {cfg.preset} needs --data, latents with captions: prepare.py makes them")
     state = open_run(cfg, dist)
-    # stage 2 begins with the model of stage 1; stage 1 with fresh queries and LIM, or with the stage 1 file
-    # that --init names; which layers are fused is decided in stage 1
-    init, fused = cfg.init, {}
-    if cfg.stage == 1:
-        init = "none" if cfg.init == "auto" else cfg.init
-        fused = {"layers": cfg.layers, "norm": cfg.norm}
+    # stage 1 decides which layers are fused, and may go on from a stage 1 file that --init names
+    init = "none" if cfg.stage == 1 and cfg.init == "auto" else cfg.init
+    layers = cfg.layers if cfg.stage == 1 else None
     model = ParaUni.from_preset(cfg.preset, cfg.weights, init, cfg.seed, dist.device, cfg.fresh, stage=1,
-                                **fused)
+                                layers=layers, norm=cfg.norm)
     data = NanoLatents(model.vae, cfg.seed)
     if cfg.data:
         data = Latents(cfg.data, cfg.batch_size, cfg.seed, model)
