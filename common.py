@@ -245,21 +245,20 @@ MAY_CHANGE = ("run_dir", "resume", "max_skipped", "save_every", "keep")
 def resolve(cfg: Any, device: torch.device, small: bool = False) -> Any:
     """Decide precision, compiling and run folder, and the attention kernels of this process."""
     is_cuda = device.type == "cuda"
-    decided = {"dtype": cfg.dtype}
     if cfg.dtype == "auto":
-        decided["dtype"] = "bf16" if is_cuda else "fp32"
+        cfg = replace(cfg, dtype="bf16" if is_cuda else "fp32")
     if getattr(cfg, "run_dir", None) == "auto":
-        decided["run_dir"] = f"runs/stage{cfg.stage}"
+        cfg = replace(cfg, run_dir=f"runs/stage{cfg.stage}")
     if getattr(cfg, "compile", False) is None:
-        decided["compile"] = is_cuda and not small
+        cfg = replace(cfg, compile=is_cuda and not small)
     # On a CPU the fused kernel's bf16 gradient takes twice as long as plain products and a softmax in bf16,
     # and several times as long where heads and sequences are short.
     kernels = torch.backends.cuda
-    kernels.enable_flash_sdp(is_cuda or decided["dtype"] == "fp32")
+    kernels.enable_flash_sdp(is_cuda or cfg.dtype == "fp32")
     kernels.allow_fp16_bf16_reduction_math_sdp(not is_cuda)
     # cuDNN's own stay off, as in every figure of docs/speed.md
     kernels.enable_cudnn_sdp(False)
-    return replace(cfg, **decided)
+    return cfg
 
 
 def open_run(cfg: RunConfig, dist: Dist) -> dict | None:
