@@ -8,14 +8,12 @@ Reading of the paper
   norm 0 (no group's rewards differed, and no pull from the KL) every norm counts as a jump.
 - All layers of a reward's region are perturbed at once, each with a noise of its own.
 - Declines need not follow one another. Only firing resets g_s and r_s; both keep listening during the rest.
-- Firing in epoch n is followed by n epochs of rest, so the earliest next one is 2n + 1: in the 2,000 epochs
-  of a phase at most nine, the first in epoch 5 or later.
+- Firing in epoch n, counted from 1 in each reward's phase, is followed by n epochs of rest, so the earliest
+  next one is 2n + 1: in the 2,000 epochs of a phase at most nine, the first in epoch 5 or later.
 - Both gates must be open. An ablated signal drops out of the gates, not out of gamma, so that an ablation
   changes one thing.
 - gamma has no bound in the paper, and a jump can make it huge; gamma_max is ours. Its default 1 is where the
   noise is as large as the feature it multiplies, and one entry in six changes sign: P(eps < -1) = 0.16.
-- One LDAM for each reward's phase: n counts its finite epochs from 1, and what fires after the last is not
-  used.
 """
 import math
 from dataclasses import dataclass
