@@ -5,8 +5,7 @@
     c_i <- c_i (1 + gamma eps)  the perturbation of stage III, of some layers                         (Eq. 6)
 
 f_theta is a pre-LN transformer encoder (the connector: no positions, no mask, no final norm), then one Linear
-to the DiT's caption width. Sharing it makes the L layers a batch: they are merged with the samples for
-compute. It also makes the layers exchangeable: c does not depend on their order.
+to the DiT's caption width. All layers share it, so c does not depend on their order.
 
 Reading of the paper
 - Which layers: q holds the *outputs* of VLM layers 1..L (28 at the paper's size); the input embedding is not
@@ -134,11 +133,8 @@ class LIM(nn.Module):
         return c_layers * self.kept_noise[:, None].to(c_layers.device)
 
     def fuse(self, c_layers: Tensor, layers: list[int] | None = None) -> Tensor:
-        """The condition c = mean over layers of c_i (paper Eq. 5), (B, N, E).
-
-        c_layers  (L, B, N, E)   what forward returns
-        layers    paper numbers 1..L of the layers to average; None: those of the model
-        """
+        """The condition c = mean of c_i (paper Eq. 5), (B, N, E), over the layers that are named by their
+        numbers 1..L, or else those of the model. c_layers (L, B, N, E): what forward returns."""
         layers = self.layers if layers is None else layers
         if len(layers) < self.config.vlm_layers:
             c_layers = c_layers[[i - 1 for i in layers]]                                # (n, B, N, E)
