@@ -38,6 +38,8 @@ def run(main: Callable) -> None:
         main()
     except Refused as error:
         sys.exit(f"error: {error}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------- flags

@@ -430,8 +430,6 @@ def main(argv: list[str] | None = None) -> None:
                 save_file(tensors, temporary, {"facts": json.dumps(facts)})
             print(f"{path}: {samples:,} of {len(files):,} from {source}", flush=True)
     finish(cfg.out, len(sources), stamp)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

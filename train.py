@@ -182,8 +182,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     result = grpo.train(cfg, dist) if cfg.stage == 3 else train(cfg, dist)
     if not result and dist.lead:
         print("stopped; everything is saved, go on with --resume auto")
-    if dist.world_size > 1:
-        torch.distributed.destroy_process_group()
     return result
 
 
