@@ -11,8 +11,7 @@
   7. EMA, checkpoint; the next turn looks at held-out prompts, where it is time, and writes this epoch's line
 
 Rewards come one after another (phases). The first begins with the file of stage II (--init), each other with
-the last one's weights, all with a fresh optimizer and LDAM. The weights file, stage3.safetensors, is written
-once, after the last epoch: it holds the EMA.
+the last one's weights, all with a fresh optimizer and LDAM. What is written at the end is the EMA.
 
 What makes it exact. One function, `step_log_prob`, gives the log-probability in the rollout and in the
 update, on the same chunks, so the first ratio is 1; it is measured in every epoch. The noise of a picture is
