@@ -67,13 +67,9 @@ class LDAM:
         self.last: dict[str, float] = {}            # what to log of the last update
 
     def update(self, grad_norm: float, reward: float) -> float | None:
-        """Take in one epoch; return gamma where the perturbation fires, to act in the next epoch, else None.
-
-        grad_norm  the epoch's gradient norm before clipping, >= 0
-        reward     the epoch's mean reward
-        gamma may be 0.0, so ask `is not None`. An epoch without finite numbers must be left out: it would
-        spoil gamma for `window` epochs.
-        """
+        """Take in an epoch's gradient norm before clipping, and its mean reward; return gamma where the
+        perturbation fires, to act in the next epoch, else None: 0.0 is a gamma too. An epoch without finite
+        numbers must be left out: it would spoil gamma for `window` epochs."""
         assert math.isfinite(grad_norm) and math.isfinite(reward), f"not finite: {grad_norm}, {reward}"
         previous_norm = self.grad_norms[-1] if self.grad_norms else math.inf
         previous_reward = self.rewards[-1] if self.rewards else 0.0
