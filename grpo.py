@@ -80,8 +80,7 @@ class GRPOConfig(RunConfig):
     guidance_scale: float = knob(4.5, "classifier-free guidance in training; 1: none, at half the cost")
     shift: float = knob(3.0, "of the time grid towards noise")
     shared_start: bool = knob(False, "the pictures of a prompt begin with the same noise (Flow-GRPO-Fast)")
-    sde_window: int = knob(0, "stochastic steps, which slide over the first half by one an epoch; 0: "
-                              "all but the last")
+    sde_window: int = knob(0, "stochastic steps, sliding through the first half; 0: all but the last")
     # objective
     clip_range: float = knob(1e-4, "of the ratio, per latent element (log-probabilities are means)")
     kl_coef: tuple[float, ...] = knob((0.01,), "weight of the KL: one number a phase, the last for all left")

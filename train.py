@@ -36,8 +36,7 @@ class TrainConfig(RunConfig):
     warmup: int = knob(1000, "steps of linear warm-up")
     micro_batch: int = knob(32, "pictures a forward pass, on one device")
     batch_size: int = knob(512, "pictures a step, over all devices")
-    data: tuple[str, ...] = knob((), "folders that prepare.py wrote, each with =WEIGHT behind it or none; "
-                                     "nano has its own pictures")
+    data: tuple[str, ...] = knob((), "folders of prepare.py, all or none as DIR=WEIGHT; nano has its own")
     caption_dropout: float = knob(0.1, "share of captions replaced by the unconditional prompt")
     times: str = knob("uniform", "distribution of t; noisy: sigmoid of N(1, 1)", choices=("uniform", "noisy"))
     # the ablations of stage 1; later stages go on as their --init
