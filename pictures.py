@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from textwrap import fill
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -29,6 +30,8 @@ UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM,
            6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 # of text in one chunk of a PNG: drawing programs keep their whole work in it
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# a prompt, a reward or a folder may hold dollars: they are no formula
+matplotlib.rcParams["text.parse_math"] = False
 
 
 # ----------------------------------------------------------------------------- reading
@@ -98,12 +101,10 @@ def save_sheet(path: str | Path, images: Tensor, columns: int, captions: Iterabl
         pixels = image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()               # (H, W, 3)
         axis.imshow(pixels, interpolation="nearest")
     for axis, caption in zip(axes, captions):
-        # a prompt may hold dollars
-        axis.text(0.5, -0.04, fill(caption, 20), transform=axis.transAxes, fontsize=7, ha="center", va="top",
-                  parse_math=False)
+        axis.text(0.5, -0.04, fill(caption, 20), transform=axis.transAxes, fontsize=7, ha="center", va="top")
     for axis, title in zip(axes[::columns], titles):
         axis.text(-0.08, 0.5, fill(title, 18), transform=axis.transAxes, rotation=90, fontsize=9,
-                  ha="right", va="center", multialignment="center", parse_math=False)
+                  ha="right", va="center", multialignment="center")
     save_figure(path, figure)
 
 
@@ -129,7 +130,7 @@ def draw_curve(axis: Axes, log: list[dict], key: str, color: str, label: str = "
     smoothed = itertools.accumulate(y, lambda average, value: (1 - rate) * average + rate * value)
     axis.plot(x, y, color=color, alpha=0.3, marker="." if few else "")
     axis.plot(x, list(smoothed), color=color, label=label)
-    axis.set_title(key, parse_math=False, fontsize=10)
+    axis.set_title(key, fontsize=10)
     axis.set_xlabel(unit)
     for before, record in zip(log[:1] + log, log):
         if record.get("phase") != before.get("phase"):

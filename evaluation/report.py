@@ -92,9 +92,7 @@ def charts(logs: dict[Path, list[dict]]) -> bytes:
     for axis in axes[len(names):]:
         axis.axis("off")
     if names:
-        for label in axes[0].legend(fontsize=8).get_texts():
-            # a folder's name may hold dollars
-            label.set_parse_math(False)
+        axes[0].legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer)
     return buffer.getvalue()
