@@ -139,6 +139,16 @@ def draw_curve(axis: Axes, log: list[dict], key: str, color: str, label: str = "
             axis.axvline(record[unit], color=color, linewidth=0.8, linestyle=":")
 
 
+def draw_curves(axes: list[Axes], logs: dict[str, list[dict]], keys: list[str]) -> None:
+    """A panel a number, a colour a run; one that has just begun has no line yet."""
+    for axis, key in zip(axes, keys):
+        for (run, log), color in zip(logs.items(), itertools.cycle(COLORS)):
+            if log:
+                draw_curve(axis, log, key, color, run)
+    if keys:
+        axes[0].legend(fontsize=7)
+
+
 def plot_rewards(path: str | Path, records: list[dict]) -> None:
     """Mean reward of each epoch of stage III (paper Figure 9), a panel a reward. Its own phase is shaded;
     black dots are held-out scores."""

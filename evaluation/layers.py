@@ -13,7 +13,6 @@ All pictures of a prompt start from the same noise, so that differences are pair
 Letters: L VLM layers, P pairs of layers, B prompts, N queries, D width, H W pixels.
 """
 import inspect
-import itertools
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +28,7 @@ from evaluation import (DrawConfig, ScoreConfig, claim, draw, drawing_settings, 
 from grpo import open_rewards
 from ldam import REGIONS, REWARD_REGIONS, region_layers
 from model import ParaUni
-from pictures import COLORS, draw_curve, panels, save_sheet
+from pictures import COLORS, draw_curves, panels, save_sheet
 
 Scores = dict[str, dict[str, Tensor]]       # variant -> reward -> one score a prompt, (B,) float64
 
@@ -69,7 +68,9 @@ def main(argv: list[str] | None = None) -> dict:
     claims += claims4 + claims5
     if logs:
         drawn = [key for key in next(iter(logs.values()))[0] if key.startswith("reward/")]
-        draw_curves(logs, drawn, folder / "figure9.png")
+        figure, axes = panels(len(drawn))
+        draw_curves(axes, logs, drawn)
+        figure.savefig(folder / "figure9.png")
 
     # the pictures themselves: a row a prompt, a column a variant
     shown = prompts[:4]
@@ -270,13 +271,3 @@ def stage3_log(run: Path) -> list[dict]:
     if not records:
         raise Refused(f"expected the folder of a stage 3 run, with epochs in its log, got {run}")
     return records
-
-
-def draw_curves(logs: dict[str, list[dict]], keys: list[str], path: Path) -> None:
-    """A panel a number, a colour a run."""
-    figure, axes = panels(len(keys))
-    for axis, key in zip(axes, keys):
-        for run, color in zip(logs, itertools.cycle(COLORS)):
-            draw_curve(axis, logs[run], key, color, run)
-    axes[0].legend(fontsize=7)
-    figure.savefig(path)

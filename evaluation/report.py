@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import Refused, atomic, knob, parse_config, read_log
 from evaluation import read_json, table
-from pictures import COLORS, draw_curve, panels
+from pictures import draw_curves, panels
 
 # the numbers in a log that are drawn, in this order
 CHARTS = ("reward/", "heldout/", "loss", "kl", "grad_norm", "ratio_dev", "clip_frac", "zero_std",
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise Refused(f"expected folders, such as runs/stage3, got {' '.join(cfg.folders) or 'none'}")
     runs = [folder for folder in folders
             if is_own(folder / "metrics.jsonl") and is_own(folder / "config.json")]
-    logs = {folder: read_log(folder / "metrics.jsonl") for folder in runs}
+    logs = {str(folder): read_log(folder / "metrics.jsonl") for folder in runs}
     parts = [embed("curves", charts(logs))] if logs else []
     for folder in folders:
         parts.append(f"<h2>{html.escape(str(folder))}</h2>")
@@ -77,22 +77,16 @@ def preformatted(rows: list[dict]) -> str:
     return f"<pre>{html.escape(table(rows))}</pre>"
 
 
-def charts(logs: dict[Path, list[dict]]) -> bytes:
+def charts(logs: dict[str, list[dict]]) -> bytes:
     """A chart for each number in the logs that changes, all runs in it."""
     records = list(itertools.chain(*logs.values()))
     known = sorted(set().union(*records))
     names = [name for start in CHARTS for name in known
              if name.startswith(start) and len({record.get(name) for record in records} - {None}) > 1]
     figure, axes = panels(3, 4.2, 2.6, rows=max(1, math.ceil(len(names) / 3)))
-    for axis, name in zip(axes, names):
-        for (folder, log), color in zip(logs.items(), itertools.cycle(COLORS)):
-            # a run that has just begun has no line yet
-            if log:
-                draw_curve(axis, log, name, color, str(folder))
+    draw_curves(axes, logs, names)
     for axis in axes[len(names):]:
         axis.axis("off")
-    if names:
-        axes[0].legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer)
     return buffer.getvalue()
