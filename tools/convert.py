@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-# a script in a folder: the project's root goes on the path before what is imported from there
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import huggingface_hub

@@ -30,7 +30,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-# a script in a folder: the project's root goes on the path before what is imported from there
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# a script in a folder: the project's root goes on the path before what is imported from there
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
