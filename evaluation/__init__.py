@@ -196,12 +196,9 @@ def keep_request(path: Path, request: Any, dist: Dist) -> None:
         write_lines(path, [request])
 
 
-# a file to be drawn, its prompt, and the seed of its picture, or of each of four in a square
-Job = tuple[Path, str, list[int]]
-
-
-def draw_files(cfg: DrawConfig, dist: Dist, jobs: list[Job]) -> None:
-    """Draw this process's share of the files that are not there yet, and wait for the others'."""
+def draw_files(cfg: DrawConfig, dist: Dist, jobs: list[tuple[Path, str, list[int]]]) -> None:
+    """Draw this process's share of the files that are not there yet, and wait for the others'. A job: a file,
+    its prompt, and the seed of its picture, or of each of four in a square."""
     model = load(cfg, dist.device)
     same_settings(Path(cfg.out), drawing_settings(cfg, model))
     todo = [job for job in jobs[dist.rank::dist.world_size] if not job[0].is_file()]

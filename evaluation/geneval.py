@@ -294,12 +294,8 @@ def main(argv: list[str] | None = None) -> dict:
                   f"pictures {folder}\nverdicts {path}")
 
 
-# of a prompt its number, what it asks for, and the names of its pictures
-Asked = tuple[int, dict, list[str]]
-
-
-def find_prompts(folder: Path) -> list[Asked]:
-    """Those of which another program has drawn pictures."""
+def find_prompts(folder: Path) -> list[tuple]:
+    """Of each prompt of another program its number, what it asks for, and the names of its pictures."""
     prompts = []
     for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
         number = path.parent.name
@@ -311,7 +307,7 @@ def find_prompts(folder: Path) -> list[Asked]:
     return prompts
 
 
-def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[Asked]) -> None:
+def detect_all(cfg: GenevalConfig, dist: Dist, folder: Path, prompts: list[tuple]) -> None:
     """Detections of all prompts, shared by the processes."""
     # the CLIP that names colours is that of the published CLIP score
     namer = ColorNamer(weights_folder("rewards", "auto") / "clip", dist.device)
