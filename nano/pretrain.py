@@ -65,8 +65,6 @@ TEXT = {"context_length": 20, "vocab_size": 96,
 CLIP_CONFIG = {"embed_dim": 96, "vision_cfg": VISION, "text_cfg": TEXT}
 
 Scores = dict[str, float]
-# what a loss is taken of: lists, and tensors on the CPU
-Batch = tuple
 # what is given and what is answered, in turn; a list: a word for each token that is given
 Parts = list[tuple[str, str | list[str]]]
 
@@ -77,7 +75,7 @@ def train(name: str, net: nn.Module, steps: int, lr: float, draw: Callable, loss
           weight_decay: float = 0.01) -> None:
     """The loop of all trainings: draw a batch, take its loss, descend, log.
 
-    draw     Rng -> batch, a function of (SEED, name, step) alone
+    draw     Rng -> batch: lists, and tensors on the CPU; a function of (SEED, name, step) alone
     loss_of  *batch -> scalar
 
     Muon (arXiv 2502.16982) for the matrices of the layers, AdamW for the rest: after 250 steps the vision
@@ -152,7 +150,7 @@ def draw_prompts(rng: Rng, scenes: list[Scene], count: int,
     return shown, prompts
 
 
-def draw_pictures(rng: Rng, scenes: list[Scene], count: int) -> Batch:
+def draw_pictures(rng: Rng, scenes: list[Scene], count: int) -> tuple:
     """Of `count` scenes the labels of their patches (3, B, P) and the pictures (B, 3, H, W) in [0, 1]."""
     shown = [scenes[j] for j in rng.integers(len(scenes), size=count)]
     return patch_labels(shown), world.render(shown)
@@ -450,7 +448,7 @@ def train_vlm(folder: Path, steps: int) -> Scores:
         return class_loss(seeing(tokens), labels, SEEN)
 
     def draw(rng: Rng, of: list[Scene], reading: float, facts: int, dialogues: int = 64,
-             plans: int = 0) -> Batch:
+             plans: int = 0) -> tuple:
         """Ids and labels of rows: facts, plans, dialogues about scenes; and the pictures shown, in order."""
         rows = [look_facts(rng) for _ in range(facts)]
         rows += [plan(prompt) for prompt in draw_prompts(rng, described, plans)[1]]
@@ -533,7 +531,7 @@ def embed_texts(model: CLIP, ids: Tensor) -> Tensor:
     return F.normalize(model.encode_text(ids.to(DEVICE)).float(), dim=-1)               # (B, E)
 
 
-def draw_captions(rng: Rng, scenes: list[Scene], count: int, wrong: int, test: bool = False) -> Batch:
+def draw_captions(rng: Rng, scenes: list[Scene], count: int, wrong: int, test: bool = False) -> tuple:
     """Of B scenes the labels of patches, the pictures and the light (B,); of T = B (1 + wrong) captions,
     first their own, then wrong ones, the ids (T, S), and which are true of which scenes (B, T); what the
     pictures show and the captions say of two things (B + T, 2, 4)."""
@@ -634,7 +632,7 @@ def train_dit(folder: Path, steps: int) -> Scores:
     dit.transformer_blocks[3].register_forward_hook(lambda block, x, tokens: inside.update(tokens=tokens))
     taught = nn.ModuleList([clip, dit, seeing]).to(DEVICE)
 
-    def draw(rng: Rng) -> Batch:
+    def draw(rng: Rng) -> tuple:
         shown, prompts = draw_prompts(rng, scenes, 192)
         # captions are left out now and then, for guidance
         texts = ["" if rng.random() < 0.1 else prompt.text for prompt in prompts]
@@ -672,7 +670,7 @@ LARGE = 4.0         # log-odds a pixel of radius
 BEST = 26.0         # logit of the right thing at its largest; as in Flow-GRPO, the reward is the logit / 26
 
 
-def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) -> Batch:
+def draw_pairs(rng: Rng, scenes: list[Scene], count: int, test: bool = False) -> tuple:
     """Ids of prompts (B, S), two pictures of each (2 B, 3, H, W), the first of which shows what is asked for,
     the second something else in half of the cases; and what people think of each picture, (2 B,): the lead
     that one has is the log-odds with which they choose it (Bradley and Terry). They want what they asked for,
