@@ -72,7 +72,7 @@ def read_mmbench(path: Path, limit: int | None = None) -> list[Question]:
             break
         pictures[index] = pictures[image] if image in pictures else base64.b64decode(image, validate=True)
         choices = [row[letter] for letter in LETTERS if row.get(letter)]
-        right = LETTERS[:len(choices)].index(row["answer"])
+        right = list(LETTERS[:len(choices)]).index(row["answer"])
         hint = f"{row['hint']}\n" if row.get("hint") else ""
         for turn in range(len(choices)):
             name = str(int(index) + turn * 10 ** 6)

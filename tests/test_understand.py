@@ -70,10 +70,10 @@ def test_the_letter_of_an_answer(answer: str, letter: str) -> None:
 
 @pytest.mark.parametrize("name", ["pope", "mmbench"])
 def test_a_file_that_is_missing_empty_or_malformed_is_refused(tmp_path: Path, name: str) -> None:
-    flags = ["understand", "--benchmark", name, "--out", str(tmp_path)]
-    for path in (tmp_path / "nothing", write(tmp_path / "a", ""), write(tmp_path / "b", '{"a": 1}')):
+    no_answer = "index\tquestion\tA\tB\timage\tcategory\tanswer\n1\tWhich?\tx\ty\tAAAA\tz\t"
+    for path in (tmp_path / "nothing", write(tmp_path / "a", ""), write(tmp_path / "b", no_answer)):
         with pytest.raises(Refused, match=f"published file of {name}"):
-            evaluate.main([*flags, "--questions", str(path)])
+            evaluate.main(["understand", f"--benchmark={name}", f"--out={tmp_path}", f"--questions={path}"])
 
 
 class Seer(nn.Module):
