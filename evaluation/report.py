@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict:
             found = read_json(path)
             lists = found.values() if isinstance(found, dict) else []
             parts += [preformatted(rows) for rows in lists
-                      if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+                      if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)]
         for path in filter(is_own, sorted(folder.glob("*.png"))):
             parts.append(embed(path.name, path.read_bytes()))
     if logs:

@@ -47,7 +47,7 @@ def tags_of(page: str) -> list[tuple[str, dict]]:
 def test_runs_are_shown_with_curves_pictures_tables_and_flags(tmp_path: Path) -> None:
     measured = tmp_path / "geneval"
     measured.mkdir()
-    (measured / "geneval.json").write_text(json.dumps({"tasks": [{"task": "colors", "right": 0.25}], "n": 1}))
+    (measured / "a.json").write_text(json.dumps({"tasks": [{"task": "colors", "right": 0.25}], "n": [{}, 1]}))
     runs = make_run(tmp_path / "quiet"), make_run(tmp_path / "fires", fires=True, lr=3e-4)
     page = make(tmp_path, *runs, measured)
     names = [attributes["alt"] for tag, attributes in tags_of(page) if tag == "img"]
