@@ -25,7 +25,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -322,7 +322,7 @@ def draw_row(rng: Rng, scene: Scene, reading: float) -> tuple[Parts, bool]:
     say is only then to be read off right after <img>, where the queries will be."""
     pairs = ask(rng, scene)
     # either thing may come first in the sentence, whichever comes first in the questions
-    turned = replace(scene, things=scene.things[::pick(rng, (1, -1))])
+    turned = scene._replace(things=scene.things[::pick(rng, (1, -1))])
     prompts = [prompt for prompt in world.prompts_of(turned) if not world.is_test(prompt)]
     shown = not prompts or rng.random() >= reading
     first = IMAGE

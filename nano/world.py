@@ -14,9 +14,8 @@ Letters: B pictures, K components found in them, H W pixels.
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,8 +51,7 @@ Rng = np.random.Generator
 Look = tuple[str, str]                                      # shape, colour
 
 
-@dataclass(frozen=True)
-class Thing:
+class Thing(NamedTuple):
     shape: str
     color: str
     x: float            # centre, pixels
@@ -61,14 +59,12 @@ class Thing:
     r: float            # radius of its circle, pixels: some corners reach out of it, to 1.23 r at most
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     things: tuple[Thing, ...]
     light: float        # of the ground, 0 dim ... 1 bright: what the aesthetic score measures
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     text: str
     task: str
     include: tuple[tuple[str, str | None, int], ...]        # what is asked for: shape, colour or None, count
@@ -381,7 +377,7 @@ def parse_prompt(text: str) -> Prompt:
     prompt = every_prompt().get(text.removeprefix(wording_of(text)))
     if prompt is None:
         raise ValueError(f'expected a prompt such as "a red heart left of a blue star", got {text!r}')
-    return replace(prompt, text=text)
+    return prompt._replace(text=text)
 
 
 def in_benchmark(prompt: Prompt) -> bool:
@@ -397,7 +393,7 @@ def prompt_list(test: bool, per_task: dict[str, int] | int) -> list[Prompt]:
     chosen = []
     for number, task in enumerate(TASKS):
         asked = [prompt for prompt in every_prompt().values() if prompt.task == task and in_benchmark(prompt)]
-        worded = [replace(prompt, text=wording + prompt.text) for prompt in asked for wording in WORDINGS]
+        worded = [prompt._replace(text=wording + prompt.text) for prompt in asked for wording in WORDINGS]
         fits = [prompt for prompt in worded if is_test(prompt) == test]
         rng = np.random.default_rng([0, number])
         limit = per_task[task] if isinstance(per_task, dict) else per_task
@@ -477,8 +473,7 @@ MIN_AREA = 8.0          # pixels: less is dirt, not a thing
 MIN_MATCH = 0.70        # soft intersection over union with the best-fitting shape: less is no shape
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     shape: str | None   # None: matches no shape
     color: str
     x: float

@@ -1,6 +1,5 @@
 """The nano world: its judge against scenes that are right and wrong on purpose, its split and its words."""
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,10 +43,10 @@ def test_detect_measures_what_was_drawn() -> None:
 
 def test_only_counting_minds_extra_things() -> None:
     heart, moon = Thing("heart", "red", 8, 8, 5), Thing("moon", "green", 16, 24, 5)
-    hearts = [heart, replace(heart, x=23)]
+    hearts = [heart, heart._replace(x=23)]
     for text in ("a heart", "a red heart", "a heart and a moon", "two hearts"):
         assert verdict([*hearts, moon], text)
-    hearts += [replace(moon, shape="heart")]
+    hearts += [moon._replace(shape="heart")]
     assert verdict(hearts, "two red hearts") and not verdict(hearts, "two hearts")
 
 
@@ -137,7 +136,7 @@ def canonical(prompt: Prompt) -> tuple:
 
 def test_train_and_test_prompts_share_no_content() -> None:
     """No order, side or wording of a test prompt is a training prompt."""
-    prompts = [replace(p, text=w + p.text) for p in world.every_prompt().values() for w in world.WORDINGS[:3]]
+    prompts = [p._replace(text=w + p.text) for p in world.every_prompt().values() for w in world.WORDINGS[:3]]
     train, test = ({canonical(p) for p in prompts if world.is_test(p) == side} for side in (False, True))
     assert not train & test and 0.08 < len(test) / len(train | test) < 0.25
 
