@@ -129,7 +129,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     visual = clip.eval().visual
     seeds = [derive_seed(cfg.seed, "reconstruct", i) for i in range(len(originals))]
     # the model that reads its last layer: the same one, or one that was trained so
-    last_model, last_layer = model, [model.preset.vlm_layers]
+    last_model, last_layer = model, [model.preset.lim.vlm_layers]
     if cfg.last_layer_file:
         last_model, last_layer = load(cfg, dist.device, cfg.last_layer_file), None
     # the paper's prompt (supplement, section 4)

@@ -185,7 +185,7 @@ def keep_noise(model: ParaUni, reference: ParaUni, perturbation: Perturbation) -
     reference too: LIM.forward has it in its c_i from now on, and the weights file holds it."""
     kept = model.lim.kept_noise
     if kept is None:
-        shape = model.preset.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
+        shape = model.preset.lim.vlm_layers, model.preset.num_queries, model.preset.lim.caption_channels
         kept = torch.ones(shape)                                                        # (L, N, E)
     # a checkpoint gives it back on the CPU
     kept = kept.to(model.device)
@@ -453,7 +453,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> dict[str, float]:
             keys = [(cfg.seed, epoch, group, member) for group in mine for member in range(cfg.group_size)]
             # where LDAM acts, if it fires: the layers that answer to this reward, of those that are fused
             acting = goals[:phase + 1] if cfg.ldam_layers == "all" else [goal]
-            layers = [i for i in perturbed_layers(acting, model.preset.vlm_layers) if i in model.lim.layers]
+            layers = sorted({*perturbed_layers(acting, model.preset.lim.vlm_layers)} & {*model.lim.layers})
             perturbation = Perturbation(gamma or 0.0, [] if gamma is None else layers, keys)
             # prompts, and last the unconditional one: their keys and values, without gradient
             prefix = model.encode_prefix([*texts, None])

@@ -78,24 +78,14 @@ class Preset:
     recipes: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert self.lim.vlm_layers == self.vlm_layers, "LIM and VLM have one number of layers"
+        text = self.vlm.get_text_config()
+        assert (self.lim.width, self.lim.vlm_layers) == (text.hidden_size, text.num_hidden_layers), \
+            "LIM and VLM have one width and one number of layers"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.image_size // 2 ** (len(self.vae.encoder_block_types) - 1)
         return self.vae.latent_channels, side, side
-
-    @property
-    def vlm_width(self) -> int:
-        return self.vlm.get_text_config().hidden_size                                   # D
-
-    @property
-    def vlm_layers(self) -> int:
-        return self.vlm.get_text_config().num_hidden_layers                             # L
-
-    @property
-    def context_tokens(self) -> int:
-        return self.vlm.get_text_config().max_position_embeddings - self.num_queries
 
 
 def internvl(width: int, layers: int, heads: int, kv_heads: int, mlp_width: int, vocab_size: int = 151674,
@@ -168,7 +158,7 @@ PRESETS = {preset.name: preset for preset in (
     Preset("l-1024", 1024, 256, INTERNVL3_2B, LIM_L, SANA15_16B, DC_AE))}
 # OpenUni itself, the paper's baseline: the VLM's last layer only, and no norm
 for pair in ("b-512", "l-512", "l-1024"):
-    last_alone = replace(PRESETS[pair].lim, norm=False, layers=(PRESETS[pair].vlm_layers,))
+    last_alone = replace(PRESETS[pair].lim, norm=False, layers=(PRESETS[pair].lim.vlm_layers,))
     PRESETS[f"openuni-{pair}"] = replace(PRESETS[pair], name=f"openuni-{pair}", lim=last_alone)
 
 
@@ -237,7 +227,7 @@ def read_vlm(preset: Preset, folder: Path) -> tuple[nn.Module, PreTrainedTokeniz
                                                    output_loading_info=True)
     wrong = [f"{key} {sorted(map(str, names))[:2]}" for key, names in report.items() if names]
     text = vlm.config.get_text_config()
-    if wrong or (text.hidden_size, text.num_hidden_layers) != (preset.vlm_width, preset.vlm_layers):
+    if wrong or (text.hidden_size, text.num_hidden_layers) != (preset.lim.width, preset.lim.vlm_layers):
         raise Refused(f"{folder} is not of preset {preset.name}: width {text.hidden_size}, "
                       f"{text.num_hidden_layers} layers, {', '.join(wrong)}")
     return vlm, AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -260,7 +250,7 @@ class ParaUni(nn.Module):
         self.preset, self.tokenizer = preset, tokenizer
         self.fresh: tuple[str, ...] = ()            # parameters that the published files lack
         self.vlm = vlm
-        self.queries = nn.Parameter(torch.randn(preset.num_queries, preset.vlm_width))  # (N, D)
+        self.queries = nn.Parameter(torch.randn(preset.num_queries, preset.lim.width))  # (N, D)
         self.lim = LIM(preset.lim)
         self.dit = preset.dit_class(preset.dit)
         self.vae = DCAE(preset.vae)
@@ -365,7 +355,7 @@ class ParaUni(nn.Module):
         """Queries ~ N(0, 1/sqrt(D)) and a fresh LIM, as published, drawn from `seed`."""
         # one stream for both, so that the order of drawing is part of the seed
         rng = generator(seed, "queries")
-        queries = torch.randn(self.queries.shape, generator=rng) * self.preset.vlm_width ** -0.5    # (N, D)
+        queries = torch.randn(self.queries.shape, generator=rng) * self.preset.lim.width ** -0.5    # (N, D)
         # a small VLM answers only to words that it knows (prompt tuning, arXiv 2104.08691)
         if self.preset.query_words:
             ids, _ = self.tokenize([self.preset.query_words])                           # (1, N)
@@ -407,7 +397,8 @@ class ParaUni(nn.Module):
                  padding_side: str = "right") -> tuple[Tensor, Tensor]:
         """Padded token ids and mask, (B, S) int64 each. `max_tokens` keeps the first so many."""
         rows, unk_id = [], self.tokenizer.unk_token_id
-        vocab_size = self.preset.vlm.get_text_config().vocab_size
+        text_config = self.preset.vlm.get_text_config()
+        longest = text_config.max_position_embeddings - self.preset.num_queries
         for text in texts:
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             row = found.input_ids[:max_tokens]
@@ -418,9 +409,9 @@ class ParaUni(nn.Module):
                 raise Refused(f"unknown words {words} in {text!r}: a prompt is such as "
                               '"a red heart left of a blue star"')
             # trap: InternVL3's last mark, <video>, has no embedding; in a caption it would end a training
-            row = [token for token in row if token < vocab_size]
-            if len(row) > self.preset.context_tokens:
-                raise Refused(f"{len(row)} tokens, at most {self.preset.context_tokens} fit: {text[:80]!r}")
+            row = [token for token in row if token < text_config.vocab_size]
+            if len(row) > longest:
+                raise Refused(f"{len(row)} tokens, at most {longest} fit: {text[:80]!r}")
             rows.append(torch.tensor([row, [1] * len(row)]).T)                          # (S, 2) ids, mask
         # queries follow at the right, so padding in between is masked
         both = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=padding_side)     # (B, S, 2)

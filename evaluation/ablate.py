@@ -139,7 +139,7 @@ def make_plan(cfg: AblateConfig, name: str, seed: int) -> dict:
     stages[0] += ROWS[name].own
 
     # fewer layers than all
-    L = PRESETS["nano"].vlm_layers
+    L = PRESETS["nano"].lim.vlm_layers
     fused = {"last": [L], "every-other": range(2 - L % 2, L + 1, 2)}
     fused |= {f"no-{region}": without_region(region, L) for region in REGIONS}
     if name in fused:

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
     prompts = heldout_prompts(cfg, model)
 
     # a variant is a choice of layers to fuse
-    L = model.preset.vlm_layers
+    L = model.preset.lim.vlm_layers
     variants = {"all": list(range(1, L + 1))}
     variants |= {f"layer {i}": [i] for i in range(1, L + 1)}
     variants |= {f"no {region}": without_region(region, L) for region in REGIONS}

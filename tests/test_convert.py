@@ -23,7 +23,7 @@ VLM, SANA, DC_AE = "InternVL3-2B-hf", "SANA1.5_1.6B_1024px_diffusers", "dc-ae-f3
 DIT_FILE = f"{SANA}/transformer/diffusion_pytorch_model.safetensors"
 OPENUNI_FILE = "openuni/openuni_l_internvl3_2b_sana_1_6b_1024_hf_blip3o60k.pth"
 LARGE = replace(TINY, name="l-1024", shapes_world=False)
-OPENUNI = replace(LARGE, name="openuni-l-1024", lim=replace(TINY.lim, norm=False, layers=(TINY.vlm_layers,)))
+OPENUNI = replace(LARGE, name="openuni-l-1024", lim=replace(TINY.lim, norm=False, layers=(4,)))
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_openuni_paints_with_its_own_weights_and_last_layer(source: Path, fine_t
     assert torch.equal(model.dit.proj_out.weight, stored)
     # a training from scratch reads it too; the file says so itself, to another preset of the pair too
     afresh = ParaUni.from_preset("openuni-l-1024", out, "none").lim
-    assert afresh.layers == [TINY.vlm_layers] and isinstance(afresh.agglayer_norm, torch.nn.Identity)
+    assert afresh.layers == [TINY.lim.vlm_layers] and isinstance(afresh.agglayer_norm, torch.nn.Identity)
     assert isinstance(ParaUni.from_preset("l-1024", out).lim.agglayer_norm, torch.nn.Identity)
     with torch.no_grad():
         last = model.read_queries(model.encode_prefix(["a red heart", None]))[-1]       # after the final norm

@@ -122,7 +122,7 @@ def naive_steps(peer: ParaUni, b: int, noise: list[Tensor], rolled: Rollout, cfg
     """Every trained step of picture b, from the formulas; noise on layers 2 and 3."""
     c_layers, uncond = (peer.condition_layers(peer.encode_prefix([prompt]))
                         for prompt in (PROMPTS[b // 4], None))
-    factor = torch.ones(TINY.vlm_layers, 1, *c_layers.shape[2:])                        # (L, 1, N, E)
+    factor = torch.ones(TINY.lim.vlm_layers, 1, *c_layers.shape[2:])                    # (L, 1, N, E)
     for layer, eps in zip((2, 3), noise):
         factor[layer - 1] += eps[b]
     c, c_uncond = (c_layers * factor).mean(0), uncond.mean(0)
@@ -225,7 +225,7 @@ def test_kept_noise_multiplies_stays_and_moves_the_reference_too(policy: ParaUni
         perturbation = Perturbation(gamma, layers, [key])
         fields.append(perturbation.noise(slice(None), policy))
         keep_noise(policy, reference, perturbation)
-    want = torch.ones(TINY.vlm_layers, *fields[0][0].shape[1:])
+    want = torch.ones(TINY.lim.vlm_layers, *fields[0][0].shape[1:])
     want[1] = (1 + fields[0][0][0]) * (1 + fields[1][0][0])
     want[2] = 1 + fields[1][1][0]
     torch.testing.assert_close(policy.lim.kept_noise, want)

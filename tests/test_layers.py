@@ -18,7 +18,7 @@ from rewards import build_reward
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 PROMPTS = ["a red heart", "a blue star", "two moons", "a ring above a square"]
-L = TINY.vlm_layers
+L = TINY.lim.vlm_layers
 
 
 def test_quantiles_are_those_of_students_t() -> None:

@@ -16,7 +16,7 @@ from lim import LIM
 from model import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ParaUni, internvl, read_tensors
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
-L, N, D, E = TINY.vlm_layers, TINY.num_queries, TINY.vlm_width, TINY.lim.caption_channels
+L, N, D, E = TINY.lim.vlm_layers, TINY.num_queries, TINY.lim.width, TINY.lim.caption_channels
 PROMPTS = ["  a heart\n", "a picture of a red heart left of a blue star", None, "two moons"]
 IMAGE_TOKEN = TINY.vlm.image_token_id
 
@@ -265,15 +265,15 @@ def count(build: Callable[[], nn.Module]) -> int:
 def test_presets_have_the_published_sizes(name: str, vlm: int, dit: int, lim: int, latent: tuple) -> None:
     preset = PRESETS[name]
     assert (preset.latent_shape, preset.num_queries, preset.train_tokens) == (latent, 256, 128)
-    assert preset.lim.width == preset.vlm_width
-    with pytest.raises(AssertionError, match="number of layers"):
-        replace(preset, lim=replace(preset.lim, vlm_layers=29))
+    for wrong in ({"vlm_layers": 29}, {"width": 1000}):
+        with pytest.raises(AssertionError, match="one width and one number of layers"):
+            replace(preset, lim=replace(preset.lim, **wrong))
     assert preset.lim.caption_channels == preset.dit.caption_channels and preset.stage_dtype.itemsize == 4
     if name != "l-512":
         assert count(lambda: preset.vlm_class(preset.vlm)) == vlm
     assert count(lambda: DiT(preset.dit)) == dit
     # OpenUni's queries and connector, and the LN of Eq. 4 on top
-    assert 256 * preset.vlm_width + count(lambda: LIM(preset.lim)) == lim + 2 * 2304
+    assert 256 * preset.lim.width + count(lambda: LIM(preset.lim)) == lim + 2 * 2304
     baseline = PRESETS[f"openuni-{name}"]
-    assert baseline.lim == replace(preset.lim, layers=(preset.vlm_layers,), norm=False)
+    assert baseline.lim == replace(preset.lim, layers=(preset.lim.vlm_layers,), norm=False)
     assert baseline.dit == preset.dit

@@ -123,7 +123,7 @@ def cut(name: str, blocks: int, vlm_layers: int) -> None:
     """A preset keeps only its first layers, or all where the number is 0."""
     preset = PRESETS[name]
     dit = replace(preset.dit, num_layers=blocks or preset.dit.num_layers)
-    lim = replace(preset.lim, vlm_layers=vlm_layers or preset.vlm_layers)
+    lim = replace(preset.lim, vlm_layers=vlm_layers or preset.lim.vlm_layers)
     vlm = copy.deepcopy(preset.vlm)
     vlm.text_config.num_hidden_layers = lim.vlm_layers
     vlm.text_config.layer_types = vlm.text_config.layer_types[:lim.vlm_layers]

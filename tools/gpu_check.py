@@ -99,7 +99,7 @@ def exact(toy: bool) -> Iterator[dict]:
         vae = DCAE(preset.vae)
         x, t = torch.randn(2, *preset.latent_shape), torch.rand(2)                      # (2, C, h, w), (2,)
         c = torch.randn(2, N, preset.lim.caption_channels)                              # (2, N, E)
-        layers = torch.randn(2, 2, N, preset.vlm_width)                                 # (L, 2, N, D)
+        layers = torch.randn(2, 2, N, preset.lim.width)                                 # (L, 2, N, D)
         images = torch.rand(1, 3, side, side)                                           # (1, 3, H, W)
     cases = {"DiT": (dit, [x, t, c]), "LIM": (lim, [layers]), "DC-AE": (vae, [images])}
     dit.init_weights()

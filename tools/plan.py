@@ -93,7 +93,7 @@ def reinforced(model: ParaUni, cfg: GRPOConfig, m: int) -> Iterator[None]:
     # what the rollout has left: its latents, and the reference's means
     B, K = cfg.num_groups * cfg.group_size, cfg.num_steps
     rolled = torch.zeros(2 * K + 1, B, *model.preset.latent_shape)                      # (2 K + 1, B, ...)
-    layers = perturbed_layers(["aesthetic"], model.preset.vlm_layers)
+    layers = perturbed_layers(["aesthetic"], model.preset.lim.vlm_layers)
     perturbation = Perturbation(1.0, layers, keys=[(i,) for i in range(m)])
 
     # one moment: all conditions, and the chunk forward and backward
