@@ -249,13 +249,11 @@ class ParaUni(nn.Module):
         super().__init__()
         self.preset, self.tokenizer = preset, tokenizer
         self.fresh: tuple[str, ...] = ()            # parameters that the published files lack
-        self.vlm = vlm
+        self.vlm = vlm.requires_grad_(False).eval()
         self.queries = nn.Parameter(torch.randn(preset.num_queries, preset.lim.width))  # (N, D)
         self.lim = LIM(preset.lim)
         self.dit = preset.dit_class(preset.dit)
-        self.vae = DCAE(preset.vae)
-        for part in (self.vlm, self.vae):
-            part.requires_grad_(False).eval()
+        self.vae = DCAE(preset.vae).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "ParaUni":
         """The frozen parts stay in eval mode: in train mode transformers may drop the prefix silently."""
