@@ -494,11 +494,10 @@ class ParaUni(nn.Module):
             nothing = [None] * (1 if images is None else len(images))
             c_uncond = self.condition(nothing, images, layers)                          # (1 or B, N, E)
         # each picture's noise has a stream of its own
-        seeds = seed
         if not isinstance(seed, list):
-            seeds = [derive_seed(seed, "picture", i) for i in range(len(prompts))]
+            seed = [derive_seed(seed, "picture", i) for i in range(len(prompts))]
         shape = len(prompts), *self.preset.latent_shape
-        noise = randn(shape, [generator(each) for each in seeds], self.device)          # (B, C, H, W)
+        noise = randn(shape, [generator(each) for each in seed], self.device)           # (B, C, H, W)
         latents = sample_ode(self.dit, noise, c, c_uncond, num_steps, guidance_scale, solver=solver)
         return self.decode(latents)                                                     # (B, 3, H, W)
 
