@@ -506,7 +506,8 @@ class ParaUni(nn.Module):
         """Latents -> pictures (B, 3, H, W) fp32 in [0, 1]."""
         # as many at a time as have the pixels of four pictures of 1024 x 1024
         chunk = max(1, 4 * 1024 ** 2 // self.preset.image_size ** 2)
-        return (self.vae.decode(latents, chunk=chunk).float() / 2 + 0.5).clamp(0, 1)
+        images = torch.cat([self.vae.decode(part) for part in latents.split(chunk)])    # (B, 3, H, W)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def answer(self, images: Tensor, questions: list[str], max_new_tokens: int = 32) -> list[str]:

@@ -279,15 +279,11 @@ class DCAE(nn.Module):
         z = self.encoder(images) * self.config.scaling_factor                   # (B, Z, H/f, W/f)
         return z.contiguous()
 
-    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
-        """latents (B, Z, H, W) as of encode -> images (B, in_channels, H f, W f), not clamped.
-
-        chunk   images decoded at a time, to bound memory; None decodes all at once. The result is the same.
-        """
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, Z, H, W) as of encode -> images (B, in_channels, H f, W f), not clamped."""
         z = latents.to(self.dtype) / self.config.scaling_factor                 # (B, Z, H, W)
         z = z.contiguous(memory_format=torch.channels_last)
-        images = [self.decoder(part) for part in z.split(chunk or len(z))]
-        return torch.cat(images).contiguous()                                   # (B, in_channels, H f, W f)
+        return self.decoder(z).contiguous()                                     # (B, in_channels, H f, W f)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

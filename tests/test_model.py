@@ -111,6 +111,16 @@ def test_a_picture_depends_on_its_seed_and_place_and_not_on_its_batch(model: Par
     assert (model.generate(prompts, num_steps=3, seed=8) - images).abs().amax((1, 2, 3)).min() > 0.01
 
 
+def test_decoding_by_chunks_changes_nothing() -> None:
+    model, latents, seen = tiny_model(), torch.randn(5, *TINY.latent_shape), []
+    whole = model.decode(latents)
+    # as if four megapixels were two pictures
+    model.preset = replace(TINY, image_size=1448)
+    model.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    torch.testing.assert_close(model.decode(latents), whole, rtol=0, atol=1e-6)
+    assert seen == [2, 2, 1]
+
+
 def test_guidance_is_against_no_prompt(model: ParaUni, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, condition, prompts, images = [], model.condition, ["a heart", "a star"], pictures(2)
     monkeypatch.setattr(model, "condition", lambda *args: seen.append(args) or condition(*args))
