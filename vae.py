@@ -281,9 +281,8 @@ class DCAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B, Z, H, W) as of encode -> images (B, in_channels, H f, W f), not clamped."""
-        z = latents.to(self.dtype) / self.config.scaling_factor                 # (B, Z, H, W)
-        z = z.contiguous(memory_format=torch.channels_last)
-        return self.decoder(z).contiguous()                                     # (B, in_channels, H f, W f)
+        z = latents.to(self.dtype, memory_format=torch.channels_last)           # (B, Z, H, W)
+        return self.decoder(z / self.config.scaling_factor).contiguous()        # (B, in_channels, H f, W f)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
