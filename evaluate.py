@@ -125,8 +125,7 @@ def reconstruct(argv: list[str] | None = None) -> dict:
         raise Refused(f"preset {cfg.preset} has no pictures of its own: name a folder with --images")
     # what tells how near pictures are
     folder = weights_folder("nano" if model.preset.shapes_world else "rewards", "auto")
-    clip, _, picture = load_clip(folder / "clip")
-    visual = clip.eval().visual
+    visual = load_clip(folder / "clip")[0].eval().visual
     seeds = [derive_seed(cfg.seed, "reconstruct", i) for i in range(len(originals))]
     # the model that reads its last layer: the same one, or one that was trained so
     last_model, last_layer = model, [model.preset.lim.vlm_layers]
@@ -146,9 +145,9 @@ def reconstruct(argv: list[str] | None = None) -> dict:
     save_sheet(path, torch.cat(rows), columns, titles=["original", *kept])
 
     # how near they are to the originals
-    marks, seen = {}, embed_images(visual, originals, picture)                      # (B, E)
+    marks, seen = {}, embed_images(visual, originals)                               # (B, E)
     for name, images in kept.items():
-        cosine = (embed_images(visual, images, picture) * seen).sum(-1)             # (B,)
+        cosine = (embed_images(visual, images) * seen).sum(-1)                      # (B,)
         marks[name] = {"psnr": [], "ssim": [], "clip": cosine.tolist()}
         # these in fp64, few at a time
         for ours, theirs in zip(images.split(16), originals.split(16)):             # (b, 3, H, W) each

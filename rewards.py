@@ -75,9 +75,10 @@ def preprocess(images: Tensor, size: int, mean: tuple = MEAN, std: tuple = STD,
     return normalize(x, mean, std)                                                  # (B, 3, T, T)
 
 
-def embed_images(visual: nn.Module, images: Tensor, picture: dict) -> Tensor:
-    """Unit embeddings (B, E) of images (B, 3, H, W); picture holds the arguments of preprocess."""
-    chunks = [visual(preprocess(chunk, **picture)) for chunk in images.split(64)]
+def embed_images(visual: nn.Module, images: Tensor, like_pil: bool = False) -> Tensor:
+    """Unit embeddings (B, E) of images (B, 3, H, W), by an image tower that knows its size and statistics."""
+    size, mean, std = visual.image_size[0], visual.image_mean, visual.image_std
+    chunks = [visual(preprocess(chunk, size, mean, std, like_pil)) for chunk in images.split(64)]
     return F.normalize(torch.cat(chunks), dim=-1)                                   # (B, E)
 
 
@@ -86,9 +87,8 @@ class ClipScore(nn.Module):
 
     def __init__(self, folder: Path, divisor: float, like_pil: bool) -> None:
         super().__init__()
-        self.clip, self.encode, picture = load_clip(folder)
-        self.picture = picture | {"like_pil": like_pil}
-        self.divisor = divisor
+        self.clip, self.encode = load_clip(folder)
+        self.divisor, self.like_pil = divisor, like_pil
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         # a group of pictures repeats one prompt: each text is read once
@@ -96,7 +96,7 @@ class ClipScore(nn.Module):
         ids = self.encode(texts).to(images.device)                                  # (U, S)
         text = F.normalize(self.clip.encode_text(ids), dim=-1)                      # (U, E)
         text = text[[texts.index(prompt) for prompt in prompts]]                    # (B, E)
-        image = embed_images(self.clip.visual, images, self.picture)                # (B, E)
+        image = embed_images(self.clip.visual, images, self.like_pil)               # (B, E)
         cosine = (image * text).sum(-1)                                             # (B,)
         return self.clip.logit_scale.exp() * cosine / self.divisor                  # (B,)
 
@@ -127,9 +127,7 @@ class AestheticScore(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        clip, _, picture = load_clip(folder / "clip")
-        self.visual = clip.visual
-        self.picture = picture | {"like_pil": True}
+        self.visual = load_clip(folder / "clip")[0].visual
         # the head's widths are read off its tensors
         state = load_file(folder / "aesthetic" / "aesthetic.safetensors")
         widths = [len(state[f"layers.{i}.bias"]) for i in (0, 2, 4, 6)]
@@ -138,7 +136,7 @@ class AestheticScore(nn.Module):
         self.head.load_state_dict(state)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        image = embed_images(self.visual, images, self.picture)                     # (B, E)
+        image = embed_images(self.visual, images, like_pil=True)                    # (B, E)
         return self.head(image)                                                     # (B,)
 
 
@@ -213,17 +211,14 @@ def load_function(name: str) -> ScoreFn:
 
 # ----------------------------------------------------------------------------- weights
 
-def load_clip(folder: Path) -> tuple[CLIP, Callable, dict]:
-    """The CLIP of a folder, its tokenizer (U texts -> (U, S)), size, mean and std for preprocess. What the
-    folder may say of rounding, interpolation and crop is not read: they belong to the reward."""
+def load_clip(folder: Path) -> tuple[CLIP, Callable]:
+    """The CLIP of a folder, and its tokenizer (U texts -> (U, S)). What the folder may say of rounding,
+    interpolation and crop is not read: they belong to the reward."""
     name = f"local-dir:{folder}"
     # building draws initial values, which must not move the caller's random numbers
     with torch.random.fork_rng(devices=[]):
         clip = open_clip.create_model(name, require_pretrained=True)
-    picture = {"size": clip.visual.image_size[0],
-               "mean": clip.visual.image_mean,
-               "std": clip.visual.image_std}
     # a tokenizer of transformers' may come as code, and the folder's own config could ask for it to be run
     words = open_clip.get_model_config(name)["text_cfg"]
     no_code = {"trust_remote_code": False} if words.get("hf_tokenizer_name") else {}
-    return clip, open_clip.get_tokenizer(name, **no_code), picture
+    return clip, open_clip.get_tokenizer(name, **no_code)

@@ -205,13 +205,14 @@ class ColorNamer:
     """CLIP picks one of GenEval's ten colours for a crop, by the mean of three sentences about each."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.clip, self.encode, picture = load_clip(folder)
+        self.clip, self.encode = load_clip(folder)
         self.clip.eval().to(device)
         self.name = f"sha256:{fingerprint(self.clip)[:16]}"
         self.device = device
         self.describe = cache(self.describe)
-        self.look = open_clip.image_transform(picture["size"], is_train=False, mean=tuple(picture["mean"]),
-                                              std=tuple(picture["std"]))
+        visual = self.clip.visual
+        self.look = open_clip.image_transform(visual.image_size[0], is_train=False,
+                                              mean=tuple(visual.image_mean), std=tuple(visual.image_std))
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, thing: dict) -> str:
