@@ -157,24 +157,21 @@ class Latents:
             shards = [shard for folder in folders for shard in read_shards(folder, stamp)]
             paths, counts = zip(*shards)
             self.parts.append((paths, np.cumsum([0, *counts])))
-
         self.weights = np.array(weights) / sum(weights)
-
-    def place(self, n: int) -> tuple[Path, int]:
-        """The shard of item n, and which of its samples it is."""
-        rng = np.random.default_rng(derive_seed(self.seed, "latents", n))
-        # a part of the mixture by its weight, and any of its samples
-        paths, firsts = self.parts[rng.choice(len(self.parts), p=self.weights)]
-        number = rng.integers(firsts[-1])
-        shard = int(np.searchsorted(firsts, number, side="right")) - 1
-        return paths[shard], int(number - firsts[shard])
 
     def batch(self, step: int, items: list[int]) -> Batch:
         latents, captions = [], []
         for item in items:
-            path, i = self.place(step * self.batch_size + item)
+            n = step * self.batch_size + item
+            rng = np.random.default_rng(derive_seed(self.seed, "latents", n))
+            # a part of the mixture by its weight, and any of its samples
+            paths, firsts = self.parts[rng.choice(len(self.parts), p=self.weights)]
+            number = rng.integers(firsts[-1])
+            # its shard, and its place there
+            shard = np.searchsorted(firsts, number, side="right") - 1
+            i = int(number - firsts[shard])
             # the file is mapped into memory, and only these slices of it are touched
-            with safe_open(path, "pt") as file:
+            with safe_open(paths[shard], "pt") as file:
                 first, last = file.get_slice("offsets")[i:i + 2].tolist()
                 text = file.get_slice("captions")[first:last]                           # (bytes,)
                 latents.append(file.get_slice("latents")[i])                            # (C, h, w) bf16
