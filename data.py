@@ -50,7 +50,7 @@ def draw_prompt(prompts: list[str], per_step: int, seed: int, step: int, item: i
     """A training prompt: of a list, `per_step` of them a step, in an order that is drawn anew each round,
     or of the nano world where the list is empty."""
     if not prompts:
-        return nano_pair(seed, step, item)[1].text
+        return nano_item(seed, step, item)[1].text
     turn, place = divmod(step * per_step + item, len(prompts))
     order = np.random.default_rng([seed % 2 ** 32, turn]).permutation(len(prompts))
     return prompts[order[place]]
@@ -67,16 +67,14 @@ class Batch(NamedTuple):
 WRONG_CAPTIONS = 0.1    # the share of nano's captions that are wrong in one point, as some of the web's are
 
 
-def nano_pair(seed: int, step: int, item: int) -> tuple[world.Scene, world.Prompt]:
-    """A scene of the nano world, and a training prompt that says what is in it."""
-    return world.sample_pair(np.random.default_rng(derive_seed(seed, "nano", step, item)))
-
-
-def nano_caption(prompt: world.Prompt, *key: int | str) -> str:
-    """What stands below a picture of a prompt: mostly the prompt."""
-    rng = np.random.default_rng(derive_seed(*key))
+def nano_item(seed: int, step: int, item: int) -> tuple[world.Scene, world.Prompt, str]:
+    """A scene of the nano world, a training prompt that says what is in it, and the caption of its picture:
+    mostly the prompt."""
+    scene, prompt = world.sample_pair(np.random.default_rng(derive_seed(seed, "nano", step, item)))
+    rng = np.random.default_rng(derive_seed(seed, "caption", step, item))
     is_wrong = rng.random() < WRONG_CAPTIONS
-    return world.corrupt(rng, prompt, test=False).text if is_wrong else prompt.text
+    written = world.corrupt(rng, prompt, test=False) if is_wrong else prompt
+    return scene, prompt, written.text
 
 
 class NanoLatents:
@@ -87,11 +85,9 @@ class NanoLatents:
 
     @torch.no_grad()
     def batch(self, step: int, items: list[int]) -> Batch:
-        scenes, prompts = zip(*[nano_pair(self.seed, step, item) for item in items])
-        captions = [nano_caption(prompt, self.seed, "caption", step, item)
-                    for prompt, item in zip(prompts, items)]
+        scenes, _, captions = zip(*[nano_item(self.seed, step, item) for item in items])
         images = world.render(list(scenes)).to(next(self.vae.parameters()))             # (B, 3, H, W)
-        return Batch(self.vae.encode(images * 2 - 1).float(), captions)
+        return Batch(self.vae.encode(images * 2 - 1).float(), list(captions))
 
 
 def stamp_of(vae: nn.Module, preset: object) -> dict:

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import save_file
 
 from common import Refused
-from data import (Latents, NanoLatents, draw_prompt, nano_caption, nano_pair, nano_prompts,
-                  parse_mixture, read_prompts, stamp_of)
+from data import (Latents, NanoLatents, draw_prompt, nano_item, nano_prompts, parse_mixture, read_prompts,
+                  stamp_of)
 from helpers import TINY, file_of, tiny_model
 from nano import world
 from pictures import read_picture
@@ -118,9 +118,8 @@ def test_what_is_no_picture_is_refused(data: bytes | str) -> None:
 
 def test_nano_latents_are_the_pictures_of_their_captions() -> None:
     batch = NanoLatents(PARAUNI.vae, seed=5).batch(7, [3, 0])
-    scenes, prompts = zip(*[nano_pair(5, 7, item) for item in (3, 0)])
-    assert batch.captions == [nano_caption(prompt, 5, "caption", 7, item)
-                              for prompt, item in zip(prompts, (3, 0))]
+    scenes, _, captions = zip(*[nano_item(5, 7, item) for item in (3, 0)])
+    assert batch.captions == list(captions)
     want = PARAUNI.vae.encode(world.render(list(scenes)) * 2 - 1)
     torch.testing.assert_close(batch.latents, want, rtol=0, atol=1e-5)
 
@@ -129,8 +128,8 @@ def test_nano_trains_on_nothing_of_the_test_and_one_caption_in_ten_is_wrong() ->
     """What stages I to III draw: pictures, captions (right and wrong) and prompts."""
     wrong = []
     for item in range(4000):
-        scene, prompt = nano_pair(0, 1, item)
-        caption = world.parse_prompt(nano_caption(prompt, 0, "caption", 1, item))
+        scene, prompt, text = nano_item(0, 1, item)
+        caption = world.parse_prompt(text)
         assert not (world.is_test_scene(scene) or world.is_test(prompt) or world.is_test(caption))
         true = [each.text for each in world.prompts_of(scene, world.wording_of(caption.text))]
         is_true = caption.text in true
