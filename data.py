@@ -1,8 +1,7 @@
 """What training reads: prompts for stage III, latents with captions for stages I and II.
 
 Every item is a function of (seed, step, item): there is no state to save, and nothing depends on the number
-of devices. Nano's pictures are rendered and encoded as they are asked for; all other latents were written
-beforehand by prepare.py.
+of devices.
 
 Letters: B items of a batch, C h w latent, H W picture, n number of an item, counted over all steps.
 """
