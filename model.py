@@ -18,7 +18,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -235,8 +235,7 @@ def read_vlm(preset: Preset, folder: Path) -> tuple[nn.Module, PreTrainedTokeniz
 
 # ----------------------------------------------------------------------------- the model
 
-@dataclass(frozen=True)
-class Prefix:
+class Prefix(NamedTuple):
     """What the queries see of a batch of prompts: keys and values of every VLM layer, without gradient."""
     keys_values: list[tuple[Tensor, Tensor]]        # L x (B, kv heads, S, head width), right-padded
     mask: Tensor                                    # (B, S) 1 = token, 0 = padding
