@@ -322,11 +322,9 @@ class DiT(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw weights for training from scratch, as SANA does except where marked (*)."""
+        # (*) norms stay at one, as they were made: SANA starts caption_norm at 0.01
         for module in self.modules():
-            if isinstance(module, RMSNorm):
-                # (*) SANA starts caption_norm at 0.01
-                nn.init.ones_(module.weight)
-            elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
                 # torch's default for 9 inputs
                 nn.init.uniform_(module.weight, -1 / 3, 1 / 3, generator=generator)
             elif isinstance(module, nn.Linear | nn.Conv2d):

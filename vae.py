@@ -286,14 +286,12 @@ class DCAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights for training from scratch: uniform within 1 / sqrt(fan_in); norms one, biases zero.
+        """Fresh weights for training from scratch: uniform within 1 / sqrt(fan_in), biases zero; norms stay.
         Drawn on the CPU whatever the model's device, so that a seed means the same weights everywhere."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 bound = module.weight[0].numel() ** -0.5
                 uniform = torch.rand(module.weight.shape, generator=generator)
                 module.weight.copy_((uniform * 2 - 1) * bound)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
