@@ -5,10 +5,9 @@ latents of an autoencoder (vae.py). Paper section 3.2, Eq. 4 and 5.
     prompt, [image] --VLM, frozen-> q_1..q_L --LIM-> c_1..c_L --mean-> c --DiT-> latents --DC-AE-> picture
        queries      /
 
-Reading of the paper. "Every layer" = the outputs of layers 1..L: layer i is `hidden_states[i]`, the embedding
-(0) is not used, and the last one carries the VLM's final norm. The prompt comes first and the queries last,
-so under causal attention the prompt never sees a query: its keys and values are computed once, without
-gradient, and only the queries are back-propagated through.
+Reading of the paper. "Every layer" = the outputs of layers 1..L; the last one carries the VLM's final norm.
+The prompt comes first and the queries last, so under causal attention the prompt never sees a query: its keys
+and values are computed once, without gradient, and only the queries are back-propagated through.
 
 Letters: B prompts, L VLM layers, N queries, S prompt tokens, D VLM width, E condition width, C H W latent.
 """
