@@ -282,8 +282,6 @@ class ParaUni(nn.Module):
         layers, norm  what is fused; layers None: both as the stage file says, else as the preset does
         """
         # which files?
-        if name not in PRESETS:
-            raise Refused(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         preset, folder, is_random = PRESETS[name], weights_folder(name, str(weights)), weights == "random"
         # transformers would look on the hub for a folder that is not there
         config = folder / "vlm" / "config.json"
