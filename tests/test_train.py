@@ -388,15 +388,16 @@ def test_stages_are_chained_strictly(run: Callable, tiny_weights: Path) -> None:
         run(3, "run", "--preset", "micro")
 
 
-def test_layers_and_norm_of_stage_1_are_kept_by_later_stages(run: Callable, tiny_weights: Path) -> None:
-    one = run(1, "1", "--steps", "1", "--layers", "2,4", "--no-norm")
+# after the second epoch LDAM fires on those of layers 2 and 3 that are fused, if any is
+@pytest.mark.parametrize("layers, noisy", [([2, 4], [False, True, False, False]), ([1, 4], None)])
+def test_stage_1_decides_what_is_fused(layers: list, noisy: list, run: Callable, tiny_weights: Path) -> None:
+    one = run(1, "1", "--steps", "1", "--layers", ",".join(map(str, layers)), "--no-norm")
     two = run(2, "2", "--steps", "1", "--init", f"{one}/stage1.safetensors")
-    # LDAM fires after the second epoch, on layers 2 and 3 of 4
     three = run(3, "3", "--init", f"{two}/stage2.safetensors", "--steps", "3", "--ldam-mode", "keep",
                 "--rewards", "bright", "--ldam-spike", "1e-9", "--no-ldam-use-reward")
-    model = ParaUni.from_preset("nano", tiny_weights, three / "stage3.safetensors")
-    assert model.lim.layers == [2, 4] and not list(model.lim.agglayer_norm.parameters())
-    assert [bool((field != 1).any()) for field in model.lim.kept_noise] == [False, True, False, False]
+    lim = ParaUni.from_preset("nano", tiny_weights, three / "stage3.safetensors").lim
+    assert lim.layers == layers and not list(lim.agglayer_norm.parameters())
+    assert lim.kept_noise is noisy or [bool((field != 1).any()) for field in lim.kept_noise] == noisy
 
 
 def test_a_new_preset_is_one_entry(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
