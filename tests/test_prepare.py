@@ -22,7 +22,7 @@ from helpers import file_of
 from model import ParaUni
 
 
-def picture(width: int = 100, height: int = 90, seed: int = 0) -> bytes:
+def picture(width: int = 50, height: int = 45, seed: int = 0) -> bytes:
     """The bytes of a PNG: red grows to the right, green downwards."""
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x * 200 / width, y * 200 / height, 0 * x + 40 * (seed % 6)], 2)

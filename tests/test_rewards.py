@@ -120,7 +120,7 @@ def test_aesthetic_score_matches_transformers(hf: tuple[CLIPModel, Path], tmp_pa
     (tmp_path / "clip").symlink_to(folder / "clip")
     (tmp_path / "aesthetic").mkdir()
     save_file(head.state_dict(), tmp_path / "aesthetic" / "aesthetic.safetensors")
-    pictures = [PHOTO.resize((T, T)), PHOTO.rotate(90).resize((T, T))]
+    pictures = [PHOTO.resize((2 * T, 71)), PHOTO.rotate(90).resize((2 * T, 71))]
     with torch.no_grad():
         features = model.get_image_features(**hf_processor(T)(pictures, return_tensors="pt")).pooler_output
         expected = head(features / features.norm(dim=-1, keepdim=True))                     # (B,)
