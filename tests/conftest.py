@@ -19,6 +19,11 @@ from model import PRESETS  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup() -> None:
+    """Whatever has run before it in its process, a test draws the same."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def tiny_preset() -> Iterator[None]:
     """`--preset nano` means the tiny model of helpers.py, for the tests of a module."""

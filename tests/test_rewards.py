@@ -125,7 +125,7 @@ def test_aesthetic_score_matches_transformers(hf: tuple[CLIPModel, Path], tmp_pa
         features = model.get_image_features(**hf_processor(T)(pictures, return_tensors="pt")).pooler_output
         expected = head(features / features.norm(dim=-1, keepdim=True))                     # (B,)
     scores = build_reward("aesthetic", "cpu", tmp_path)(to_tensor(*pictures), ["", ""])
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
 
 
 def test_another_clip_is_refused(hf: tuple[CLIPModel, Path], tmp_path: Path) -> None:
